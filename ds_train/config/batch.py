@@ -1,0 +1,24 @@
+"""`batch`: how many samples make one optimizer step, and how many go through a device at once."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from ds_train.config.base import Section
+
+Auto = Literal["auto"]
+
+
+class BatchSection(Section):
+    """The global batch is what the optimizer sees: it is the same at every number of ranks."""
+
+    global_samples: int = Field(default=32, ge=1)
+    """Samples per optimizer step, over all ranks. Must be a multiple of micro_samples x data ranks."""
+
+    micro_samples: int | Auto = "auto"
+    """Samples per forward pass of one rank. `auto` takes the largest divisor of the rank's share up to 8."""
+
+    eval_micro_samples: int | Auto = "auto"
+    """Samples per forward pass in evaluation. `auto` takes micro_samples."""

@@ -1,0 +1,60 @@
+"""`model`: which transformers model is trained, from weights or from scratch."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from ds_train.config.base import Section
+
+
+class ModelSection(Section):
+    """The model: `path` loads weights (hub id or local folder), `arch` builds one from scratch.
+
+    Keys that are not listed here are keys of the model's own transformers config
+    (`hidden_size`, `num_hidden_layers`, `rope_parameters` ...). They are checked against that config class.
+    """
+
+    path: str | None = None
+    """Hub id or local folder of a pretrained model. Exactly one of `path` and `arch` is given."""
+
+    revision: str | None = None
+    """Branch, tag or commit on the hub. None takes the default branch."""
+
+    arch: str | None = None
+    """transformers `model_type` (llama, qwen3, bert ...) of a model that starts from random weights."""
+
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"] = "auto"
+    """Attention implementation. `auto` takes sdpa where the family has it, else what transformers chooses."""
+
+    trust_remote_code: bool = False
+    """Run modelling code that comes with a hub model. Only for authors that you trust."""
+
+    activation_checkpointing: bool = False
+    """Recompute each layer's activations in the backward pass: less memory, about a third more time."""
+
+    compile: bool = False
+    """Compile the decoder layers with torch.compile. Pays on long runs; the first step waits for the compiler."""
+
+    config: dict[str, Any] = Field(default_factory=dict)
+    """Keys of the transformers config. May be written here or directly under `model`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gather_config_keys(cls, raw: Any) -> Any:
+        if not isinstance(raw, dict):
+            return raw
+        own = {key: value for key, value in raw.items() if key in cls.model_fields}
+        extra = {key: value for key, value in raw.items() if key not in cls.model_fields}
+        if extra and isinstance(own.get("config", {}), dict):
+            own["config"] = {**own.get("config", {}), **extra}
+        return own
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> ModelSection:
+        if (self.path is None) == (self.arch is None):
+            raise ValueError(
+                "give exactly one of `model.path` (pretrained weights) and `model.arch` (random weights)"
+            )
+        return self

@@ -1,0 +1,56 @@
+"""`parallel`: how model states and work are spread over ranks."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from ds_train.config.base import Section
+from ds_train.config.batch import Auto
+
+
+class ParallelSection(Section):
+    """ZeRO data parallelism, offload and communication. Data ranks follow from the number of ranks started."""
+
+    ranks: int | Auto = "auto"
+    """Ranks that the recipe is made for; a launch with another number is refused. `auto` takes any number."""
+
+    pipeline: int = Field(default=1, ge=1)
+    """Pipeline stages."""
+
+    tensor: int = Field(default=1, ge=1)
+    """Tensor-parallel ranks."""
+
+    sequence: int = Field(default=1, ge=1)
+    """Sequence-parallel ranks."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """ZeRO stage (arXiv 1910.02054): 1 shards optimizer states, 2 gradients too, 3 parameters too."""
+
+    offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
+    """Where optimizer states and master weights live when not on the device. Needs zero_stage 1 or more; nvme needs 3."""
+
+    offload_params: Literal["none", "cpu", "nvme"] = "none"
+    """Where parameters live between uses. Needs zero_stage 3."""
+
+    nvme_path: str | None = None
+    """Folder on a fast local disk for nvme offload."""
+
+    pin_memory: bool = True
+    """Page-lock offloaded memory, for faster copies to the device. Without a device it does nothing."""
+
+    overlap_communication: bool | Auto = "auto"
+    """Reduce gradients while the backward pass goes on. `auto`: on where there is more than one device with streams."""
+
+    bucket_elements: int | Auto = "auto"
+    """Elements per reduce and all-gather bucket. `auto` follows the size of the model."""
+
+    quantized_weights: bool = False
+    """ZeRO++ (arXiv 2306.10209): int8 weights in the all-gather of stage 3."""
+
+    quantized_gradients: bool = False
+    """ZeRO++: int4 gradients in the reduce-scatter of stage 3."""
+
+    secondary_partition: int = Field(default=1, ge=1)
+    """ZeRO++: ranks that keep a second full copy of the weights among them (the devices of one host)."""

@@ -1,0 +1,47 @@
+"""`track`: what is measured, how often, and where it is shown."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from ds_train.config.base import Section
+from ds_train.config.batch import Auto
+
+
+class TrackSection(Section):
+    """RUN/metrics.jsonl is always written; the rest is a choice."""
+
+    log_every_steps: int = Field(default=1, ge=1)
+    """Write a metrics line every this many steps."""
+
+    eval_every_steps: int | None = Field(default=None, ge=1)
+    """Evaluate on held-out samples every this many steps, and at the end. None evaluates at the end only."""
+
+    eval_samples: int = Field(default=256, ge=1)
+    """Held-out samples per evaluation; fewer where there are fewer."""
+
+    progress: bool | Auto = "auto"
+    """Progress bar on rank 0. `auto`: on a terminal; otherwise a line every so often."""
+
+    wandb: Literal["off", "offline", "online"] = "off"
+    """Weights & Biases: `offline` writes a run that `wandb sync` uploads later."""
+
+    wandb_project: str = "ds_train"
+    """Project of the wandb run."""
+
+    wandb_entity: str | None = None
+    """Team or user of the wandb run. None takes the account's default."""
+
+    tags: tuple[str, ...] = ()
+    """Tags of the wandb run."""
+
+    peak_tflops: float | Auto = Field(default="auto")
+    """Peak TFLOP/s of one rank, the denominator of MFU. `auto` measures a matrix product in the run's dtype."""
+
+    sample_prompt: str | None = None
+    """`causal-lm`: text that the exported model continues at the end of the run. None generates nothing."""
+
+    sample_tokens: int = Field(default=64, ge=1)
+    """Tokens of that sample."""

@@ -1,0 +1,53 @@
+"""What a user did wrong, said in one form: dotted key, value, reason, nearest fix."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+EXIT_CODE = 2
+"""Exit code of every command that ends because of the user's input."""
+
+_NO_VALUE = object()
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong with what the user gave.
+
+    `key` is the dotted recipe key (or a path, a host, an argument); `value` is what stands there,
+    left out where there is none; `reason` says why it can't be; `fix` says what to do.
+    """
+
+    key: str
+    reason: str
+    fix: str = ""
+    value: Any = _NO_VALUE
+
+    def __str__(self) -> str:
+        head = self.key if self.value is _NO_VALUE else f"{self.key}={_shown(self.value)}"
+        tail = f" Fix: {self.fix}." if self.fix else ""
+        return f"{head}: {self.reason.rstrip('.')}.{tail}"
+
+
+class UserError(Exception):
+    """The input can't be worked with. Printed without a traceback; the process exits with code 2."""
+
+    def __init__(self, problems: Problem | Iterable[Problem]) -> None:
+        self.problems = [problems] if isinstance(problems, Problem) else list(problems)
+        super().__init__("\n".join(str(problem) for problem in self.problems))
+
+    def __reduce__(self) -> tuple[type[UserError], tuple[list[Problem]]]:
+        # Exceptions travel between ranks by pickle, which would rebuild this one from its text.
+        return UserError, (self.problems,)
+
+
+def user_error(key: str, reason: str, fix: str = "", value: Any = _NO_VALUE) -> UserError:
+    """A `UserError` of one problem."""
+    return UserError(Problem(key, reason, fix, value))
+
+
+def _shown(value: Any) -> str:
+    text = repr(value) if isinstance(value, str) and (not value or " " in value) else str(value)
+    return text if len(text) <= 80 else text[:77] + "..."
