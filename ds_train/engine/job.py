@@ -1,0 +1,235 @@
+"""A whole run on one rank: recipe, plan, data, model, steps, checkpoints, export."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ds_train.config import RunConfig, dump, load
+from ds_train.engine.ranks import RankInfo, barrier, meet, on_main_first, rank_info, run_to_exit_code
+from ds_train.errors import user_error
+from ds_train.plan.make import RunPlan, make_plan
+from ds_train.plan.topology import Cluster
+
+if TYPE_CHECKING:
+    from ds_train.checkpoint.native import TrainState
+    from ds_train.engine.build import Assembly
+    from ds_train.engine.loop import EvalResult, StepResult
+    from ds_train.track.tracker import Tracker
+
+
+def run_job(recipe: str, overrides: Sequence[str]) -> int:
+    """Train `recipe` on this rank of the launch; returns the exit code (0, or 2 for the user's error)."""
+    info = rank_info()
+    return run_to_exit_code(info, lambda: train(load(recipe, overrides), info))
+
+
+def train(run: RunConfig, info: RankInfo) -> None:
+    """Train `run` on this rank of the launch, from the plan to the export. Collective."""
+    plan = make_plan(run, Cluster(ranks=info.ranks, ranks_per_host=info.ranks_per_host, device=info.device))
+    folder = Path(run.run_root).expanduser() / run.name
+    if info.is_main:
+        for note in plan.notes:
+            print(note, flush=True)
+    # Below this line torch is imported; everything above answers in well under a second.
+    meet(info)
+    _quiet_libraries()
+    on_main_first(info, lambda: _make_run_folder(folder, run, plan))
+    prepared, tokenizer = _prepare_data(run, info)
+
+    from ds_train.checkpoint import hf, native
+    from ds_train.checkpoint.manifest import sha256
+    from ds_train.engine.build import assemble
+    from ds_train.schedule.learning_rate import plan_length
+    from ds_train.track.tracker import Tracker
+
+    layout = _layout_record(plan)
+    fingerprint = sha256(prepared / "manifest.json")
+    resumed = on_main_first(info, lambda: _find_checkpoint(run, folder, layout, fingerprint))
+    parts = assemble(run, plan, info, tokenizer, prepared)
+    steps = plan_length(
+        run.schedule,
+        run.batch.global_samples * run.data.sequence_length,
+        parts.data.samples_per_epoch,
+        run.batch.global_samples,
+    )
+    done = 0
+    state: TrainState | None = None
+    if resumed is not None:
+        native.load(parts.engine, resumed)
+        state = native.read_state(resumed)
+        done = state.step
+    tracker = Tracker(run, plan.to_dict(), folder, info.is_main, state.wandb_id if state else None, steps, done)
+    exit_code = 1
+    try:
+        if resumed is not None:
+            tracker.note(f"continuing {resumed} after step {done}")
+        session = _Session(run, plan, info, parts, tracker, folder, layout, fingerprint)
+        session.train(done, steps)
+        if run.checkpoint.export:
+            hf.export(parts.model, tokenizer, folder / "export", info.rank)
+            barrier()
+        exit_code = 0
+    finally:
+        tracker.close(exit_code)
+    if info.is_main:
+        _farewell(run, folder)
+
+
+class _Session:
+    """The steps of one run with what happens between them: metrics, evaluation, checkpoints."""
+
+    def __init__(
+        self,
+        run: RunConfig,
+        plan: RunPlan,
+        info: RankInfo,
+        parts: Assembly,
+        tracker: Tracker,
+        folder: Path,
+        layout: dict[str, Any],
+        fingerprint: str,
+    ) -> None:
+        self.run, self.plan, self.info, self.parts, self.tracker = run, plan, info, parts, tracker
+        self.folder, self.layout, self.fingerprint = folder, layout, fingerprint
+        self.rate = _Throughput(run, parts, info)
+
+    def train(self, done: int, steps: int) -> None:
+        """Steps `done` + 1 to `steps`, each followed by what is due after it."""
+        from ds_train.engine.loop import due, evaluate, train_steps
+
+        run = self.run
+        for result in train_steps(run, self.plan, self.info, self.parts, done, steps):
+            last = result.step == steps
+            self.rate.add(result)
+            if last or due(run.track.log_every_steps, result.step):
+                self.tracker.log(self._record(result), result.step)
+            if last or due(run.track.eval_every_steps, result.step):
+                self._log_evaluation(evaluate(run, self.parts, result.step), result.tokens)
+            if (last and run.checkpoint.save_final) or due(run.checkpoint.every_steps, result.step):
+                self._save(result)
+
+    def _record(self, result: StepResult) -> dict[str, Any]:
+        from ds_train.track.memory import memory
+
+        return {"kind": "train", **asdict(result), **self.rate.take(), **memory(self.info.device)}
+
+    def _log_evaluation(self, scores: EvalResult | None, tokens: int) -> None:
+        if scores is not None:
+            record = {"kind": "eval", **asdict(scores), "perplexity": scores.perplexity, "tokens": tokens}
+            self.tracker.log(record, scores.step)
+
+    def _save(self, result: StepResult) -> None:
+        from ds_train.checkpoint import native
+
+        state = native.TrainState(
+            step=result.step,
+            tokens=result.tokens,
+            recipe=self.run.model_dump(mode="json"),
+            layout=self.layout,
+            versions={name: version(name) for name in ("ds_train", "torch", "deepspeed", "transformers")},
+            data_fingerprint=self.fingerprint,
+            wandb_id=self.tracker.wandb_id,
+        )
+        keep = self.run.checkpoint.keep_last
+        path = native.save(self.parts.engine, self.folder / "checkpoints", state, keep, self.info.rank, barrier)
+        self.tracker.note(f"saved {path}")
+
+
+class _Throughput:
+    """Tokens per second and MFU since the last metrics line."""
+
+    def __init__(self, run: RunConfig, parts: Assembly, info: RankInfo) -> None:
+        from ds_train.track.flops import flops_per_token
+        from ds_train.track.peak import measure_peak_flops
+
+        self._flops_per_token = flops_per_token(parts.model.config, run.data.sequence_length)
+        peak = run.track.peak_tflops
+        rank_peak = measure_peak_flops(parts.model.dtype, parts.engine.device) if peak == "auto" else peak * 1e12
+        self._peak_flops = rank_peak * info.ranks
+        self._tokens, self._seconds = 0, 0.0
+
+    def add(self, result: StepResult) -> None:
+        self._tokens += result.real_tokens
+        self._seconds += result.seconds
+
+    def take(self) -> dict[str, float]:
+        from ds_train.track.flops import mfu
+
+        rate = self._tokens / self._seconds if self._seconds else 0.0
+        self._tokens, self._seconds = 0, 0.0
+        return {"tokens_per_second": rate, "mfu": mfu(rate, self._flops_per_token, self._peak_flops)}
+
+
+def _make_run_folder(folder: Path, run: RunConfig, plan: RunPlan) -> None:
+    from ds_train.checkpoint.manifest import write_json, write_text
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / "recipe.yaml", dump(run))
+        write_json(folder / "plan.json", plan.to_dict())
+        write_json(folder / "deepspeed.json", plan.deepspeed_json)
+    except OSError as error:
+        raise user_error(
+            "run_root", f"the run folder can't be written: {error}", "choose a folder that you may write to", str(folder)
+        ) from error
+
+
+def _prepare_data(run: RunConfig, info: RankInfo) -> tuple[Path, Any]:
+    from ds_train.data.prepare import prepare
+    from ds_train.data.tokenizer import load_tokenizer
+
+    prepared = on_main_first(info, lambda: prepare(run, progress=sys.stderr.isatty()))
+    return prepared, load_tokenizer(run)
+
+
+def _find_checkpoint(run: RunConfig, folder: Path, layout: dict[str, Any], fingerprint: str) -> Path | None:
+    from ds_train.checkpoint import native
+
+    path = native.find(folder / "checkpoints", run.checkpoint.resume, lambda text: print(text, flush=True))
+    if path is not None:
+        native.check_resumable(native.read_state(path), run.model_dump(mode="json"), layout, fingerprint)
+    return path
+
+
+def _layout_record(plan: RunPlan) -> dict[str, Any]:
+    """What must be equal for DeepSpeed's shards to be loaded."""
+    return {
+        "ranks": plan.layout.ranks,
+        "parallel.zero_stage": plan.zero_stage,
+        "parallel.offload_optimizer": "offload_optimizer" in plan.deepspeed_json["zero_optimization"],
+    }
+
+
+def _quiet_libraries() -> None:
+    import datasets
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.utils.logging.set_verbosity_error()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
+
+def _farewell(run: RunConfig, folder: Path) -> None:
+    """Say where everything lies; let the exported model speak where the recipe asks for a sample."""
+    if run.checkpoint.export and run.task.kind == "causal-lm" and run.track.sample_prompt is not None:
+        from ds_train.checkpoint.hf import generate_sample
+
+        sample = generate_sample(folder / "export", run.track.sample_prompt, run.track.sample_tokens)
+        print(f"\nsample of the exported model:\n{sample}\n")
+    places = {
+        "metrics": folder / "metrics.jsonl",
+        "recipe and plan": folder / "recipe.yaml",
+        "checkpoints": folder / "checkpoints",
+        "transformers model": folder / "export",
+    }
+    for what, path in places.items():
+        if path.exists():
+            print(f"{what + ':':20} {path.resolve()}")
+    sys.stdout.flush()

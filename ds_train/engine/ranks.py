@@ -1,0 +1,130 @@
+"""This process as one rank among many: who it is, how ranks meet, and how they end together."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from ds_train.errors import EXIT_CODE, UserError
+
+if TYPE_CHECKING:
+    import torch
+
+Result = TypeVar("Result")
+
+MEETING_TIMEOUT = timedelta(hours=4)
+"""How long ranks wait for one another: rank 0 may be tokenizing the data while the others wait."""
+
+_FAREWELL_S = 20.0
+"""How long a rank with nothing to say waits for rank 0 to say it, before it ends by itself."""
+
+
+@dataclass(frozen=True)
+class RankInfo:
+    """Place of this process in the launch, from the variables that the launcher sets."""
+
+    rank: int
+    ranks: int
+    local_rank: int
+    ranks_per_host: int
+    device: str
+
+    @property
+    def is_main(self) -> bool:
+        """Rank 0 speaks, writes and decides."""
+        return self.rank == 0
+
+
+def rank_info() -> RankInfo:
+    """This process's place. Outside of a launcher it is the only rank. Imports no torch."""
+    env = os.environ
+    ranks = int(env.get("WORLD_SIZE", 1))
+    return RankInfo(
+        rank=int(env.get("RANK", 0)),
+        ranks=ranks,
+        local_rank=int(env.get("LOCAL_RANK", 0)),
+        ranks_per_host=int(env.get("LOCAL_SIZE", ranks)),
+        device=env.get("DS_ACCELERATOR") or ("cuda" if Path("/dev/nvidiactl").exists() else "cpu"),
+    )
+
+
+def meet(info: RankInfo) -> None:
+    """Initialise torch.distributed through DeepSpeed, quietly and without compiling anything."""
+    os.environ["DS_ACCELERATOR"] = info.device
+    for key, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
+        os.environ.setdefault(key, value)
+    if info.ranks == 1:
+        os.environ.setdefault("MASTER_PORT", "0")  # nobody else needs to know the port
+    import deepspeed
+    from deepspeed.ops.op_builder.cpu.comm import ShareMemCommBuilder
+    from deepspeed.utils import logger
+
+    logger.setLevel("ERROR")
+    # Its CPU collectives over shared memory take over a minute to compile and leave 66 MB a rank in /dev/shm.
+    deepspeed.ops.__compatible_ops__[ShareMemCommBuilder.NAME] = False
+    deepspeed.init_distributed(timeout=MEETING_TIMEOUT, verbose=False)
+
+
+def leave() -> None:
+    """Take torch.distributed down; without it the interpreter's exit aborts now and then."""
+    import torch
+
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def barrier() -> None:
+    """Wait until every rank is here."""
+    import torch
+
+    torch.distributed.barrier()
+
+
+def all_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum of `tensor` over all ranks, in place."""
+    import torch
+
+    torch.distributed.all_reduce(tensor)
+    return tensor
+
+
+def on_main_first(info: RankInfo, work: Callable[[], Result]) -> Result:
+    """Run `work` on rank 0, then hand its result, or its `UserError`, to every rank. The result must pickle."""
+    import torch
+
+    box: list[Any] = [None, None]
+    if info.is_main:
+        try:
+            box[0] = work()
+        except UserError as error:
+            box[1] = error
+    torch.distributed.broadcast_object_list(box, src=0)
+    if box[1] is not None:
+        raise box[1]
+    return box[0]
+
+
+def run_to_exit_code(info: RankInfo, body: Callable[[], None]) -> int:
+    """Run `body`; a `UserError` is printed by rank 0 alone, one line per problem, and gives exit code 2.
+
+    The launcher kills every rank as soon as one ends badly, so ranks that have nothing to say wait for rank 0's words.
+    """
+    try:
+        body()
+    except UserError as error:
+        if info.is_main:
+            for problem in error.problems:
+                print(f"error: {problem}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(_FAREWELL_S)
+        return EXIT_CODE
+    finally:
+        if "torch" in sys.modules:
+            leave()
+    return 0

@@ -1,0 +1,224 @@
+"""A recipe -> a transformers model, from weights or from scratch, the same at every ZeRO stage.
+
+Weights that start at random are drawn module by module, each from a seed made of the run's seed and the
+module's name. So they don't depend on the number of ranks, on the stage, or on which other modules a rank holds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.initialization import no_init_weights
+from transformers.integrations.deepspeed import HfDeepSpeedConfig, prevent_arange_dtype_change
+
+from ds_train.config import RunConfig
+from ds_train.errors import UserError, user_error
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+_AUTO_CLASSES = {
+    "causal-lm": transformers.AutoModelForCausalLM,
+    "masked-lm": transformers.AutoModelForMaskedLM,
+    "sequence-classification": transformers.AutoModelForSequenceClassification,
+}
+
+
+def load_model_config(run: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
+    """The transformers config of the recipe's model, with the vocabulary and special tokens of the tokenizer.
+
+    Raises:
+        UserError: unknown family, a key or value that the family's config refuses, a path that can't be loaded,
+            or a vocabulary smaller than the tokenizer's.
+    """
+    keys = dict(run.model.config)
+    if run.task.kind == "sequence-classification":
+        keys["num_labels"] = run.task.num_labels
+    if run.model.path is None:
+        keys.setdefault("vocab_size", len(tokenizer))
+        keys.update(_special_tokens(tokenizer))
+        config = _config_from_scratch(str(run.model.arch), keys)
+    else:
+        config = _config_of_pretrained(run, keys)
+        # Fine-tuning with padded samples needs to know the padding (GPT-like classifiers look for the last real token).
+        if getattr(config, "pad_token_id", None) is None:
+            config.pad_token_id = tokenizer.pad_token_id
+    config.use_cache = False
+    vocabulary = config.get_text_config().vocab_size
+    if vocabulary < len(tokenizer):
+        raise user_error(
+            "model.vocab_size",
+            f"vocabulary mismatch: the tokenizer has {len(tokenizer)} tokens",
+            f"set model.vocab_size to {len(tokenizer)} or more, or data.tokenizer to the model's own",
+            vocabulary,
+        )
+    return config
+
+
+def build_model(
+    run: RunConfig, config: PreTrainedConfig, deepspeed_json: dict[str, Any], zero_stage: int
+) -> PreTrainedModel:
+    """The model in the run's dtype, on the CPU (stages 0-2) or already partitioned over ranks (stage 3).
+
+    torch.distributed must be initialised for stage 3; no rank then ever holds more than one module's weights.
+    """
+    dtype = DTYPES[run.precision.dtype]
+    attention = None if run.model.attention == "auto" else run.model.attention
+    auto_class: Any = _AUTO_CLASSES[run.task.kind]
+    try:
+        if run.model.path is None:
+            model = _random_model(auto_class, config, dtype, attention, deepspeed_json if zero_stage == 3 else None)
+            initialize_weights(model, run.seed)
+        else:
+            model = _pretrained_model(run, auto_class, config, dtype, attention, deepspeed_json, zero_stage)
+    except (ValueError, ImportError) as error:
+        raise user_error("model", _first_line(error), "see the model's page in the transformers documentation") from error
+    if run.model.activation_checkpointing:
+        if not model.supports_gradient_checkpointing:
+            raise user_error("model.activation_checkpointing", f"{type(model).__name__} has no support for it", "set false")
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    return model
+
+
+def initialize_weights(model: PreTrainedModel, seed: int, only: set[str] | None = None) -> None:
+    """Draw the weights of `model` with its family's own rules, each module from its own seed.
+
+    `only` names the modules that are drawn; None draws all. Partitioned parameters (ZeRO-3) are gathered a module
+    at a time. Source of the walk: transformers' `PreTrainedModel.initialize_weights`.
+    """
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        for name, owner, module in _post_order(model, "", model):
+            if only is not None and name not in only:
+                continue
+            torch.manual_seed(fold_seed(seed, name))
+            # `_init_weights` may also write to its direct children's parameters.
+            parameters = [*module.parameters(recurse=False)]
+            for child in module.children():
+                if not isinstance(child, PreTrainedModel):
+                    parameters.extend(child.parameters(recurse=False))
+            with gathered(parameters, modify=True):
+                owner._init_weights(module)
+    model.tie_weights()
+
+
+def fold_seed(*parts: int | str) -> int:
+    """A 63-bit seed from any parts, the same on every machine."""
+    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+@contextlib.contextmanager
+def gathered(parameters: list[nn.Parameter], modify: bool = False) -> Iterator[None]:
+    """Whole parameters inside the block, also where ZeRO-3 has partitioned them; `modify` keeps rank 0's edits."""
+    partitioned = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    if not partitioned:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(partitioned, modifier_rank=0 if modify else None):
+        yield
+
+
+def _post_order(
+    module: nn.Module, name: str, owner: PreTrainedModel
+) -> Iterator[tuple[str, PreTrainedModel, nn.Module]]:
+    """(name, the model whose rules apply, module), children before parents."""
+    for child_name, child in module.named_children():
+        child_owner = child if isinstance(child, PreTrainedModel) else owner
+        yield from _post_order(child, f"{name}.{child_name}" if name else child_name, child_owner)
+    yield name, owner, module
+
+
+def _random_model(
+    auto_class: Any, config: PreTrainedConfig, dtype: torch.dtype, attention: str | None, zero3_json: dict[str, Any] | None
+) -> PreTrainedModel:
+    options = {"dtype": dtype} | ({"attn_implementation": attention} if attention else {})
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(no_init_weights())
+        if zero3_json is not None:
+            import deepspeed
+
+            stack.enter_context(prevent_arange_dtype_change())
+            stack.enter_context(deepspeed.zero.Init(config_dict_or_path=zero3_json, dtype=dtype))
+        return auto_class.from_config(config, **options)
+
+
+def _pretrained_model(
+    run: RunConfig,
+    auto_class: Any,
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    attention: str | None,
+    deepspeed_json: dict[str, Any],
+    zero_stage: int,
+) -> PreTrainedModel:
+    # transformers partitions while it loads only if such an object is alive (deepspeed-rules: silent otherwise).
+    alive = HfDeepSpeedConfig(deepspeed_json) if zero_stage == 3 else None
+    options = {"attn_implementation": attention} if attention else {}
+    try:
+        model, info = auto_class.from_pretrained(
+            run.model.path,
+            config=config,
+            dtype=dtype,
+            revision=run.model.revision or "main",
+            trust_remote_code=run.model.trust_remote_code,
+            output_loading_info=True,
+            **options,
+        )
+    except OSError as error:
+        raise _cannot_load(run, error) from error
+    finally:
+        del alive
+    missing = {key.rpartition(".")[0] for key in info["missing_keys"]}
+    if missing:
+        # A new head, say: drawn again from its own seed, so that it is the same at every stage.
+        for name in missing:
+            for parameter in model.get_submodule(name).parameters(recurse=False):
+                parameter._is_hf_initialized = False  # type: ignore[attr-defined]
+        initialize_weights(model, run.seed, only=missing)
+    return model
+
+
+def _config_from_scratch(arch: str, keys: dict[str, Any]) -> PreTrainedConfig:
+    try:
+        return transformers.AutoConfig.for_model(arch, **keys)
+    except UserError:
+        raise
+    except Exception as error:  # every config class validates in its own way
+        raise user_error("model", f"{arch}: {_first_line(error)}", "correct the key that it names") from error
+
+
+def _config_of_pretrained(run: RunConfig, keys: dict[str, Any]) -> PreTrainedConfig:
+    try:
+        return transformers.AutoConfig.from_pretrained(
+            run.model.path, revision=run.model.revision or "main", trust_remote_code=run.model.trust_remote_code, **keys
+        )
+    except (OSError, ValueError) as error:
+        raise _cannot_load(run, error) from error
+
+
+def _cannot_load(run: RunConfig, error: Exception) -> UserError:
+    return user_error(
+        "model.path",
+        f"no model can be loaded from there ({_first_line(error)})",
+        "give a local folder with config.json and weights, or a hub id on a machine that reaches the hub",
+        run.model.path,
+    )
+
+
+def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int | None]:
+    names = ("pad_token_id", "bos_token_id", "eos_token_id")
+    return {name: getattr(tokenizer, name) for name in names}
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[0].strip() if lines else type(error).__name__

@@ -1,0 +1,93 @@
+"""Cross-entropy from hidden states and head weights, without ever holding the logits of the whole micro-batch.
+
+Shapes: N tokens, D hidden, V vocabulary, C tokens of a chunk.
+The gradient is computed in the forward pass, chunk by chunk, as in Liger's fused linear cross-entropy
+(arXiv 2410.10989): a chunk's logits are turned into their own gradient and thrown away.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+IGNORE_INDEX = -100
+"""Label of a position that is not predicted (torch's and transformers' convention)."""
+
+CHUNK_LOGITS = 4 * 2**20
+"""Logits held at once: 16 MB in fp32."""
+
+
+def linear_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, labels_N: Tensor) -> Tensor:
+    """Summed cross-entropy (scalar, fp32) of `hidden @ weight.T + bias` against labels; IGNORE_INDEX is left out."""
+    return _LinearCrossEntropy.apply(hidden_ND, weight_VD, bias_V, labels_N)
+
+
+def cross_entropy_sum(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
+    """Summed cross-entropy (scalar, fp32) of logits of any dtype; IGNORE_INDEX is left out."""
+    return functional.cross_entropy(logits_NV.float(), labels_N, ignore_index=IGNORE_INDEX, reduction="sum")
+
+
+def score_tokens(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, labels_N: Tensor) -> tuple[Tensor, Tensor]:
+    """(summed cross-entropy, correctly predicted labels), both scalars in fp32, without a gradient."""
+    loss = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
+    correct = torch.zeros_like(loss)
+    for chunk in _chunks(hidden_ND, weight_VD, labels_N):
+        logits_CV = functional.linear(hidden_ND[chunk], weight_VD, bias_V).float()
+        loss += cross_entropy_sum(logits_CV, labels_N[chunk])
+        correct += (logits_CV.argmax(-1) == labels_N[chunk]).sum()
+    return loss, correct
+
+
+def _chunks(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor) -> list[slice]:
+    tokens = labels_N.numel()
+    if hidden_ND.shape[0] != tokens:
+        raise ValueError(f"{hidden_ND.shape[0]} hidden states but {tokens} labels")
+    size = max(1, CHUNK_LOGITS // weight_VD.shape[0])
+    return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, labels_N: Tensor) -> Tensor:
+        needs_hidden, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        loss = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
+        grad_hidden = torch.empty_like(hidden_ND) if needs_hidden else None
+        # fp32, so that the sum over chunks is not rounded to 16 bits at each of them.
+        grad_weight = torch.zeros_like(weight_VD, dtype=torch.float32) if needs_weight else None
+        grad_bias = torch.zeros_like(bias_V, dtype=torch.float32) if needs_bias and bias_V is not None else None
+        for chunk in _chunks(hidden_ND, weight_VD, labels_N):
+            hidden_CD, labels_C = hidden_ND[chunk], labels_N[chunk]
+            # log p in place of the logits, then p - onehot in place of log p: one fp32 buffer per chunk.
+            logp_CV = torch.log_softmax(functional.linear(hidden_CD, weight_VD, bias_V), -1, dtype=torch.float32)
+            loss += functional.nll_loss(logp_CV, labels_C, ignore_index=IGNORE_INDEX, reduction="sum")
+            if not (needs_hidden or needs_weight or needs_bias):
+                continue
+            kept_C1 = (labels_C != IGNORE_INDEX).unsqueeze(-1)
+            grad_CV = logp_CV.exp_()
+            grad_CV.scatter_add_(1, labels_C.clamp(min=0).unsqueeze(-1), -torch.ones_like(kept_C1, dtype=grad_CV.dtype))
+            if not bool(kept_C1.all()):
+                grad_CV.mul_(kept_C1)
+            if grad_bias is not None:
+                grad_bias += grad_CV.sum(0)
+            grad_CV = grad_CV.to(hidden_ND.dtype)
+            if grad_hidden is not None:
+                torch.mm(grad_CV, weight_VD, out=grad_hidden[chunk])
+            if grad_weight is not None:
+                if grad_weight.dtype == grad_CV.dtype:
+                    grad_weight.addmm_(grad_CV.t(), hidden_CD)
+                else:
+                    grad_weight += grad_CV.t() @ hidden_CD
+        ctx.save_for_backward(
+            grad_hidden,
+            None if grad_weight is None else grad_weight.to(weight_VD.dtype),
+            None if grad_bias is None or bias_V is None else grad_bias.to(bias_V.dtype),
+        )
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        hidden, weight, bias = (None if grad is None else grad * upstream[0].to(grad.dtype) for grad in ctx.saved_tensors)
+        return hidden, weight, bias, None

@@ -1,0 +1,53 @@
+"""Does a model keep the documents of a packed window apart? Asked of the model itself before training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ds_train.errors import user_error
+
+
+@torch.no_grad()
+def check_packing(forward: Callable[..., Any], vocabulary: int, family: str, device: torch.device | str = "cpu") -> None:
+    """Run one window of two documents and compare the second with the same document alone.
+
+    `forward` is the causal model in evaluation mode. Another first document must leave the second one's logits
+    exactly as they are, and they must equal those of the document by itself up to rounding.
+
+    Raises:
+        UserError: the family's code ignores `position_ids`, or lets documents see each other.
+    """
+    first, second = 5, 7
+    tokens_T = torch.arange(first + second, device=device) * 37 % vocabulary
+    positions_T = torch.cat([torch.arange(first, device=device), torch.arange(second, device=device)])
+    other_T = tokens_T.clone()
+    other_T[:first] = (other_T[:first] + 11) % vocabulary
+
+    def logits(tokens: Tensor, positions: Tensor) -> Tensor:
+        try:
+            output = forward(input_ids=tokens[None], position_ids=positions[None])
+        except TypeError as error:  # no such argument
+            raise _refused(family, "its forward takes no position ids") from error
+        return output.logits[0, -second:].float()
+
+    packed = logits(tokens_T, positions_T)
+    if not torch.equal(packed, logits(other_T, positions_T)):
+        raise _refused(family, "its attention crosses from one document into the next")
+    alone = logits(tokens_T[first:], positions_T[first:])
+    rounding = 1e-4 if next_dtype(packed, forward) == torch.float32 else 5e-2
+    if not torch.allclose(packed, alone, rtol=rounding, atol=rounding * float(alone.abs().max())):
+        raise _refused(family, "it ignores restarting position ids")
+
+
+def next_dtype(fallback: Tensor, forward: Any) -> torch.dtype:
+    """Dtype of the model's weights; of `fallback` where `forward` is a plain function."""
+    parameters = getattr(forward, "parameters", None)
+    return next(parameters()).dtype if parameters is not None else fallback.dtype
+
+
+def _refused(family: str, reason: str) -> Exception:
+    return user_error("data.packing", f"{family} can't train on packed windows: {reason}", "set data.packing: false", True)

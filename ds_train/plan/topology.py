@@ -1,0 +1,48 @@
+"""Ranks as a grid: how many there are, and where each one stands."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """The ranks that a launch starts: their number, how many share a host, and the kind of device."""
+
+    ranks: int
+    ranks_per_host: int
+    device: str
+
+
+class Coordinates(NamedTuple):
+    """A rank's place on each axis, counted from 0."""
+
+    pipe: int
+    data: int
+    sequence: int
+    tensor: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Degrees of parallelism. Neighbouring ranks differ in tensor first, then sequence, data, pipe."""
+
+    pipe: int
+    data: int
+    sequence: int
+    tensor: int
+
+    @property
+    def ranks(self) -> int:
+        """Ranks of the whole grid."""
+        return self.pipe * self.data * self.sequence * self.tensor
+
+    def coordinates(self, rank: int) -> Coordinates:
+        """Place of `rank` (0 to ranks - 1) in the grid."""
+        if not 0 <= rank < self.ranks:
+            raise ValueError(f"rank {rank} is outside of a layout of {self.ranks} ranks")
+        rest, tensor = divmod(rank, self.tensor)
+        rest, sequence = divmod(rest, self.sequence)
+        pipe, data = divmod(rest, self.data)
+        return Coordinates(pipe, data, sequence, tensor)

@@ -1,0 +1,22 @@
+"""Runs several recipes one after the other in one set of ranks: `train_many.py RECIPE [RECIPE ...]`."""
+
+from __future__ import annotations
+
+import sys
+
+from ds_train.config import load
+from ds_train.engine import job, ranks
+
+
+def main() -> int:
+    info = ranks.rank_info()
+
+    def body() -> None:
+        for recipe in sys.argv[1:]:
+            job.train(load(recipe), info)
+
+    return ranks.run_to_exit_code(info, body)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,97 @@
+"""Loading: seeded weights, vocabulary, errors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from ds_train.config import RunConfig, parse
+from ds_train.data.tokenizer import load_tokenizer
+from ds_train.errors import UserError
+from ds_train.models.load import build_model, initialize_weights, load_model_config
+
+
+def recipe(*overrides: str) -> RunConfig:
+    return parse(
+        "model: {arch: llama, hidden_size: 32, intermediate_size: 48, num_hidden_layers: 3, num_attention_heads: 4}\n"
+        "precision: {dtype: fp32}\nschedule: {steps: 1}",
+        overrides,
+    )
+
+
+def build(run: RunConfig) -> torch.nn.Module:
+    return build_model(run, load_model_config(run, load_tokenizer(run)), {}, 0)
+
+
+def test_weights_follow_the_seed_and_nothing_else() -> None:
+    torch.manual_seed(1)
+    first = build(recipe()).state_dict()
+    torch.manual_seed(2)
+    second = build(recipe()).state_dict()
+    other = build(recipe("seed=2")).state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not torch.equal(first["lm_head.weight"], other["lm_head.weight"])
+
+
+def test_a_module_has_the_same_weights_whatever_else_there_is() -> None:
+    """Two layers of a three-layer model are those of a two-layer model: what a pipeline stage relies on."""
+    three, two = build(recipe()).state_dict(), build(recipe("model.num_hidden_layers=2")).state_dict()
+    assert all(torch.equal(three[name], weight) for name, weight in two.items())
+
+
+def test_weights_have_the_distribution_of_the_family() -> None:
+    state = build(recipe("model.initializer_range=0.05", "model.hidden_size=128")).state_dict()
+    assert state["model.layers.1.mlp.up_proj.weight"].std().item() == pytest.approx(0.05, rel=0.05)
+    assert (state["model.norm.weight"] == 1).all()
+    layers = [state[f"model.layers.{i}.self_attn.q_proj.weight"] for i in range(3)]
+    assert not torch.equal(layers[0], layers[1])
+
+
+def test_initialisation_leaves_the_global_generator_alone() -> None:
+    model = build(recipe())
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    initialize_weights(model, 1)  # type: ignore[arg-type]
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_a_pretrained_folder_loads_and_its_new_head_follows_the_seed(tmp_path: Path) -> None:
+    folder = str(tmp_path / "llama")
+    source = build(recipe())
+    source.save_pretrained(folder)  # type: ignore[operator]
+    load_tokenizer(recipe()).save_pretrained(folder)
+    run = parse(
+        f"model: {{path: {folder}}}\ntask: {{kind: sequence-classification, num_labels: 5}}\n"
+        "data: {source: tsv, path: x, packing: false, tokenizer: model}\nprecision: {dtype: fp32}\nschedule: {steps: 1}"
+    )
+    torch.manual_seed(1)
+    first = build(run).state_dict()
+    torch.manual_seed(2)
+    second = build(run).state_dict()
+    assert torch.equal(first["model.norm.weight"], source.state_dict()["model.norm.weight"])
+    assert first["score.weight"].shape == (5, 32)
+    assert torch.equal(first["score.weight"], second["score.weight"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("model.vocab_size=100",), r"model.vocab_size=100: vocabulary mismatch.*Fix: set model.vocab_size to 2\d\d"),
+        (("model.num_attention_heads=5",), r"model: llama: .*hidden size \(32\)"),
+        (("model.hidden_act=nope",), r"model"),
+    ],
+)
+def test_what_the_family_refuses_is_one_line(overrides: tuple[str, ...], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        build(recipe(*overrides))
+
+
+def test_an_unreachable_hub_id_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    run = parse("model: {path: nobody/no-such-model}\nschedule: {steps: 1}")
+    with pytest.raises(UserError, match=r"model.path=nobody/no-such-model: no model can be loaded.*local folder") as caught:
+        load_model_config(run, load_tokenizer(recipe()))
+    assert len(str(caught.value).splitlines()) == 1
