@@ -9,6 +9,10 @@ from pydantic import Field
 from ds_train.config.base import Section
 
 
+BYTES_VOCABULARY = 259
+"""Tokens of the embedded tokenizer: 256 bytes, end of text, padding, mask."""
+
+
 class DataSection(Section):
     """Source, tokenizer and sample shape. The order of samples is a pure function of (seed, position)."""
 
@@ -47,8 +51,8 @@ class DataSection(Section):
     """Share of documents that is held out where no validation path or split is given; 0 trains without evaluation."""
 
     tokenizer: str = "bytes"
-    """`bytes` (embedded, vocabulary 257), a hub id or folder, or `model` for the one beside `model.path`.
-    `ds-train prepare` with `train_vocabulary` trains a new one."""
+    """`bytes` (embedded, vocabulary 259), a hub id or folder, or `model` for the one beside `model.path`.
+    Ignored where `train_vocabulary` trains a new one."""
 
     train_vocabulary: int | None = Field(default=None, ge=260)
     """Train a byte-level BPE tokenizer of this vocabulary size on the source, instead of loading one."""

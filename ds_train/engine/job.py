@@ -64,7 +64,8 @@ def train(run: RunConfig, info: RankInfo) -> None:
         native.load(parts.engine, resumed)
         state = native.read_state(resumed)
         done = state.step
-    tracker = Tracker(run, plan.to_dict(), folder, info.is_main, state.wandb_id if state else None, steps, done)
+    wandb_id = state.wandb_id if state else None
+    tracker = Tracker(run, plan.to_dict(), folder, info.is_main, steps, done, wandb_id)
     exit_code = 1
     try:
         if resumed is not None:
@@ -145,10 +146,12 @@ class _Throughput:
     """Tokens per second and MFU since the last metrics line."""
 
     def __init__(self, run: RunConfig, parts: Assembly, info: RankInfo) -> None:
+        from ds_train.models.load import matrix_parameters
         from ds_train.track.flops import flops_per_token
         from ds_train.track.peak import measure_peak_flops
 
-        self._flops_per_token = flops_per_token(parts.model.config, run.data.sequence_length)
+        parameters = matrix_parameters(parts.model)
+        self._flops_per_token = flops_per_token(parts.model.config, parameters, run.data.sequence_length)
         peak = run.track.peak_tflops
         rank_peak = measure_peak_flops(parts.model.dtype, parts.engine.device) if peak == "auto" else peak * 1e12
         self._peak_flops = rank_peak * info.ranks
@@ -181,11 +184,10 @@ def _make_run_folder(folder: Path, run: RunConfig, plan: RunPlan) -> None:
 
 
 def _prepare_data(run: RunConfig, info: RankInfo) -> tuple[Path, Any]:
-    from ds_train.data.prepare import prepare
-    from ds_train.data.tokenizer import load_tokenizer
+    from ds_train.data.prepare import prepare, prepared_tokenizer
 
     prepared = on_main_first(info, lambda: prepare(run, progress=sys.stderr.isatty()))
-    return prepared, load_tokenizer(run)
+    return prepared, prepared_tokenizer(prepared)
 
 
 def _find_checkpoint(run: RunConfig, folder: Path, layout: dict[str, Any], fingerprint: str) -> Path | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -106,6 +107,15 @@ def initialize_weights(model: PreTrainedModel, seed: int, only: set[str] | None 
             with gathered(parameters, modify=True):
                 owner._init_weights(module)
     model.tie_weights()
+
+
+def matrix_parameters(model: PreTrainedModel) -> int:
+    """Parameters that take part in matrix products: all matrices but an input embedding that isn't the head too."""
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
+    tied = head is not None and head.weight is embedding
+    matrices = (parameter for parameter in model.parameters() if parameter is not embedding or tied)
+    shapes = (getattr(parameter, "ds_shape", parameter.shape) for parameter in matrices)
+    return sum(math.prod(shape) for shape in shapes if len(shape) > 1)
 
 
 def fold_seed(*parts: int | str) -> int:

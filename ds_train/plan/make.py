@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ds_train.config import RunConfig
+from ds_train.config.data import BYTES_VOCABULARY
 from ds_train.errors import Problem, UserError
 from ds_train.plan.batch import BatchPlan, plan_batch
 from ds_train.plan.deepspeed_json import deepspeed_json
 from ds_train.plan.deepspeed_keys import check_raw
-from ds_train.plan.model_shape import model_shape
+from ds_train.plan.model_shape import ModelShape, model_shape
 from ds_train.plan.rules import Facts, check
 from ds_train.plan.topology import Cluster, Layout
 
@@ -38,7 +39,7 @@ def make_plan(run: RunConfig, cluster: Cluster) -> RunPlan:
     Raises:
         UserError: with every rule that the recipe breaks.
     """
-    shape = model_shape(run.model)
+    shape = _shape(run)
     parallel = run.parallel
     problems = check(Facts(run, cluster, shape)) + check_raw(run.deepspeed)
     fixed = parallel.pipeline * parallel.tensor * parallel.sequence
@@ -58,6 +59,15 @@ def make_plan(run: RunConfig, cluster: Cluster) -> RunPlan:
     parameters = shape.parameters if shape else None
     json = deepspeed_json(run, layout, batch, cluster, stage, parameters)
     return RunPlan(cluster, layout, batch, stage, parameters, json, notes)
+
+
+def _shape(run: RunConfig) -> ModelShape | None:
+    shape = model_shape(run.model)
+    if shape is None or shape.vocab_size is not None:
+        return shape
+    # A model from scratch takes the tokenizer's vocabulary; a loaded tokenizer's size isn't known yet.
+    vocabulary = run.data.train_vocabulary or (BYTES_VOCABULARY if run.data.tokenizer == "bytes" else None)
+    return replace(shape, vocab_size=vocabulary)
 
 
 def _effective_stage(run: RunConfig) -> tuple[int, tuple[str, ...]]:

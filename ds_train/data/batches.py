@@ -1,0 +1,151 @@
+"""Samples -> micro-batches of this rank. The global batch of a step is the same at every number of ranks.
+
+Shapes: B samples of a micro-batch, T tokens.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ds_train.data.order import Order
+from ds_train.data.samples import IGNORE_INDEX, MaskedSamples, Sample, Samples
+
+Item = TypeVar("Item")
+
+_PAD_MULTIPLE = 8
+
+
+class Collator:
+    """Makes a micro-batch out of samples.
+
+    input_ids (B, T) and labels (B, T), or (B,) for classification, all int64; position_ids (B, T) where samples are packed;
+    attention_mask (B, T) where they are padded. Encoders get documents of a packed window apart by attention_mask
+    (B, 1, T, T), boolean, where any window has more than one; causal models do it by position ids.
+    """
+
+    def __init__(self, pad_token: int, length: int, block_mask: bool) -> None:
+        self._pad_token, self._length, self._block_mask = pad_token, length, block_mask
+
+    def __call__(self, samples: list[Sample]) -> dict[str, Tensor]:
+        """The micro-batch of `samples`; padded ones as long as their longest, in multiples of 8."""
+        if "position_ids" in samples[0]:
+            batch = {key: torch.from_numpy(np.stack([sample[key] for sample in samples])) for key in samples[0]}
+            if self._block_mask:
+                self._separate(batch)
+            return batch
+        longest = max(len(sample["input_ids"]) for sample in samples)
+        width = min(self._length, -(-longest // _PAD_MULTIPLE) * _PAD_MULTIPLE)
+        shape = (len(samples), width)
+        per_token = samples[0]["labels"].ndim == 1
+        input_ids = torch.full(shape, self._pad_token)
+        attention_mask = torch.zeros(shape, dtype=torch.int64)
+        labels = torch.full(shape if per_token else shape[:1], IGNORE_INDEX)
+        for row, sample in enumerate(samples):
+            size = len(sample["input_ids"])
+            input_ids[row, :size] = torch.from_numpy(sample["input_ids"])
+            attention_mask[row, :size] = 1
+            if per_token:
+                labels[row, :size] = torch.from_numpy(sample["labels"])
+            else:
+                labels[row] = int(sample["labels"])
+        return {"input_ids": input_ids, "labels": labels, "attention_mask": attention_mask}
+
+    def _separate(self, batch: dict[str, Tensor]) -> None:
+        document_BT = (batch["position_ids"] == 0).cumsum(1)
+        if bool((document_BT[:, -1] > 1).any()):
+            batch["attention_mask"] = (document_BT[:, None, :, None] == document_BT[:, None, None, :])
+
+
+class Batches:
+    """Micro-batches of one data rank out of `data_ranks`."""
+
+    def __init__(
+        self, samples: Samples | MaskedSamples, collate: Collator, order: Order, global_samples: int, micro_samples: int,
+        data_rank: int, data_ranks: int,
+    ) -> None:  # fmt: skip
+        self._samples, self._collate, self._order = samples, collate, order
+        self._global, self._micro = global_samples, micro_samples
+        self._rank, self._ranks = data_rank, data_ranks
+
+    def step(self, step: int) -> list[dict[str, Tensor]]:
+        """Micro-batches of this rank in optimizer step `step` (from 0), in the order of accumulation.
+
+        Step k takes the run's samples k * global to (k + 1) * global - 1; they are dealt to ranks a micro-batch at a time.
+        """
+        places = np.arange(step * self._global, (step + 1) * self._global).reshape(-1, self._ranks, self._micro)
+        return [self._collate([self._sample(place, self._order.index(place)) for place in row]) for row in places[:, self._rank]]
+
+    def steps(self, first: int, stop: int, workers: int) -> Iterator[tuple[int, list[dict[str, Tensor]]]]:
+        """(step, micro-batches) of steps `first` to `stop` - 1, loaded ahead by a thread where `workers` is above 0."""
+
+        def load() -> Iterator[tuple[int, list[dict[str, Tensor]]]]:
+            return ((step, self.step(step)) for step in range(first, stop))
+
+        return prefetch(load, workers + 1) if workers else load()
+
+    def eval(self, num_samples: int) -> Iterator[dict[str, Tensor]]:
+        """This rank's micro-batches of the first `num_samples` samples (all, if there are fewer), in their own order.
+
+        Every rank yields equally many, since a forward pass may be collective; places beyond the end are repeats of the
+        first sample with every label left out.
+        """
+        total = min(num_samples, len(self._samples))
+        per_round = self._micro * self._ranks
+        for start in range(0, total, per_round):
+            places = range(start + self._rank * self._micro, start + (self._rank + 1) * self._micro)
+            batch = self._collate([self._sample(place if place < total else 0, place if place < total else 0) for place in places])
+            for row, place in enumerate(places):
+                if place >= total:
+                    batch["labels"][row] = IGNORE_INDEX
+            yield batch
+
+    def _sample(self, place: int, index: Any) -> Sample:
+        if isinstance(self._samples, MaskedSamples):
+            return self._samples.at(int(index), int(place))
+        return self._samples[int(index)]
+
+
+def prefetch(make: Callable[[], Iterator[Item]], depth: int) -> Iterator[Item]:
+    """The items of `make()`, produced by a thread up to `depth` ahead. Its exception is raised here, at its place."""
+    items: queue.Queue[tuple[bool, Any]] = queue.Queue(maxsize=depth)
+    stopped = threading.Event()
+
+    def put(entry: tuple[bool, Any]) -> None:
+        while not stopped.is_set():
+            try:
+                items.put(entry, timeout=0.2)
+                return
+            except queue.Full:
+                continue
+
+    def produce() -> None:
+        try:
+            for item in make():
+                put((True, item))
+                if stopped.is_set():
+                    return
+            put((False, None))
+        except BaseException as error:
+            put((False, error))
+
+    thread = threading.Thread(target=produce, name="prefetch", daemon=True)
+    thread.start()
+    try:
+        while True:
+            more, item = items.get()
+            if more:
+                yield item
+            elif item is not None:
+                raise item
+            else:
+                return
+    finally:
+        stopped.set()
+        thread.join(timeout=5)

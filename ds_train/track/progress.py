@@ -1,0 +1,53 @@
+"""What a person sees while a run goes on: a bar on a terminal, a line now and then elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+_LINE_EVERY_S = 5.0
+
+
+class StepDisplay:
+    """Shows training records. `bar`: True draws a bar, False prints lines, "auto" asks whether this is a terminal."""
+
+    def __init__(self, total_steps: int, done: int, bar: bool | Literal["auto"], console: Console | None = None) -> None:
+        # Lines are never wrapped: people pipe them into files and grep.
+        self._console = console or Console(soft_wrap=True, highlight=False)
+        self._total = total_steps
+        self._last_line_s = -_LINE_EVERY_S
+        self._bar: Progress | None = None
+        if bar is True or (bar == "auto" and self._console.is_terminal):
+            columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[text]}"))
+            self._bar = Progress(*columns, TimeRemainingColumn(), console=self._console)
+            self._task = self._bar.add_task("train", total=total_steps, completed=done, text="")
+            self._bar.start()
+
+    def show(self, record: Mapping[str, Any], step: int) -> None:
+        """Show a metrics record of kind train or eval."""
+        if record["kind"] == "eval":
+            scores = "  ".join(f"{name} {record[name]:.4f}" for name in ("loss", "perplexity", "accuracy"))
+            self.note(f"step {step:>6}  held out: {scores}")
+            return
+        text = (
+            f"loss {record['loss']:.4f}  lr {record['lr']:.2e}  norm {record['grad_norm']:.2f}  "
+            f"{record['tokens_per_second']:,.0f} tokens/s  MFU {record['mfu']:.0%}  {record['memory_mb']:,.0f} MB"
+        )
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, text=text)
+        elif step == self._total or time.monotonic() - self._last_line_s >= _LINE_EVERY_S:
+            self._last_line_s = time.monotonic()
+            self.note(f"step {step:>6}/{self._total}  {text}")
+
+    def note(self, text: str) -> None:
+        """Print a line, above the bar where there is one."""
+        (self._bar.console if self._bar is not None else self._console).print(text, markup=False, highlight=False)
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        if self._bar is not None:
+            self._bar.stop()
