@@ -7,12 +7,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
-import socket
 import statistics
-import subprocess
-import sys
 import sysconfig
 import tempfile
 from importlib.metadata import version
@@ -20,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from launching import launch
 from rich.console import Console
 from rich.table import Table
 
-ROOT = Path(__file__).resolve().parent.parent
 MODEL = {
     "vocab_size": 8192,
     "hidden_size": 512,
@@ -63,7 +59,7 @@ def write_corpus(folder: Path) -> Path:
 def run_rival(job: dict[str, Any]) -> dict[str, float]:
     path = Path(job["folder"]) / "job.json"
     path.write_text(json.dumps(job))
-    lines = launch(job, ["benchmarks/rivals/hf_trainer.py", str(path)]).splitlines()
+    lines = launch(["benchmarks/rivals/hf_trainer.py", str(path)], job["ranks"], job["threads"]).splitlines()
     return json.loads(next(line for line in lines if line.startswith("RESULT ")).removeprefix("RESULT "))
 
 
@@ -87,7 +83,7 @@ def run_ours(job: dict[str, Any]) -> dict[str, float]:
     }  # fmt: skip
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))
-    launch(job, ["launch/train.py", str(path)])
+    launch(["launch/train.py", str(path)], job["ranks"], job["threads"])
     records = [json.loads(line) for line in (folder / recipe["name"] / "metrics.jsonl").read_text().splitlines()]
     train = [record for record in records if record["kind"] == "train"]
     return {
@@ -95,31 +91,6 @@ def run_ours(job: dict[str, Any]) -> dict[str, float]:
         "peak_mb": max(record["memory_peak_mb"] for record in train),
         "loss": statistics.mean(record["loss"] for record in train),
     }
-
-
-def launch(job: dict[str, Any], command: list[str]) -> str:
-    """Run a script under the deepspeed launcher on CPU ranks; its output."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    binaries = Path(sys.executable).parent
-    env = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(job["threads"]), "HF_HUB_OFFLINE": "1"}
-    env["PATH"] = f"{binaries}{os.pathsep}{env['PATH']}"
-    ranks = ["--num_accelerators", str(job["ranks"]), "--master_port", str(port)]
-    done = subprocess.run(
-        [binaries / "deepspeed", *ranks, *command], cwd=ROOT, env=env, capture_output=True, text=True, timeout=900
-    )
-    remove_shared_buffers()
-    if done.returncode:
-        sys.exit(done.stdout[-4000:] + done.stderr[-4000:])
-    return done.stdout
-
-
-def remove_shared_buffers() -> None:
-    """DeepSpeed's collectives over shared memory, which the rival uses, leave 66 MB a rank in /dev/shm."""
-    for leftover in Path("/dev/shm").glob("deepspeed_allreduce_buffer_*"):
-        if leftover.stat().st_uid == os.getuid():
-            leftover.unlink(missing_ok=True)
 
 
 def report(options: argparse.Namespace, rivals: list[dict[str, float]], ours: list[dict[str, float]]) -> None:
