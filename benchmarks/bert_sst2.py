@@ -48,7 +48,10 @@ def main() -> None:
             lines = (Path(folder) / f"seed{seed}" / "metrics.jsonl").read_text().splitlines()
             last = [record for record in map(json.loads, lines) if record["kind"] == "eval"][-1]
             accuracies.append(100 * last["accuracy"])
-            print(f"seed {seed}: {accuracies[-1]:.1f} % of {last['labels']} ({time.monotonic() - started:.0f} s)", flush=True)
+            print(
+                f"seed {seed}: {accuracies[-1]:.1f} % of {last['labels']} ({time.monotonic() - started:.0f} s)",
+                flush=True,
+            )
     spread = statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0
     print(f"SST-2 dev accuracy: {statistics.mean(accuracies):.1f} % +- {spread:.1f} over {len(accuracies)} seeds")
 

@@ -27,7 +27,8 @@ class Problem:
 
     def __str__(self) -> str:
         head = self.key if self.value is _NO_VALUE else f"{self.key}={_shown(self.value)}"
-        tail = f" Fix: {self.fix}." if self.fix else ""
+        end = "" if self.fix.endswith(("?", ".")) else "."
+        tail = f" Fix: {self.fix}{end}" if self.fix else ""
         return f"{head}: {self.reason.rstrip('.')}.{tail}"
 
 

@@ -26,35 +26,56 @@ class Ended:
 
     def check(self) -> Ended:
         """Fail with the output of the ranks that ended badly."""
-        bad = [f"--- rank {rank}, exit code {code}\n{text[-6000:]}" for rank, (code, text) in enumerate(zip(self.codes, self.outputs, strict=True)) if code]
+        bad = [
+            f"--- rank {rank}, exit code {code}\n{text[-6000:]}"
+            for rank, (code, text) in enumerate(zip(self.codes, self.outputs, strict=True))
+            if code
+        ]
         assert not bad, "\n".join(bad)
         return self
 
 
 def clean_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     """This process's environment for a child that trains on the CPU and reaches no hub."""
-    env = {key: value for key, value in os.environ.items() if key not in {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE"}}
+    env = {
+        key: value for key, value in os.environ.items() if key not in {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE"}
+    }
     fixed = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     path = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{env.get('PATH', '')}"}
     return env | fixed | path | dict(extra or {})
 
 
-def start_ranks(ranks: int, command: Sequence[str], env: Mapping[str, str] | None = None, logs: Path | None = None) -> list[subprocess.Popen[bytes]]:
+def start_ranks(
+    ranks: int, command: Sequence[str], env: Mapping[str, str] | None = None, logs: Path | None = None
+) -> list[subprocess.Popen[bytes]]:
     """Start `python COMMAND` as `ranks` ranks with the launcher's variables; output goes to files in `logs`."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     processes = []
     for rank in range(ranks):
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        place = {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": ranks,
+            "LOCAL_SIZE": ranks,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
         rank_env = clean_environment({key: str(value) for key, value in place.items()} | dict(env or {}))
         output = (logs / f"rank{rank}.log").open("wb") if logs else subprocess.DEVNULL
-        processes.append(subprocess.Popen([sys.executable, *command], env=rank_env, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT))
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, *command], env=rank_env, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT
+            )
+        )
     return processes
 
 
-def run_ranks(ranks: int, command: Sequence[str], timeout_s: float = 300, env: Mapping[str, str] | None = None) -> Ended:
-    """Run `python COMMAND` as `ranks` ranks to their end. When one fails, the others get a few seconds and are ended."""
+def run_ranks(
+    ranks: int, command: Sequence[str], timeout_s: float = 300, env: Mapping[str, str] | None = None
+) -> Ended:
+    """Run `python COMMAND` as `ranks` ranks to their end. When one fails, the others are ended soon."""
     with tempfile.TemporaryDirectory() as folder:
         processes = start_ranks(ranks, command, env, Path(folder))
         try:

@@ -42,7 +42,7 @@ def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: P
 def generate_sample(folder: Path, prompt: str, new_tokens: int) -> str:
     """Load the exported causal model with transformers alone and continue `prompt` on the CPU.
 
-    Drawn at temperature 0.8 from a fixed seed: small models repeat themselves when they only take the likeliest token."""
+    Drawn at temperature 0.8 from a fixed seed: a small model that only takes the likeliest token repeats itself."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)

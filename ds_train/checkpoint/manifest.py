@@ -12,7 +12,7 @@ MANIFEST = "manifest.json"
 
 
 def write_manifest(folder: Path, extra: dict[str, Any]) -> None:
-    """Hash every file of `folder` into its manifest, together with `extra`; the manifest appears at once or not at all."""
+    """Hash every file of `folder` into its manifest, with `extra`; it appears at once or not at all."""
     files = {
         str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": sha256(path)}
         for path in sorted(folder.rglob("*"))

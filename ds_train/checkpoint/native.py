@@ -102,7 +102,9 @@ def read_state(checkpoint: Path) -> TrainState:
     return TrainState(**json.loads((checkpoint / STATE).read_text()))
 
 
-def check_resumable(state: TrainState, recipe: Mapping[str, Any], layout: Mapping[str, Any], data_fingerprint: str) -> None:
+def check_resumable(
+    state: TrainState, recipe: Mapping[str, Any], layout: Mapping[str, Any], data_fingerprint: str
+) -> None:
     """Refuse to continue a checkpoint under a recipe or layout that it wasn't made with.
 
     Raises:

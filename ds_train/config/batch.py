@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from ds_train.config.base import Section
 
 Auto = Literal["auto"]
+Positive = Annotated[int, Field(ge=1)]
 
 
 class BatchSection(Section):
@@ -17,8 +18,8 @@ class BatchSection(Section):
     global_samples: int = Field(default=32, ge=1)
     """Samples per optimizer step, over all ranks. Must be a multiple of micro_samples x data ranks."""
 
-    micro_samples: int | Auto = "auto"
+    micro_samples: Positive | Auto = "auto"
     """Samples per forward pass of one rank. `auto` takes the largest divisor of the rank's share up to 8."""
 
-    eval_micro_samples: int | Auto = "auto"
+    eval_micro_samples: Positive | Auto = "auto"
     """Samples per forward pass in evaluation. `auto` takes micro_samples."""

@@ -8,7 +8,6 @@ from pydantic import Field
 
 from ds_train.config.base import Section
 
-
 BYTES_VOCABULARY = 259
 """Tokens of the embedded tokenizer: 256 bytes, end of text, padding, mask."""
 
@@ -68,4 +67,4 @@ class DataSection(Section):
     """Folder of the prepared, memory-mapped tokens. Prepared data is reused when source and tokenizer are the same."""
 
     workers: int = Field(default=1, ge=0)
-    """Threads that load batches ahead of the step loop; 0 loads them inside the loop."""
+    """Steps whose batches a thread loads ahead of the step loop; 0 loads them inside the loop."""

@@ -170,5 +170,3 @@ def _recipes_nearby(path: Path) -> str:
     if best:
         return f"did you mean {best}?"
     return "recipes here: " + ", ".join(found) if found else "give the path of a YAML recipe"
-
-

@@ -54,7 +54,5 @@ class ModelSection(Section):
     @model_validator(mode="after")
     def _one_origin(self) -> ModelSection:
         if (self.path is None) == (self.arch is None):
-            raise ValueError(
-                "give exactly one of `model.path` (pretrained weights) and `model.arch` (random weights)"
-            )
+            raise ValueError("give exactly one of `model.path` (pretrained weights) and `model.arch` (random weights)")
         return self

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from ds_train.config.base import Section
+
+Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class OptimizerSection(Section):
@@ -18,7 +20,7 @@ class OptimizerSection(Section):
     lr: float = Field(default=3e-4, gt=0.0)
     """Peak learning rate; the schedule multiplies it."""
 
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     """Adam's decay rates of the first and second moment."""
 
     eps: float = Field(default=1e-8, gt=0.0)

@@ -7,13 +7,13 @@ from typing import Literal
 from pydantic import Field
 
 from ds_train.config.base import Section
-from ds_train.config.batch import Auto
+from ds_train.config.batch import Auto, Positive
 
 
 class ParallelSection(Section):
     """ZeRO data parallelism, offload and communication. Data ranks follow from the number of ranks started."""
 
-    ranks: int | Auto = "auto"
+    ranks: Positive | Auto = "auto"
     """Ranks that the recipe is made for; a launch with another number is refused. `auto` takes any number."""
 
     pipeline: int = Field(default=1, ge=1)
@@ -29,7 +29,7 @@ class ParallelSection(Section):
     """ZeRO stage (arXiv 1910.02054): 1 shards optimizer states, 2 gradients too, 3 parameters too."""
 
     offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
-    """Where optimizer states and master weights live when not on the device. Needs zero_stage 1 or more; nvme needs 3."""
+    """Where optimizer states and master weights live if not on the device. Needs zero_stage 1 or more; nvme 3."""
 
     offload_params: Literal["none", "cpu", "nvme"] = "none"
     """Where parameters live between uses. Needs zero_stage 3."""
@@ -43,7 +43,7 @@ class ParallelSection(Section):
     overlap_communication: bool | Auto = "auto"
     """Reduce gradients while the backward pass goes on. `auto`: on where there is more than one device with streams."""
 
-    bucket_elements: int | Auto = "auto"
+    bucket_elements: Positive | Auto = "auto"
     """Elements per reduce and all-gather bucket. `auto` follows the size of the model."""
 
     quantized_weights: bool = False

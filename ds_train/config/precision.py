@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -18,7 +18,7 @@ class PrecisionSection(Section):
     gradient_dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Format in which gradients are accumulated over micro-batches."""
 
-    loss_scale: float | Literal["dynamic"] = "dynamic"
+    loss_scale: Annotated[float, Field(gt=0.0)] | Literal["dynamic"] = "dynamic"
     """fp16 only: a fixed loss scale, or one that doubles while steps are finite and halves when one is not."""
 
     initial_loss_scale_power: int = Field(default=16, ge=0, le=32)
@@ -26,5 +26,3 @@ class PrecisionSection(Section):
 
     tf32: bool = True
     """Let CUDA devices use TF32 in fp32 matrix products."""
-
-

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -37,7 +37,7 @@ class TrackSection(Section):
     tags: tuple[str, ...] = ()
     """Tags of the wandb run."""
 
-    peak_tflops: float | Auto = Field(default="auto")
+    peak_tflops: Annotated[float, Field(gt=0.0)] | Auto = "auto"
     """Peak TFLOP/s of one rank, the denominator of MFU. `auto` measures a matrix product in the run's dtype."""
 
     sample_prompt: str | None = None

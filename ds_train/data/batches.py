@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ds_train.data.order import Order
@@ -25,9 +26,9 @@ _PAD_MULTIPLE = 8
 class Collator:
     """Makes a micro-batch out of samples.
 
-    input_ids (B, T) and labels (B, T), or (B,) for classification, all int64; position_ids (B, T) where samples are packed;
-    attention_mask (B, T) where they are padded. Encoders get documents of a packed window apart by attention_mask
-    (B, 1, T, T), boolean, where any window has more than one; causal models do it by position ids.
+    input_ids (B, T) and labels (B, T), or (B,) for classification, all int64; position_ids (B, T) where samples are
+    packed; attention_mask (B, T) where they are padded. With `block_mask`, for encoders, packed documents are kept
+    apart by a boolean attention_mask (B, 1, T, T) where any window has more than one; causal models go by position ids.
     """
 
     def __init__(self, pad_token: int, length: int, block_mask: bool) -> None:
@@ -60,15 +61,15 @@ class Collator:
     def _separate(self, batch: dict[str, Tensor]) -> None:
         document_BT = (batch["position_ids"] == 0).cumsum(1)
         if bool((document_BT[:, -1] > 1).any()):
-            batch["attention_mask"] = (document_BT[:, None, :, None] == document_BT[:, None, None, :])
+            batch["attention_mask"] = document_BT[:, None, :, None] == document_BT[:, None, None, :]
 
 
 class Batches:
     """Micro-batches of one data rank out of `data_ranks`."""
 
     def __init__(
-        self, samples: Samples | MaskedSamples, collate: Collator, order: Order, global_samples: int, micro_samples: int,
-        data_rank: int, data_ranks: int,
+        self, samples: Samples | MaskedSamples, collate: Collator, order: Order, global_samples: int,
+        micro_samples: int, data_rank: int, data_ranks: int,
     ) -> None:  # fmt: skip
         self._samples, self._collate, self._order = samples, collate, order
         self._global, self._micro = global_samples, micro_samples
@@ -77,10 +78,14 @@ class Batches:
     def step(self, step: int) -> list[dict[str, Tensor]]:
         """Micro-batches of this rank in optimizer step `step` (from 0), in the order of accumulation.
 
-        Step k takes the run's samples k * global to (k + 1) * global - 1; they are dealt to ranks a micro-batch at a time.
+        Step k takes the run's samples k * global to (k + 1) * global - 1; a micro-batch at a time they go to the ranks
+        in turn.
         """
+        if self._global % (self._ranks * self._micro):
+            raise ValueError(f"{self._global} samples can't be dealt to {self._ranks} ranks by {self._micro}")
         places = np.arange(step * self._global, (step + 1) * self._global).reshape(-1, self._ranks, self._micro)
-        return [self._collate([self._sample(place, self._order.index(place)) for place in row]) for row in places[:, self._rank]]
+        mine = places[:, self._rank]
+        return [self._micro_batch(*row) for row in zip(self._order.index(mine), mine, strict=True)]
 
     def steps(self, first: int, stop: int, workers: int) -> Iterator[tuple[int, list[dict[str, Tensor]]]]:
         """(step, micro-batches) of steps `first` to `stop` - 1, loaded ahead by a thread where `workers` is above 0."""
@@ -88,7 +93,7 @@ class Batches:
         def load() -> Iterator[tuple[int, list[dict[str, Tensor]]]]:
             return ((step, self.step(step)) for step in range(first, stop))
 
-        return prefetch(load, workers + 1) if workers else load()
+        return prefetch(load, workers) if workers else load()
 
     def eval(self, num_samples: int) -> Iterator[dict[str, Tensor]]:
         """This rank's micro-batches of the first `num_samples` samples (all, if there are fewer), in their own order.
@@ -97,19 +102,28 @@ class Batches:
         first sample with every label left out.
         """
         total = min(num_samples, len(self._samples))
-        per_round = self._micro * self._ranks
-        for start in range(0, total, per_round):
-            places = range(start + self._rank * self._micro, start + (self._rank + 1) * self._micro)
-            batch = self._collate([self._sample(place if place < total else 0, place if place < total else 0) for place in places])
-            for row, place in enumerate(places):
-                if place >= total:
-                    batch["labels"][row] = IGNORE_INDEX
+        for start in range(self._rank * self._micro, total + self._rank * self._micro, self._micro * self._ranks):
+            places = np.arange(start, start + self._micro)
+            inside = np.where(places < total, places, 0)
+            batch = self._micro_batch(inside, inside)
+            batch["labels"][torch.from_numpy(places >= total)] = IGNORE_INDEX
             yield batch
 
-    def _sample(self, place: int, index: Any) -> Sample:
+    def documents_of_sample(self, place: int) -> list[tuple[int, str, int, int]]:
+        """(document, where it came from, first token, one past its last) of all in the run's `place`-th sample."""
+        spans = self._samples.documents_of(int(self._order.index(place)))
+        return [(document, self._samples.file.source(document), start, stop) for document, start, stop in spans]
+
+    def _micro_batch(self, indices: NDArray[np.int64], places: NDArray[np.int64]) -> dict[str, Tensor]:
+        pairs = zip(indices.tolist(), places.tolist(), strict=True)
         if isinstance(self._samples, MaskedSamples):
-            return self._samples.at(int(index), int(place))
-        return self._samples[int(index)]
+            return self._collate([self._samples.at(index, place) for index, place in pairs])
+        return self._collate([self._samples[index] for index, _ in pairs])
+
+
+def count_labels(micro_batches: Iterable[Mapping[str, Tensor]]) -> int:
+    """Labels of the micro-batches that are predicted: those other than IGNORE_INDEX."""
+    return sum(int((batch["labels"] != IGNORE_INDEX).sum()) for batch in micro_batches)
 
 
 def prefetch(make: Callable[[], Iterator[Item]], depth: int) -> Iterator[Item]:
@@ -132,7 +146,7 @@ def prefetch(make: Callable[[], Iterator[Item]], depth: int) -> Iterator[Item]:
                 if stopped.is_set():
                     return
             put((False, None))
-        except BaseException as error:
+        except BaseException as error:  # whatever it is, the consumer is the one to know
             put((False, error))
 
     thread = threading.Thread(target=produce, name="prefetch", daemon=True)

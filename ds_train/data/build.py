@@ -9,18 +9,21 @@ from typing import Any
 from ds_train.config import RunConfig
 from ds_train.data.batches import Batches, Collator
 from ds_train.data.order import Order
-from ds_train.data.prepare import TokenFile, open_split
+from ds_train.data.prepare import TokenFile, open_split, read_manifest
 from ds_train.data.samples import LabelledSamples, MaskedSamples, PackedSamples, PieceSamples, Samples
-from ds_train.errors import user_error
+from ds_train.errors import UserError, user_error
 
 
 @dataclass(frozen=True)
 class DataBundle:
-    """Batches of this rank; `validation` is None where nothing is held out."""
+    """Batches of this rank; `validation` is None where nothing is held out. `folder` is the prepared data."""
 
     train: Batches
     validation: Batches | None
     samples_per_epoch: int
+    tokenizer: Any
+    folder: Path
+    manifest: dict[str, Any]
 
 
 def load_data(
@@ -30,7 +33,7 @@ def load_data(
     """Open prepared data for one data rank.
 
     Raises:
-        UserError: fewer training tokens than one sample, or a tokenizer without a mask for `masked-lm`.
+        UserError: fewer training tokens than one sample, or prepared files that are damaged.
     """
     collate = Collator(
         pad_token=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
@@ -38,38 +41,39 @@ def load_data(
         block_mask=run.task.kind == "masked-lm",
     )
 
-    def batches(samples: Samples | MaskedSamples, micro: int) -> Batches:
-        order = Order(len(samples), run.seed)
-        return Batches(samples, collate, order, run.batch.global_samples, micro, data_rank, data_ranks)
-
-    file = open_split(folder, "train")
-    samples = _samples(run, file, tokenizer) if file is not None else []
-    if file is None or len(samples) == 0:
-        tokens = 0 if file is None else len(file.tokens)
-        raise user_error(
-            "data.sequence_length", f"the training data has {tokens} tokens, less than one sample",
-            "give more text, or a smaller sequence_length", run.data.sequence_length,
+    def batches(split: str, micro: int) -> tuple[Batches | None, int]:
+        file = open_split(folder, split)
+        if file is None:
+            return None, 0
+        samples = _samples(run, file, tokenizer, allow_short=split == "validation")
+        if len(samples) == 0:
+            raise _too_short(run.data.sequence_length, len(file.tokens))
+        dealt = Batches(
+            samples, collate, Order(len(samples), run.seed), global_samples=run.batch.global_samples,
+            micro_samples=micro, data_rank=data_rank, data_ranks=data_ranks,
         )  # fmt: skip
-    held_out = open_split(folder, "validation")
-    validation = _samples(run, held_out, tokenizer) if held_out is not None else []
-    return DataBundle(
-        train=batches(samples, micro_samples),
-        validation=batches(validation, eval_micro_samples) if len(validation) else None,
-        samples_per_epoch=len(samples),
-    )
+        return dealt, len(samples)
+
+    train, samples_per_epoch = batches("train", micro_samples)
+    if train is None:
+        raise _too_short(run.data.sequence_length, 0)
+    validation, _ = batches("validation", eval_micro_samples)
+    return DataBundle(train, validation, samples_per_epoch, tokenizer, folder, read_manifest(folder))
 
 
-def _samples(run: RunConfig, file: TokenFile, tokenizer: Any) -> Any:
+def _samples(run: RunConfig, file: TokenFile, tokenizer: Any, allow_short: bool) -> Samples | MaskedSamples:
     length = run.data.sequence_length
     if run.task.kind == "sequence-classification":
         return LabelledSamples(file, length)
-    plain: Samples = PackedSamples(file, length) if run.data.packing else PieceSamples(file, length)
+    plain: Samples = PackedSamples(file, length, allow_short) if run.data.packing else PieceSamples(file, length)
     if run.task.kind == "causal-lm":
         return plain
-    if tokenizer.mask_token_id is None:
-        raise user_error(
-            "data.tokenizer", "this tokenizer has no mask token, which masked-lm needs", "choose one that has",
-            run.data.tokenizer,
-        )  # fmt: skip
     special = frozenset(tokenizer.all_special_ids)
     return MaskedSamples(plain, run.task.mask_fraction, len(tokenizer), tokenizer.mask_token_id, special, run.seed)
+
+
+def _too_short(length: int, tokens: int) -> UserError:
+    fix = "give more text" + (f", or set data.sequence_length={tokens} or less" if tokens >= 8 else "")
+    return user_error(
+        "data.sequence_length", f"the training data has {tokens} tokens, less than one sample", fix, length
+    )

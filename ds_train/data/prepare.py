@@ -1,6 +1,6 @@
 """Tokenize once: documents -> memory-mapped token files with a manifest, reused by every later run.
 
-CACHE/<key>/manifest.json               hashes, counts, tokenizer; written last
+CACHE/<key>/manifest.json               hashes, counts, tokenizer, versions; written last
 CACHE/<key>/{train,validation}.tokens   uint16 or uint32, documents one after the other
 CACHE/<key>/{train,validation}.offsets  int64, document i is tokens[offsets[i]:offsets[i + 1]]
 CACHE/<key>/{train,validation}.labels   int64, one per document (sequence-classification)
@@ -14,12 +14,17 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import mmap
 import os
+import platform
 import shutil
-import tempfile
-from collections.abc import Iterator
+import uuid
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any
 
@@ -27,20 +32,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ds_train.config import RunConfig
-from ds_train.data.sources import Document, documents, local_files
-from ds_train.data.tokenizer import fingerprint, load_saved, load_tokenizer, train_bpe
-from ds_train.errors import user_error
+from ds_train.config.data import DataSection
+from ds_train.data.sources import Document, documents, has_held_out, local_files
+from ds_train.data.tokenizer import Encoder, fingerprint, load_saved, load_tokenizer, train_bpe, vocabulary_size
+from ds_train.errors import UserError, user_error
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
-_BATCH = 256
+SPLITS = ("train", "validation")
+# Texts go to the tokenizer in batches of at most so many, and so many characters (a token takes some 100 bytes there).
+_BATCH_DOCUMENTS, _BATCH_CHARACTERS = 1024, 2**20
 # With fewer documents than this, the end of each is held out instead of whole documents.
 _FEW_DOCUMENTS = 50
+
+Encoded = tuple[Document, NDArray[np.int64]]
 
 
 @dataclass(frozen=True)
 class TokenFile:
-    """A split of prepared data, memory-mapped."""
+    """A split of prepared data, memory-mapped: document i is tokens[offsets[i] : offsets[i + 1]]."""
 
     tokens: NDArray[Any]
     offsets: NDArray[np.int64]
@@ -51,6 +61,18 @@ class TokenFile:
     def num_documents(self) -> int:
         """Documents of the split."""
         return len(self.offsets) - 1
+
+    def source(self, document: int) -> str:
+        """Where document number `document` came from: a file, `file:line` or `id:row`."""
+        lines, ends = self._source_lines
+        start = 0 if document == 0 else int(ends[document - 1]) + 1
+        return lines[start : int(ends[document])].decode()
+
+    @cached_property
+    def _source_lines(self) -> tuple[mmap.mmap, NDArray[np.int64]]:
+        with self.sources.open("rb") as file:
+            lines = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        return lines, np.flatnonzero(np.frombuffer(lines, np.uint8) == ord("\n"))
 
 
 def prepare(run: RunConfig, progress: bool = False) -> Path:
@@ -63,31 +85,37 @@ def prepare(run: RunConfig, progress: bool = False) -> Path:
     """
     # A tokenizer that will be trained follows from the source and the size, so those stand for it in the key.
     tokenizer = None if run.data.train_vocabulary else load_tokenizer(run)
-    key = _content_key(run, fingerprint(tokenizer) if tokenizer else f"bpe-{run.data.train_vocabulary}")
+    key = content_key(run, fingerprint(tokenizer) if tokenizer else f"bpe-{run.data.train_vocabulary}")
     cache = Path(run.data.cache_dir).expanduser()
     folder = cache / key
     if (folder / MANIFEST).is_file():
         return folder
+    # A name of its own: another process may be preparing the same data.
+    partial = cache / f"{key}.partial-{uuid.uuid4().hex[:12]}"
     try:
-        cache.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f"{key}.partial-", dir=cache))
-    except OSError as error:
-        raise user_error("data.cache_dir", f"can't be written: {error.strerror}", "choose another folder", cache) from error
-    try:
+        partial.mkdir(parents=True)
         _write(run, tokenizer, partial, progress)
-        try:
-            partial.rename(folder)
-        except OSError:
-            if not (folder / MANIFEST).is_file():  # else another process was first, with the same content
-                raise
+        _publish(partial, folder)
+    except OSError as error:  # those of reading the source are UserErrors already
+        reason = f"can't be written: {error.strerror or error}"
+        raise user_error(
+            "data.cache_dir", reason, "choose a folder that you may write to, with space left", cache
+        ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a prepared folder."""
-    return dict(json.loads((folder / MANIFEST).read_text()))
+    """The manifest of a prepared folder.
+
+    Raises:
+        UserError: the folder has none, or it is damaged.
+    """
+    try:
+        return dict(json.loads((folder / MANIFEST).read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise _damaged(folder, f"{folder / MANIFEST} is missing or damaged") from error
 
 
 def prepared_tokenizer(folder: Path) -> Any:
@@ -96,7 +124,7 @@ def prepared_tokenizer(folder: Path) -> Any:
 
 
 def open_split(folder: Path, split: str) -> TokenFile | None:
-    """Memory-map `train` or `validation`; None where the split has no documents.
+    """Memory-map `train` or `validation`; None where the split has no tokens.
 
     Raises:
         UserError: a file is missing or has another size than the manifest says.
@@ -104,16 +132,55 @@ def open_split(folder: Path, split: str) -> TokenFile | None:
     manifest = read_manifest(folder)
     for name, expected in manifest["files"].items():
         path = folder / name
-        size = path.stat().st_size if path.is_file() else -1
+        size = path.stat().st_size if path.is_file() else None
         if size != expected["bytes"]:
-            reason = f"prepared file {path} has {size} bytes instead of {expected['bytes']}"
-            raise user_error("data.cache_dir", reason, f"remove {folder}; it is prepared again", folder.parent)
+            found = "is missing" if size is None else f"has {size} bytes instead of {expected['bytes']}"
+            raise _damaged(folder, f"prepared file {path} {found}")
     if manifest["splits"][split]["tokens"] == 0:
         return None
-    tokens: NDArray[Any] = np.memmap(folder / f"{split}.tokens", dtype=manifest["dtype"], mode="r")
-    offsets = np.fromfile(folder / f"{split}.offsets", dtype=np.int64)
-    labels = np.fromfile(folder / f"{split}.labels", dtype=np.int64) if manifest["labelled"] else None
-    return TokenFile(tokens, offsets, labels, folder / f"{split}.sources")
+
+    def mapped(suffix: str, dtype: str) -> NDArray[Any]:
+        return np.memmap(folder / f"{split}.{suffix}", dtype=dtype, mode="r").view(np.ndarray)
+
+    labels = mapped("labels", "int64") if manifest["labelled"] else None
+    return TokenFile(
+        mapped("tokens", manifest["dtype"]), mapped("offsets", "int64"), labels, folder / f"{split}.sources"
+    )
+
+
+def content_key(run: RunConfig, tokenizer: str) -> str:
+    """Name of the prepared folder: a hash of all that decides what is in it. `tokenizer` is its fingerprint.
+
+    Local files count by path, size and time of change; a hub data set by its id alone.
+    """
+    data = run.data
+    files = local_files(data) + (local_files(data, held_out=True) if data.validation_path else [])
+    other = {"cache_dir", "workers", "packing", "tokenizer", "sequence_length", "streaming", "label_column"}
+    content = {
+        "format": FORMAT,
+        "data": data.model_dump(mode="json", exclude=other),
+        "tokenizer": tokenizer,
+        "files": [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files],
+    }
+    if data.source == "stdlib":
+        content["python"] = platform.python_version()
+    if run.task.kind == "sequence-classification":
+        content["classes"] = [data.label_column, run.task.num_labels, data.sequence_length]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def _publish(partial: Path, folder: Path) -> None:
+    try:
+        partial.rename(folder)
+    except OSError as error:
+        if not folder.is_dir():
+            raise
+        if not (folder / MANIFEST).is_file():  # else another process was first, with the same content
+            raise _damaged(folder, f"{folder} is not whole") from error
+
+
+def _damaged(folder: Path, reason: str) -> UserError:
+    return user_error("data.cache_dir", reason, f"remove {folder}; it is prepared again", folder.parent)
 
 
 class _SplitWriter:
@@ -129,13 +196,13 @@ class _SplitWriter:
         self.documents = self.tokens = self.text_bytes = 0
         self._offsets.write(np.int64(0).tobytes())
 
-    def add(self, ids: list[int], document: Document, text_bytes: int) -> None:
-        self._tokens.write(np.asarray(ids, dtype=self._dtype).tobytes())
+    def add(self, document: Document, ids: NDArray[np.int64], text_bytes: int) -> None:
+        self._tokens.write(ids.astype(self._dtype).tobytes())
         self.documents += 1
         self.tokens += len(ids)
         self.text_bytes += text_bytes
         self._offsets.write(np.int64(self.tokens).tobytes())
-        self._sources.write(document.source.replace("\n", " ").encode() + b"\n")
+        self._sources.write(document.source.replace("\n", " ").encode(errors="replace") + b"\n")
         if self._labels is not None:
             self._labels.write(np.int64(document.label or 0).tobytes())
 
@@ -148,92 +215,119 @@ def _write(run: RunConfig, tokenizer: Any, folder: Path, progress: bool) -> None
     if tokenizer is None:
         texts = (document.text for document in documents(data, task))
         tokenizer = train_bpe(_shown(texts, "training the tokenizer", progress), int(data.train_vocabulary or 0))
-    dtype = "uint16" if len(tokenizer) <= 2**16 else "uint32"
+    # Before encoding, which leaves a length to cut at in the tokenizer.
+    tokenizer.save_pretrained(folder / "tokenizer")
+    dtype = "uint16" if vocabulary_size(tokenizer) <= 2**16 else "uint32"
     labelled = task.kind == "sequence-classification"
-    explicit = data.validation_path is not None or data.validation_split is not None
+    own = data.tokenizer == "bytes" or data.train_vocabulary is not None
+    encoder = Encoder(tokenizer, own, labelled, data.sequence_length)
     with ExitStack() as stack:
-        train = _SplitWriter(stack, folder, "train", dtype, labelled)
-        validation = _SplitWriter(stack, folder, "validation", dtype, labelled)
-        encoded = _encode(run, tokenizer, documents(data, task), progress)
-        if explicit:
-            for document, ids in encoded:
-                train.add(ids, document, len(document.text.encode()))
-            for document, ids in _encode(run, tokenizer, documents(data, task, held_out=True), progress):
-                validation.add(ids, document, len(document.text.encode()))
+        train, validation = (_SplitWriter(stack, folder, split, dtype, labelled) for split in SPLITS)
+        encoded = _encode(encoder, documents(data, task), progress)
+        if has_held_out(data):
+            _fill(train, encoded)
+            _fill(validation, _encode(encoder, documents(data, task, held_out=True), progress))
         else:
             _split(encoded, data.validation_fraction, labelled, train, validation)
-    if train.tokens == 0:
-        raise user_error("data", "the source has no text to train on", "check data.path, data.text_column and the files")
-    tokenizer.save_pretrained(folder / "tokenizer")
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    manifest = {
-        "format": FORMAT,
-        "source": data.model_dump(mode="json", exclude={"cache_dir", "workers"}),
-        "tokenizer": fingerprint(tokenizer),
-        "vocabulary": len(tokenizer),
-        "dtype": dtype,
-        "labelled": labelled,
-        "splits": {"train": train.counts(), "validation": validation.counts()},
-        "files": {str(path.relative_to(folder)): _file_record(path) for path in files},
-    }
-    with (folder / MANIFEST).open("w") as file:
-        json.dump(manifest, file, indent=2)
+    _check_not_empty(data, train.tokens, validation.tokens)
+    _write_manifest(
+        folder,
+        {
+            "format": FORMAT,
+            "source": data.model_dump(mode="json", exclude={"cache_dir", "workers", "packing"}),
+            "task": task.kind,
+            "tokenizer": fingerprint(tokenizer),
+            "vocabulary": len(tokenizer),
+            "dtype": dtype,
+            "labelled": labelled,
+            "splits": {"train": train.counts(), "validation": validation.counts()},
+            "versions": {
+                "python": platform.python_version(),
+                **{name: version(name) for name in ("ds_train", "tokenizers", "transformers", "datasets", "numpy")},
+            },
+        },
+    )
+
+
+def _write_manifest(folder: Path, facts: dict[str, Any]) -> None:
+    """`facts`, the size and hash of every file, and `content`: one hash of the tokens, wherever they came from."""
+    files = {str(path.relative_to(folder)): _file_record(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+    content = [files[name]["sha256"] for name in files if name.endswith((".tokens", ".offsets", ".labels"))]
+    facts = {**facts, "content": hashlib.sha256("".join(content).encode()).hexdigest(), "files": files}
+    with (folder / MANIFEST).open("w", encoding="utf-8") as file:
+        json.dump(facts, file, indent=2)
         file.flush()
         os.fsync(file.fileno())
 
 
-def _encode(
-    run: RunConfig, tokenizer: Any, stream: Iterator[Document], progress: bool
-) -> Iterator[tuple[Document, list[int]]]:
-    """Documents with their token ids; empty texts are left out. The tokenizer's own threads work on each batch."""
-    labelled = run.task.kind == "sequence-classification"
-    end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
+def _check_not_empty(data: DataSection, train: int, validation: int) -> None:
+    if train == 0:
+        key, value = ("data.path", data.path) if data.path else ("data.source", data.source)
+        fix = "check the files and data.text_column, or hold out less"
+        raise user_error(key, "there is no text to train on", fix, value)
+    if has_held_out(data) and validation == 0:
+        key = "data.validation_split" if data.source == "hub" else "data.validation_path"
+        reason = "there is no text to evaluate on"
+        raise user_error(key, reason, "check it, or leave it out", data.validation_split or data.validation_path)
+
+
+def _encode(encoder: Encoder, stream: Iterator[Document], progress: bool) -> Iterator[Encoded]:
+    """Documents with their tokens; empty texts are left out. The tokenizer's own threads work on each batch."""
     kept = (document for document in stream if document.text)
-    for batch in _batched(_shown(kept, "tokenizing", progress), _BATCH):
-        texts = [document.text for document in batch]
-        if labelled:
-            rows = tokenizer(texts, truncation=True, max_length=run.data.sequence_length)["input_ids"]
-        else:
-            rows = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-            if end is not None:
-                rows = [[*row, end] for row in rows]
-        yield from zip(batch, rows, strict=True)
+    for batch in _batched(_shown(kept, "tokenizing", progress)):
+        rows = encoder([document.text for document in batch])
+        yield from ((document, ids) for document, ids in zip(batch, rows, strict=True) if len(ids))
+
+
+def _batched(stream: Iterable[Document]) -> Iterator[list[Document]]:
+    batch: list[Document] = []
+    characters = 0
+    for document in stream:
+        batch.append(document)
+        characters += len(document.text)
+        if len(batch) == _BATCH_DOCUMENTS or characters >= _BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _fill(split: _SplitWriter, encoded: Iterator[Encoded]) -> None:
+    for document, ids in encoded:
+        split.add(document, ids, len(document.text.encode()))
 
 
 def _split(
-    encoded: Iterator[tuple[Document, list[int]]], fraction: float, labelled: bool, train: _SplitWriter, validation: _SplitWriter
+    encoded: Iterator[Encoded], fraction: float, labelled: bool, train: _SplitWriter, validation: _SplitWriter
 ) -> None:
-    """Hold out whole documents by a hash of their number, or the end of each where there are few."""
+    """Hold out whole documents by their number, or the end of each where there are few (a label can't be cut)."""
     first = list(itertools.islice(encoded, _FEW_DOCUMENTS))
     few = len(first) < _FEW_DOCUMENTS and not labelled
     for number, (document, ids) in enumerate(itertools.chain(first, encoded)):
         text_bytes = len(document.text.encode())
-        if few:
-            cut = len(ids) - int(len(ids) * fraction)
-            train.add(ids[:cut], document, text_bytes * cut // len(ids))
-            if cut < len(ids):
-                validation.add(ids[cut:], document, text_bytes - text_bytes * cut // len(ids))
-        else:
-            (validation if _held_out(number, fraction) else train).add(ids, document, text_bytes)
+        if not few:
+            (validation if held_out(number, fraction) else train).add(document, ids, text_bytes)
+            continue
+        cut = len(ids) - int(len(ids) * fraction)
+        cut_bytes = text_bytes * cut // len(ids)
+        train.add(document, ids[:cut], cut_bytes)
+        if cut < len(ids):
+            validation.add(document, ids[cut:], text_bytes - cut_bytes)
 
 
-def _held_out(number: int, fraction: float) -> bool:
-    digest = hashlib.sha256(f"held out {number}".encode()).digest()
-    return int.from_bytes(digest[:8], "little") < fraction * 2**64
+def held_out(number: int, fraction: float) -> bool:
+    """Whether document `number` is held out: one of each 1 / fraction documents in a row, chosen by a hash.
 
-
-def _content_key(run: RunConfig, tokenizer: str) -> str:
-    data = run.data
-    files = [local_files(data)] + ([local_files(data, held_out=True)] if data.validation_path else [])
-    content = {
-        "format": FORMAT,
-        "data": data.model_dump(mode="json", exclude={"cache_dir", "workers", "packing", "tokenizer", "sequence_length"}),
-        "tokenizer": tokenizer,
-        "files": [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in itertools.chain(*files)],
-    }
-    if run.task.kind == "sequence-classification":
-        content |= {"labels": run.task.num_labels, "length": data.sequence_length}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:24]
+    The same documents whatever the seed. Their number among n documents is within one of n * fraction; drawn one by
+    one they could be none.
+    """
+    part, whole = Fraction(fraction).limit_denominator(10**9).as_integer_ratio()
+    if part == 0:
+        return False
+    block = number * part // whole
+    first, stop = -(-block * whole // part), -(-(block + 1) * whole // part)
+    digest = hashlib.sha256(f"held out {block}".encode()).digest()
+    return number == first + int.from_bytes(digest[:8], "little") % (stop - first)
 
 
 def _file_record(path: Path) -> dict[str, Any]:
@@ -256,9 +350,3 @@ def _shown(stream: Iterator[Any], what: str, progress: bool) -> Iterator[Any]:
                 bar.advance(task)
 
     return counted()
-
-
-def _batched(stream: Iterator[Any], size: int) -> Iterator[tuple[Any, ...]]:
-    iterator = iter(stream)
-    while batch := tuple(itertools.islice(iterator, size)):
-        yield batch

@@ -6,7 +6,7 @@ a position is the token that follows it in the same document.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,13 +17,22 @@ IGNORE_INDEX = -100
 
 Sample = dict[str, NDArray[np.int64]]
 
+Span = tuple[int, int, int]
+"""(document, first token, one past its last): a part of a document, places counted within it."""
+
 
 class Samples(Protocol):
     """A data set of samples by number."""
 
+    file: TokenFile
+
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Sample: ...
+
+    def documents_of(self, index: int) -> list[Span]:
+        """What sample `index` is made of, in order."""
+        ...
 
 
 class PackedSamples:
@@ -31,103 +40,113 @@ class PackedSamples:
 
     input_ids (T,), labels (T,) shifted within each document, position_ids (T,) restarting at each document.
     No token is lost between windows: the last label of a window is the first token of the next one.
+    With `allow_short`, a file of fewer tokens than one window is one shorter window.
     """
 
-    def __init__(self, file: TokenFile, length: int) -> None:
-        self._file, self._length = file, length
+    def __init__(self, file: TokenFile, length: int, allow_short: bool = False) -> None:
+        tokens = len(file.tokens)
+        self.file, self._length = file, min(length, tokens) if allow_short else length
 
     def __len__(self) -> int:
-        return len(self._file.tokens) // self._length
+        return len(self.file.tokens) // self._length
 
     def __getitem__(self, index: int) -> Sample:
         start = index * self._length
         stop = start + self._length
-        tokens = np.asarray(self._file.tokens[start : stop + 1], dtype=np.int64)
-        starts = self._document_starts(start, stop)
         places = np.arange(start, stop)
+        starts = self._document_starts(start, stop)
         first_of = starts[np.searchsorted(starts, places, side="right") - 1]
+        tokens = _int64(self.file.tokens[start : stop + 1])
         labels = np.full(self._length, IGNORE_INDEX, dtype=np.int64)
         labels[: len(tokens) - 1] = tokens[1:]
-        ends = self._file.offsets[1:]
+        ends = self.file.offsets[1:]
         low, high = np.searchsorted(ends, [start + 1, stop + 1])
         labels[ends[low:high] - 1 - start] = IGNORE_INDEX  # nothing follows the last token of a document
         return {"input_ids": tokens[: self._length], "labels": labels, "position_ids": places - first_of}
 
-    def documents_of(self, index: int) -> list[tuple[int, int, int]]:
-        """(document, first token, one past its last) of every document in window `index`, within the document."""
+    def documents_of(self, index: int) -> list[Span]:
         start, stop = index * self._length, (index + 1) * self._length
-        offsets = self._file.offsets
+        offsets = self.file.offsets
         first = int(np.searchsorted(offsets, start, side="right")) - 1
-        found = []
-        for document in range(first, self._file.num_documents):
-            low, high = int(offsets[document]), int(offsets[document + 1])
-            if low >= stop:
-                break
-            if high > low:
-                found.append((document, max(start, low) - low, min(stop, high) - low))
-        return found
+        last = int(np.searchsorted(offsets, stop, side="left"))
+        spans = [_span(self.file, document, start, stop) for document in range(first, last)]
+        return [(document, low, high) for document, low, high in spans if high > low]
 
     def _document_starts(self, start: int, stop: int) -> NDArray[np.int64]:
         """Places where documents begin in the window; the window's own start counts as one."""
-        low, high = np.searchsorted(self._file.offsets, [start + 1, stop])
-        return np.concatenate([[start], np.unique(self._file.offsets[low:high])])
+        low, high = np.searchsorted(self.file.offsets, [start + 1, stop])
+        return np.concatenate([[start], self.file.offsets[low:high]])
 
 
 class PieceSamples:
-    """Each document cut into pieces of at most `length` tokens: input_ids (<= T,), labels shifted."""
+    """Each document cut into pieces of at most `length` tokens: input_ids (<= T,), labels (<= T,) shifted."""
 
     def __init__(self, file: TokenFile, length: int) -> None:
-        self._file, self._length = file, length
-        pieces = -(-np.diff(file.offsets) // length)
-        self._document = np.repeat(np.arange(file.num_documents), pieces)
-        self._first_piece = np.concatenate([[0], np.cumsum(pieces)])
+        self.file, self._length = file, length
+        self._first_piece = np.concatenate([[0], np.cumsum(-(-np.diff(file.offsets) // length))])
 
     def __len__(self) -> int:
-        return len(self._document)
+        return int(self._first_piece[-1])
 
     def __getitem__(self, index: int) -> Sample:
-        document = int(self._document[index])
-        start = int(self._file.offsets[document]) + (index - int(self._first_piece[document])) * self._length
-        stop = min(start + self._length, int(self._file.offsets[document + 1]))
-        tokens = np.asarray(self._file.tokens[start:stop], dtype=np.int64)
-        labels = np.full(len(tokens), IGNORE_INDEX, dtype=np.int64)
-        following = np.asarray(self._file.tokens[start + 1 : stop + 1], dtype=np.int64)
-        labels[: len(following)] = following
-        if stop == self._file.offsets[document + 1]:
-            labels[-1] = IGNORE_INDEX
-        return {"input_ids": tokens, "labels": labels}
+        document, start, stop = self._place(index)
+        tokens = _int64(self.file.tokens[start : min(stop + 1, int(self.file.offsets[document + 1]))])
+        labels = np.full(stop - start, IGNORE_INDEX, dtype=np.int64)
+        labels[: len(tokens) - 1] = tokens[1:]
+        return {"input_ids": tokens[: stop - start], "labels": labels}
+
+    def documents_of(self, index: int) -> list[Span]:
+        document, start, stop = self._place(index)
+        return [_span(self.file, document, start, stop)]
+
+    def _place(self, index: int) -> tuple[int, int, int]:
+        """(document, first token, one past the last) of piece `index`, in the whole file."""
+        document = int(np.searchsorted(self._first_piece, index, side="right")) - 1
+        start = int(self.file.offsets[document]) + (index - int(self._first_piece[document])) * self._length
+        return document, start, min(start + self._length, int(self.file.offsets[document + 1]))
 
 
 class LabelledSamples:
     """One document each: input_ids (<= T,), labels () the class."""
 
     def __init__(self, file: TokenFile, length: int) -> None:
-        self._file, self._length = file, length
+        if file.labels is None:
+            raise ValueError("the prepared data has no labels")
+        self.file, self._length, self._labels = file, length, file.labels
 
     def __len__(self) -> int:
-        return self._file.num_documents
+        return self.file.num_documents
 
     def __getitem__(self, index: int) -> Sample:
-        if self._file.labels is None:
-            raise ValueError("the prepared data has no labels")
-        start, stop = (int(place) for place in self._file.offsets[index : index + 2])
-        tokens = np.asarray(self._file.tokens[start : min(stop, start + self._length)], dtype=np.int64)
-        return {"input_ids": tokens, "labels": np.asarray(self._file.labels[index])}
+        start, stop = self._place(index)
+        return {
+            "input_ids": _int64(self.file.tokens[start:stop]),
+            "labels": self._labels[index : index + 1].reshape(()),
+        }
+
+    def documents_of(self, index: int) -> list[Span]:
+        return [_span(self.file, index, *self._place(index))]
+
+    def _place(self, index: int) -> tuple[int, int]:
+        start, stop = (int(place) for place in self.file.offsets[index : index + 2])
+        return start, min(stop, start + self._length)
 
 
 class MaskedSamples:
     """Masked-language-model samples over packed windows or pieces (arXiv 1810.04805, section 3.1).
 
     Which tokens are hidden is a pure function of (seed, place), where place is the sample's place in the run, so a
-    sample is masked differently in every epoch and the same in every layout.
+    sample is masked differently in every epoch and the same in every layout. Special tokens are neither hidden nor
+    put in; at least one token of a sample is hidden if it has any other.
     """
 
     def __init__(
         self, samples: Samples, fraction: float, vocabulary: int, mask_token: int, special: frozenset[int], seed: int
     ) -> None:
-        self._samples, self._fraction, self._vocabulary = samples, fraction, vocabulary
+        self.file, self._samples, self._fraction = samples.file, samples, fraction
         self._mask_token, self._seed = mask_token, seed
         self._special = np.array(sorted(special), dtype=np.int64)
+        self._ordinary = np.setdiff1d(np.arange(vocabulary), self._special)
 
     def __len__(self) -> int:
         return len(self._samples)
@@ -135,14 +154,27 @@ class MaskedSamples:
     def at(self, index: int, place: int) -> Sample:
         """Sample `index`, masked as the run's `place`-th sample: 80 % mask token, 10 % any token, 10 % kept."""
         sample = self._samples[index]
-        tokens = sample["input_ids"].copy()
+        tokens = sample["input_ids"]
         random = np.random.Generator(np.random.Philox(key=[self._seed, place]))
-        draws, fate, other = random.random(len(tokens)), random.random(len(tokens)), random.integers(0, self._vocabulary, len(tokens))
+        draws, fate = random.random((2, len(tokens)))
+        other = self._ordinary[random.integers(0, len(self._ordinary), len(tokens))]
         draws[np.isin(tokens, self._special)] = np.inf
         chosen = draws < self._fraction
         if not chosen.any() and np.isfinite(draws).any():
             chosen[np.argmin(draws)] = True
+        hidden = np.where(fate < 0.8, self._mask_token, np.where(fate < 0.9, other, tokens))
         labels = np.where(chosen, tokens, IGNORE_INDEX)
-        tokens = np.where(chosen & (fate < 0.8), self._mask_token, tokens)
-        tokens = np.where(chosen & (fate >= 0.8) & (fate < 0.9), other, tokens)
-        return {**sample, "input_ids": tokens, "labels": labels}
+        return {**sample, "input_ids": np.where(chosen, hidden, tokens), "labels": labels}
+
+    def documents_of(self, index: int) -> list[Span]:
+        return self._samples.documents_of(index)
+
+
+def _int64(tokens: NDArray[Any]) -> NDArray[np.int64]:
+    return np.asarray(tokens, dtype=np.int64)
+
+
+def _span(file: TokenFile, document: int, start: int, stop: int) -> Span:
+    """The part of `document` within tokens `start` to `stop` - 1 of the whole file."""
+    low, high = int(file.offsets[document]), int(file.offsets[document + 1])
+    return document, max(start, low) - low, min(stop, high) - low

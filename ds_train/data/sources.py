@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
-import csv
 import glob
+import gzip
+import itertools
+import json
+import os
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 from ds_train.config.data import DataSection
 from ds_train.config.load import nearest
 from ds_train.config.task import TaskSection
-from ds_train.errors import user_error
+from ds_train.errors import UserError, user_error
+
+_NOT_LIBRARY = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
+_SUFFIXES = {
+    "jsonl": (".jsonl", ".json", ".jsonl.gz", ".json.gz"),
+    "parquet": (".parquet",),
+    "tsv": (".tsv", ".tsv.gz"),
+}
+
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Document:
-    """A text, where it came from, and its label (None for language models)."""
+    """A text, where it came from (`file`, `file:line` or `id:row`, counted from 1), and its label (None without)."""
 
     source: str
     text: str
@@ -31,133 +43,256 @@ def documents(data: DataSection, task: TaskSection, held_out: bool = False) -> I
     Raises:
         UserError: missing or unreadable file, missing column, a label that is no class, an unreachable hub.
     """
-    count = 0
-    for document in _read(data, task, held_out):
-        if data.max_documents is not None and count >= data.max_documents:
-            return
-        count += 1
-        yield document
+    return itertools.islice(_read(data, task, held_out), data.max_documents)
+
+
+def has_held_out(data: DataSection) -> bool:
+    """Whether the recipe names held-out data; else a part of the source is held out."""
+    return (data.validation_split if data.source == "hub" else data.validation_path) is not None
 
 
 def local_files(data: DataSection, held_out: bool = False) -> list[Path]:
     """Files that a local source reads, sorted; empty for a hub source.
 
+    A folder is read with all below it: every file for `text`, those named `*.jsonl` and the like for the others. The
+    standard library is taken without its own tests, which some distributions leave out.
+
     Raises:
         UserError: the path holds no file.
     """
     if data.source == "stdlib":
-        root = Path(sysconfig.get_paths()["stdlib"])
-        skipped = {"site-packages", "dist-packages", "__pycache__"}
-        return sorted(path for path in root.rglob("*.py") if not skipped & set(path.relative_to(root).parts))
+        return _library_files(Path(sysconfig.get_paths()["stdlib"]))
     if data.source == "hub":
         return []
-    key = "data.validation_path" if held_out else "data.path"
-    given = str(data.validation_path if held_out else data.path)
-    path = Path(given).expanduser()
+    origin = _origin(data, held_out)
+    path = Path(origin.given).expanduser()
     if path.is_dir():
-        found = [file for file in path.rglob("*") if file.is_file() and not file.name.startswith(".")]
+        inside = [file for file in path.rglob("*") if file.is_file()]
+        found = [
+            file for file in inside if not _hidden(file, path) and file.name.endswith(_SUFFIXES.get(data.source, ""))
+        ]
     elif path.is_file():
         found = [path]
     else:
         found = [Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file()]
     if not found:
-        raise user_error(key, "there is no such file, folder or glob", f"looked in {Path.cwd()}", given)
+        raise origin.error(*_nothing_there(path, data.source))
     return sorted(found)
 
 
+@dataclass(frozen=True)
+class _Origin:
+    """The recipe key that named what is being read, for errors."""
+
+    key: str
+    given: str
+
+    def error(self, reason: str, fix: str) -> UserError:
+        return user_error(self.key, reason, fix, self.given)
+
+
+def _origin(data: DataSection, held_out: bool) -> _Origin:
+    key = "data.validation_path" if held_out and data.source != "hub" else "data.path"
+    given = data.validation_path if key == "data.validation_path" else data.path
+    if given is None:
+        raise user_error(
+            key, f"source {data.source} reads from a path", "give a file, folder or glob; a hub id for hub"
+        )
+    return _Origin(key, given)
+
+
+def _library_files(root: Path) -> list[Path]:
+    found: list[Path] = []
+    for folder, below, files in os.walk(root):
+        below[:] = [name for name in below if name not in _NOT_LIBRARY]  # not even walked: site-packages can be huge
+        found += [Path(folder, name) for name in files if name.endswith(".py")]
+    return sorted(found)
+
+
+def _hidden(file: Path, root: Path) -> bool:
+    return any(part.startswith(".") for part in file.relative_to(root).parts)
+
+
+def _nothing_there(path: Path, source: str) -> tuple[str, str]:
+    """(reason, fix) for a path without files."""
+    if path.is_dir():
+        wanted = _SUFFIXES.get(source, ("",))[0]
+        return f"the folder holds no {wanted + ' ' if wanted else ''}file", "give a folder that does, a file or a glob"
+    siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    guess = nearest(path.name, siblings)
+    fix = f"did you mean {path.parent / guess}?" if guess else f"give one that exists, from {Path.cwd()}"
+    return "there is no such file, folder or glob", fix
+
+
 def _read(data: DataSection, task: TaskSection, held_out: bool) -> Iterator[Document]:
-    if data.source == "hub":
-        yield from _rows(_hub_rows(data, held_out), f"hub {data.path}", data, task)
+    if data.source == "stdlib":
+        for file in local_files(data):
+            yield Document(str(file), file.read_bytes().decode(errors="replace"))
         return
-    for file in local_files(data, held_out):
-        if data.source == "stdlib":
-            yield Document(str(file), file.read_text(encoding="utf-8", errors="replace"))
-        elif data.source == "text":
-            yield Document(str(file), _read_text(file))
+    origin = _origin(data, held_out)
+    columns = [data.text_column] + ([data.label_column] if task.kind == "sequence-classification" else [])
+    if data.source == "hub":
+        yield from _rows(_hub_rows(data, held_out, origin), data, task)
+        return
+    for path in local_files(data, held_out):
+        if data.source == "text":
+            yield Document(str(path), _read_text(path, origin))
         elif data.source == "tsv":
-            yield from _rows(_tsv_rows(file, data, task), str(file), data, task)
+            yield from _rows(_tsv_rows(path, columns, origin), data, task)
+        elif data.source == "jsonl":
+            yield from _rows(_json_rows(path, origin), data, task)
         else:
-            yield from _rows(_table_rows(file, data.source), str(file), data, task)
+            yield from _rows(_parquet_rows(path, columns, origin), data, task)
 
 
-def _rows(rows: Iterator[dict[str, Any]], source: str, data: DataSection, task: TaskSection) -> Iterator[Document]:
-    labelled = task.kind == "sequence-classification"
-    for number, row in enumerate(rows):
-        place = f"{source}:{number}"
-        text = row[_column(row, data.text_column, "data.text_column", source)]
+def _rows(rows: Iterator[tuple[str, Row]], data: DataSection, task: TaskSection) -> Iterator[Document]:
+    """Documents of (place, row by column name); a missing text is an empty one."""
+    for place, row in rows:
+        text = _cell(row, data.text_column, "data.text_column", place)
+        if not isinstance(text, str | None):
+            reason = f"{place} holds {type(text).__name__}, not text"
+            raise user_error("data.text_column", reason, "name a column of texts", data.text_column)
         label = None
-        if labelled:
-            label = _label(row[_column(row, data.label_column, "data.label_column", source)], task.num_labels, place)
-        yield Document(place, "" if text is None else str(text), label)
+        if task.kind == "sequence-classification":
+            label = _label(_cell(row, data.label_column, "data.label_column", place), data, task, place)
+        yield Document(place, _encodable(text or ""), label)
 
 
-def _column(row: dict[str, Any], name: str, key: str, source: str) -> str:
+def _cell(row: Row, name: str, key: str, place: str) -> Any:
     if name in row:
-        return name
+        return row[name]
     guess = nearest(name, list(row))
-    fix = f"did you mean {guess!r}?" if guess else "its columns: " + ", ".join(map(repr, row))
-    raise user_error(key, f"{source} has no such column", fix, name)
+    fix = (f"did you mean {guess!r}? " if guess else "") + "its columns are " + ", ".join(map(repr, row))
+    raise user_error(key, f"{place} has no such column", fix, name)
 
 
-def _label(value: Any, num_labels: int, place: str) -> int:
+def _label(value: Any, data: DataSection, task: TaskSection, place: str) -> int:
     try:
         label = int(value)
-    except (TypeError, ValueError):
-        label = -1
-    if isinstance(value, float) and value != label:
-        label = -1
-    if not 0 <= label < num_labels:
-        reason = f"{place}: label {value!r} is not an integer from 0 to {num_labels - 1}"
-        raise user_error("task.num_labels", reason, "correct the label, or set task.num_labels", num_labels)
+    except (TypeError, ValueError, OverflowError):
+        label = None
+    if label is None or (isinstance(value, float) and value != label):
+        reason = f"{place} has the label {value!r}, which is no integer"
+        raise user_error(
+            "data.label_column", reason, "name a column of integers, or correct the label", data.label_column
+        )
+    if not 0 <= label < task.num_labels:
+        reason = f"{place} has the label {label}, but labels go from 0 to {task.num_labels - 1}"
+        fix = f"set task.num_labels={label + 1}, or correct the label" if label > 0 else "correct the label"
+        raise user_error("task.num_labels", reason, fix, task.num_labels)
     return label
 
 
-def _read_text(file: Path) -> str:
+def _encodable(text: str) -> str:
+    """`text` without lone surrogates, which JSON can spell and UTF-8 can't: they become U+FFFD."""
     try:
-        return file.read_text(encoding="utf-8")
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return text
+
+
+def _read_text(path: Path, origin: _Origin) -> str:
+    try:
+        # Bytes, since reading as text would turn \r\n into \n.
+        return path.read_bytes().decode()
     except UnicodeDecodeError as error:
-        raise user_error("data.path", f"{file} is not UTF-8 text: {error.reason} at byte {error.start}", "convert it") from error
+        raise _not_utf8(f"{path}: byte {error.start}", origin) from error
     except OSError as error:
-        raise user_error("data.path", f"{file} can't be read: {error.strerror}", "make it readable") from error
+        raise _unreadable(path, error, origin) from error
 
 
-def _tsv_rows(file: Path, data: DataSection, task: TaskSection) -> Iterator[dict[str, Any]]:
-    """Rows by column name, or by number where the recipe names columns by number (a file without a header)."""
-    lines = csv.reader(_read_text(file).splitlines(), delimiter="\t", quoting=csv.QUOTE_NONE)
-    header: list[str] | None = None
-    columns = [data.text_column] + ([data.label_column] if task.kind == "sequence-classification" else [])
-    if not all(name.isdigit() for name in columns):
-        header = next(lines, [])
-    for number, cells in enumerate(lines):
-        names = header if header is not None else [str(index) for index in range(len(cells))]
-        if not cells:
-            continue
-        if len(cells) < len(names):
-            reason = f"{file}: row {number} has {len(cells)} cells instead of {len(names)}"
-            raise user_error("data.path", reason, "correct the row")
-        yield dict(zip(names, cells, strict=False))
-
-
-def _table_rows(file: Path, kind: str) -> Iterator[dict[str, Any]]:
-    import datasets
-
-    builder = {"jsonl": "json", "parquet": "parquet"}[kind]
+def _lines(path: Path, origin: _Origin) -> Iterator[tuple[str, str]]:
+    """(`file:line`, line without its end). Only \\n and \\r\\n end a line, unlike in `str.splitlines`."""
+    number = 0
     try:
-        # Streaming reads the file as it goes, and leaves no copy of it in the cache of `datasets`.
-        yield from datasets.load_dataset(builder, data_files=str(file), split="train", streaming=True)
-    except Exception as error:  # the readers raise pyarrow's, json's and datasets' own errors
-        raise user_error("data.path", f"{file} can't be read as {kind}: {_first_line(error)}", "correct the file") from error
+        with _open(path) as file:
+            for number, line in enumerate(file, 1):
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                yield f"{path}:{number}", text.removesuffix("\n").removesuffix("\r")
+    except UnicodeDecodeError as error:
+        raise _not_utf8(f"{path}:{number}", origin) from error
+    except (OSError, EOFError) as error:
+        raise _unreadable(path, error, origin) from error
 
 
-def _hub_rows(data: DataSection, held_out: bool) -> Iterator[dict[str, Any]]:
+def _open(path: Path) -> IO[bytes]:
+    return cast(IO[bytes], gzip.open(path, "rb")) if path.suffix == ".gz" else path.open("rb")
+
+
+def _not_utf8(place: str, origin: _Origin) -> UserError:
+    return origin.error(f"{place} is not UTF-8 text", "convert the file to UTF-8, or leave it out")
+
+
+def _unreadable(path: Path, error: Exception, origin: _Origin) -> UserError:
+    return origin.error(f"{path} can't be read: {_first_line(error)}", "make it a readable file, or leave it out")
+
+
+def _tsv_rows(path: Path, columns: Sequence[str], origin: _Origin) -> Iterator[tuple[str, Row]]:
+    """Rows by column name, or by number where the recipe names columns by number (a file without a header).
+
+    Quotes are ordinary characters, as in the GLUE files.
+    """
+    by_number = all(name.isdecimal() for name in columns)
+    header: list[str] | None = None
+    for place, line in _lines(path, origin):
+        if not line:
+            continue
+        cells = line.split("\t")
+        if by_number:
+            yield place, {str(index): cell for index, cell in enumerate(cells)}
+        elif header is None:
+            header = cells
+            for name, key in zip(columns, ("data.text_column", "data.label_column"), strict=False):
+                _cell(dict.fromkeys(header), name, key, place)
+        elif len(cells) != len(header):
+            reason = f"{place} has {len(cells)} cells instead of the header's {len(header)}"
+            raise origin.error(reason, "correct the line; quotes don't keep a tab inside a cell")
+        else:
+            yield place, dict(zip(header, cells, strict=True))
+
+
+def _json_rows(path: Path, origin: _Origin) -> Iterator[tuple[str, Row]]:
+    for place, line in _lines(path, origin):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise origin.error(f"{place} is not JSON: {error}", "write one JSON object a line") from error
+        if not isinstance(row, dict):
+            raise origin.error(f"{place} is not a JSON object", "write one JSON object a line")
+        yield place, row
+
+
+def _parquet_rows(path: Path, columns: Sequence[str], origin: _Origin) -> Iterator[tuple[str, Row]]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            # A column that isn't there is missed by the reader of the row, which names those that are.
+            wanted = list(columns) if set(columns) <= set(names) else names
+            batches = file.iter_batches(batch_size=1024, columns=wanted)
+            rows = (row for batch in batches for row in batch.to_pylist())
+            yield from ((f"{path}:{number}", row) for number, row in enumerate(rows, 1))
+    except (OSError, pyarrow.ArrowException) as error:
+        raise _unreadable(path, error, origin) from error
+
+
+def _hub_rows(data: DataSection, held_out: bool, origin: _Origin) -> Iterator[tuple[str, Row]]:
     import datasets
 
     split = data.validation_split if held_out else data.split
     try:
-        yield from datasets.load_dataset(data.path, data.subset, split=split, streaming=data.streaming)
+        rows = datasets.load_dataset(data.path, data.subset, split=split, streaming=data.streaming)
+        yield from ((f"{data.path}[{split}]:{number}", row) for number, row in enumerate(rows, 1))
     except Exception as error:  # no network, no such id, no such split: each has its own class
-        fix = "check id, subset and split, go where the hub can be reached, or give local files"
-        raise user_error("data.path", f"hub data set can't be read: {_first_line(error)}", fix, data.path) from error
+        fix = (
+            "check id, subset and split; without a network, give a local folder with data.source=jsonl, parquet or text"
+        )
+        raise origin.error(f"the hub data set's split {split} can't be read: {_first_line(error)}", fix) from error
 
 
 def _first_line(error: Exception) -> str:

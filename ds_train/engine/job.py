@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ds_train.config import RunConfig, dump, load
-from ds_train.engine.ranks import RankInfo, barrier, meet, on_main_first, rank_info, run_to_exit_code
+from ds_train.engine.ranks import RankInfo, barrier, meet, on_main_first, run_to_exit_code
 from ds_train.errors import user_error
 from ds_train.plan.make import RunPlan, make_plan
 from ds_train.plan.topology import Cluster
@@ -26,8 +26,7 @@ if TYPE_CHECKING:
 
 def run_job(recipe: str, overrides: Sequence[str]) -> int:
     """Train `recipe` on this rank of the launch; returns the exit code (0, or 2 for the user's error)."""
-    info = rank_info()
-    return run_to_exit_code(info, lambda: train(load(recipe, overrides), info))
+    return run_to_exit_code(lambda info: train(load(recipe, overrides), info))
 
 
 def train(run: RunConfig, info: RankInfo) -> None:
@@ -44,13 +43,13 @@ def train(run: RunConfig, info: RankInfo) -> None:
     prepared, tokenizer = _prepare_data(run, info)
 
     from ds_train.checkpoint import hf, native
-    from ds_train.checkpoint.manifest import sha256
+    from ds_train.data.prepare import read_manifest
     from ds_train.engine.build import assemble
     from ds_train.schedule.learning_rate import plan_length
     from ds_train.track.tracker import Tracker
 
     layout = _layout_record(plan)
-    fingerprint = sha256(prepared / "manifest.json")
+    fingerprint = str(read_manifest(prepared)["content"])
     resumed = on_main_first(info, lambda: _find_checkpoint(run, folder, layout, fingerprint))
     parts = assemble(run, plan, info, tokenizer, prepared)
     steps = plan_length(
@@ -180,7 +179,10 @@ def _make_run_folder(folder: Path, run: RunConfig, plan: RunPlan) -> None:
         write_json(folder / "deepspeed.json", plan.deepspeed_json)
     except OSError as error:
         raise user_error(
-            "run_root", f"the run folder can't be written: {error}", "choose a folder that you may write to", str(folder)
+            "run_root",
+            f"the run folder can't be written: {error}",
+            "choose a folder that you may write to",
+            str(folder),
         ) from error
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,7 +74,7 @@ def train_steps(
         labels, real_tokens = (int(count) for count in counts)
         loss_sum = torch.zeros((), dtype=torch.float64, device=parts.engine.device)
         norm = 0.0
-        # DeepSpeed divides by the accumulation and by the data ranks; the loss is a mean over the global batch's labels.
+        # DeepSpeed divides by accumulation and data ranks; the loss is a mean over the global batch's labels.
         weight = plan.batch.accumulation * plan.layout.data / max(1, labels)
         for index, batch in enumerate(batches):
             loss = parts.task.train_loss(parts.engine, _to(batch, parts.engine.device))
@@ -109,7 +109,9 @@ def evaluate(run: RunConfig, parts: Assembly, step: int) -> EvalResult | None:
         totals += parts.task.scores(parts.engine, _to(batch, parts.engine.device))
     parts.engine.train()
     loss, correct, labels = all_sum(totals).tolist()
-    return EvalResult(step, loss / max(1.0, labels), correct / max(1.0, labels), int(labels), time.perf_counter() - started)
+    return EvalResult(
+        step, loss / max(1.0, labels), correct / max(1.0, labels), int(labels), time.perf_counter() - started
+    )
 
 
 def due(every: int | None, step: int) -> bool:
@@ -117,7 +119,7 @@ def due(every: int | None, step: int) -> bool:
     return every is not None and step % every == 0
 
 
-def _counts(batches: list[Mapping[str, Tensor]]) -> Tensor:
+def _counts(batches: Sequence[Mapping[str, Tensor]]) -> Tensor:
     """(labels, tokens that are not padding) of this rank's micro-batches: (2,) int64."""
     labels = sum(int((batch["labels"] != IGNORE_INDEX).sum()) for batch in batches)
     return torch.tensor([labels, sum(_real_tokens(batch) for batch in batches)])
@@ -135,5 +137,3 @@ def _gradient_norm(module: torch.nn.Module) -> float:
 
 def _to(batch: Mapping[str, Tensor], device: Any) -> dict[str, Tensor]:
     return {key: value.to(device, non_blocking=True) for key, value in batch.items()}
-
-

@@ -9,9 +9,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast, get_args
 
-from ds_train.errors import EXIT_CODE, UserError
+from ds_train.errors import EXIT_CODE, UserError, user_error
+from ds_train.plan.topology import Device
 
 if TYPE_CHECKING:
     import torch
@@ -33,7 +34,7 @@ class RankInfo:
     ranks: int
     local_rank: int
     ranks_per_host: int
-    device: str
+    device: Device
 
     @property
     def is_main(self) -> bool:
@@ -45,12 +46,15 @@ def rank_info() -> RankInfo:
     """This process's place. Outside of a launcher it is the only rank. Imports no torch."""
     env = os.environ
     ranks = int(env.get("WORLD_SIZE", 1))
+    device = env.get("DS_ACCELERATOR") or ("cuda" if Path("/dev/nvidiactl").exists() else "cpu")
+    if device not in get_args(Device):
+        raise user_error("DS_ACCELERATOR", "no such device", f"one of {', '.join(get_args(Device))}", device)
     return RankInfo(
         rank=int(env.get("RANK", 0)),
         ranks=ranks,
         local_rank=int(env.get("LOCAL_RANK", 0)),
         ranks_per_host=int(env.get("LOCAL_SIZE", ranks)),
-        device=env.get("DS_ACCELERATOR") or ("cuda" if Path("/dev/nvidiactl").exists() else "cpu"),
+        device=cast(Device, device),
     )
 
 
@@ -110,15 +114,15 @@ def on_main_first(info: RankInfo, work: Callable[[], Result]) -> Result:
     return box[0]
 
 
-def run_to_exit_code(info: RankInfo, body: Callable[[], None]) -> int:
-    """Run `body`; a `UserError` is printed by rank 0 alone, one line per problem, and gives exit code 2.
+def run_to_exit_code(body: Callable[[RankInfo], None]) -> int:
+    """Run `body` with this process's place. Rank 0 alone prints a `UserError`, a line per problem; exit code 2.
 
     The launcher kills every rank as soon as one ends badly, so ranks that have nothing to say wait for rank 0's words.
     """
     try:
-        body()
+        body(rank_info())
     except UserError as error:
-        if info.is_main:
+        if os.environ.get("RANK", "0") == "0":
             for problem in error.problems:
                 print(f"error: {problem}", file=sys.stderr, flush=True)
         else:

@@ -78,11 +78,15 @@ def build_model(
             initialize_weights(model, run.seed)
         else:
             model = _pretrained_model(run, auto_class, config, dtype, attention, deepspeed_json, zero_stage)
-    except (ValueError, ImportError) as error:
-        raise user_error("model", _first_line(error), "see the model's page in the transformers documentation") from error
+    except (ValueError, ImportError, KeyError) as error:
+        raise user_error(
+            "model", _first_line(error), "see the model's page in the transformers documentation"
+        ) from error
     if run.model.activation_checkpointing:
         if not model.supports_gradient_checkpointing:
-            raise user_error("model.activation_checkpointing", f"{type(model).__name__} has no support for it", "set false")
+            raise user_error(
+                "model.activation_checkpointing", f"{type(model).__name__} has no support for it", "set false"
+            )
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
     return model
@@ -148,7 +152,11 @@ def _post_order(
 
 
 def _random_model(
-    auto_class: Any, config: PreTrainedConfig, dtype: torch.dtype, attention: str | None, zero3_json: dict[str, Any] | None
+    auto_class: Any,
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    attention: str | None,
+    zero3_json: dict[str, Any] | None,
 ) -> PreTrainedModel:
     options = {"dtype": dtype} | ({"attn_implementation": attention} if attention else {})
     with contextlib.ExitStack() as stack:
@@ -209,7 +217,10 @@ def _config_from_scratch(arch: str, keys: dict[str, Any]) -> PreTrainedConfig:
 def _config_of_pretrained(run: RunConfig, keys: dict[str, Any]) -> PreTrainedConfig:
     try:
         return transformers.AutoConfig.from_pretrained(
-            run.model.path, revision=run.model.revision or "main", trust_remote_code=run.model.trust_remote_code, **keys
+            str(run.model.path),
+            revision=run.model.revision or "main",
+            trust_remote_code=run.model.trust_remote_code,
+            **keys,
         )
     except (OSError, ValueError) as error:
         raise _cannot_load(run, error) from error
@@ -230,5 +241,9 @@ def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int | None]
 
 
 def _first_line(error: Exception) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[0].strip() if lines else type(error).__name__
+    if isinstance(error, KeyError):
+        return f"transformers knows no {error}"
+    # Config classes validate in two lines: "Class validation error for ...:" and what is wrong.
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    lines = [line for line in lines if not line.startswith("Class validation error")] or lines
+    return lines[0] if lines else type(error).__name__

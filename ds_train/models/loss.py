@@ -30,7 +30,9 @@ def cross_entropy_sum(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
     return functional.cross_entropy(logits_NV.float(), labels_N, ignore_index=IGNORE_INDEX, reduction="sum")
 
 
-def score_tokens(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, labels_N: Tensor) -> tuple[Tensor, Tensor]:
+def score_tokens(
+    hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, labels_N: Tensor
+) -> tuple[Tensor, Tensor]:
     """(summed cross-entropy, correctly predicted labels), both scalars in fp32, without a gradient."""
     loss = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
     correct = torch.zeros_like(loss)
@@ -89,5 +91,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
-        hidden, weight, bias = (None if grad is None else grad * upstream[0].to(grad.dtype) for grad in ctx.saved_tensors)
+        hidden, weight, bias = (
+            None if grad is None else grad * upstream[0].to(grad.dtype) for grad in ctx.saved_tensors
+        )
         return hidden, weight, bias, None

@@ -12,7 +12,9 @@ from ds_train.errors import user_error
 
 
 @torch.no_grad()
-def check_packing(forward: Callable[..., Any], vocabulary: int, family: str, device: torch.device | str = "cpu") -> None:
+def check_packing(
+    forward: Callable[..., Any], vocabulary: int, family: str, device: torch.device | str = "cpu"
+) -> None:
     """Run one window of two documents and compare the second with the same document alone.
 
     `forward` is the causal model in evaluation mode. Another first document must leave the second one's logits
@@ -50,4 +52,6 @@ def next_dtype(fallback: Tensor, forward: Any) -> torch.dtype:
 
 
 def _refused(family: str, reason: str) -> Exception:
-    return user_error("data.packing", f"{family} can't train on packed windows: {reason}", "set data.packing: false", True)
+    return user_error(
+        "data.packing", f"{family} can't train on packed windows: {reason}", "set data.packing: false", True
+    )

@@ -70,7 +70,7 @@ class _HeadLoss:
         self._logits = head.forward
         self._labels: Tensor | None = None
         self._scoring = False
-        head.forward = self._forward  # type: ignore[method-assign]
+        head.forward = self._forward  # type: ignore[method-assign, assignment]
 
     def on(self, labels: Tensor, scoring: bool) -> _HeadLoss:
         self._labels, self._scoring = labels.reshape(-1), scoring
@@ -103,7 +103,9 @@ def _plain_head(model: PreTrainedModel) -> nn.Linear | None:
         tree = ast.parse(textwrap.dedent(inspect.getsource(type(model).forward)))
     except (OSError, TypeError, SyntaxError):
         return None
-    assigned = [node for node in ast.walk(tree) if isinstance(node, (ast.Assign, ast.AugAssign)) and _assigns_logits(node)]
+    assigned = [
+        node for node in ast.walk(tree) if isinstance(node, (ast.Assign, ast.AugAssign)) and _assigns_logits(node)
+    ]
     if len(names) != 1 or len(assigned) != 1 or not isinstance(assigned[0], ast.Assign):
         return None
     call = assigned[0].value

@@ -31,7 +31,7 @@ def parameter_groups(model: nn.Module, section: OptimizerSection) -> list[dict[s
 def build_optimizer(model: nn.Module, section: OptimizerSection) -> torch.optim.Optimizer:
     """The optimizer of the recipe over the model's trainable parameters."""
     groups = parameter_groups(model, section)
-    common = {"lr": section.lr, "weight_decay": section.weight_decay, "fused": True}
+    common: dict[str, Any] = {"lr": section.lr, "weight_decay": section.weight_decay, "fused": True}
     if section.kind == "adamw":
         return torch.optim.AdamW(groups, betas=section.betas, eps=section.eps, **common)
     if section.kind == "adam":

@@ -24,21 +24,37 @@ def plan_batch(batch: BatchSection, data_ranks: int) -> BatchPlan:
     """Resolve `auto` and check divisibility for `data_ranks` data-parallel ranks.
 
     Raises:
-        UserError: the global batch can't be cut evenly; names the nearest that can.
+        UserError: a size below 1, or a global batch that can't be cut evenly; names the nearest that can.
     """
-    wanted, known_micro = batch.global_samples, batch.micro_samples != "auto"
-    unit = (int(batch.micro_samples) if known_micro else 1) * data_ranks
-    if wanted % unit:
-        lower, upper = wanted // unit * unit, (wanted // unit + 1) * unit
-        what = f"micro_samples x data ranks = {batch.micro_samples} x {data_ranks}" if known_micro else "data ranks"
-        nearest = ", ".join(str(value) for value in (lower, upper) if value)
-        raise UserError(
-            Problem("batch.global_samples", f"not a multiple of {what} = {unit}", f"nearest: {nearest}", wanted)
-        )
-    share = wanted // data_ranks
+    problems = _too_small(batch) or _uneven(batch, data_ranks)
+    if problems:
+        raise UserError(problems)
+    share = batch.global_samples // data_ranks
     if batch.micro_samples == "auto":
         micro = next(size for size in range(min(LARGEST_AUTO_MICRO, share), 0, -1) if share % size == 0)
     else:
         micro = batch.micro_samples
     evaluation = micro if batch.eval_micro_samples == "auto" else batch.eval_micro_samples
-    return BatchPlan(wanted, micro, evaluation, share // micro)
+    return BatchPlan(batch.global_samples, micro, evaluation, share // micro)
+
+
+def _too_small(batch: BatchSection) -> list[Problem]:
+    sizes = {"micro_samples": batch.micro_samples, "eval_micro_samples": batch.eval_micro_samples}
+    return [
+        Problem(f"batch.{key}", "a forward pass has at least one sample", "auto, or 1 and more", size)
+        for key, size in sizes.items()
+        if size != "auto" and size < 1
+    ]
+
+
+def _uneven(batch: BatchSection, data_ranks: int) -> list[Problem]:
+    wanted = batch.global_samples
+    unit, what = data_ranks, f"data ranks = {data_ranks}"
+    if batch.micro_samples != "auto":
+        unit *= batch.micro_samples
+        what = f"micro_samples x data ranks = {batch.micro_samples} x {data_ranks} = {unit}"
+    if wanted % unit == 0:
+        return []
+    below = wanted // unit * unit
+    fix = "nearest: " + ", ".join(str(size) for size in (below, below + unit) if size)
+    return [Problem("batch.global_samples", f"not a multiple of {what}", fix, wanted)]

@@ -1,13 +1,14 @@
-"""Which keys DeepSpeed's own source reads, so that raw `deepspeed:` keys can be checked; it ignores unknown ones itself.
+"""Which keys DeepSpeed's own source reads, so that raw `deepspeed:` keys can be checked; it ignores unknown ones.
 
-Read from the installed source by its syntax, without importing it: top-level keys from the calls that look a key up
-in `param_dict`, nested ones from the fields of its config models.
+Read from the installed source by its syntax, without importing it: keys from the calls that look one up in a
+configuration dictionary, and from the fields of its config models.
 """
 
 from __future__ import annotations
 
 import ast
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -16,84 +17,123 @@ from ds_train.errors import Problem
 from ds_train.plan.deepspeed_json import OWNED
 from ds_train.plan.sources import classes, package_folder, string_constants
 
-# Files that read top-level keys, and where the names of those keys are defined.
+# Files that read keys, and files where the names of those keys are defined.
 _READERS = (
     "runtime/config.py", "runtime/zero/config.py", "runtime/precision_config.py", "monitor/config.py", "comm/config.py",
     "profiling/config.py", "runtime/activation_checkpointing/config.py", "runtime/swap_tensor/aio_config.py",
-    "runtime/tensor_parallel/config.py", "compile/config.py", "datastates/config.py",
+    "runtime/model_checkpointing/config.py", "runtime/tensor_parallel/config.py", "compile/config.py",
+    "datastates/config.py", "utils/config.py",
 )  # fmt: skip
 _CONSTANTS = (
-    "constants.py", "runtime/constants.py", "runtime/config.py", "runtime/zero/config.py", "runtime/precision_config.py",
-    "runtime/activation_checkpointing/config.py", "runtime/swap_tensor/constants.py", "runtime/data_pipeline/constants.py",
-    "monitor/constants.py", "monitor/config.py", "comm/constants.py", "profiling/constants.py",
-    "runtime/tensor_parallel/config.py",
+    *_READERS, "constants.py", "runtime/constants.py", "runtime/swap_tensor/constants.py", "comm/constants.py",
+    "runtime/model_checkpointing/constants.py", "monitor/constants.py", "profiling/constants.py",
 )  # fmt: skip
+# Its `param_dict` is the checkpoint section, not the top level.
+_NOT_TOP_LEVEL = frozenset({"runtime/model_checkpointing/config.py"})
 
-# Top-level keys that are read by other means than a look-up in `param_dict`.
-_ELSEWHERE = frozenset({"comms_logger"})
+# Names that DeepSpeed's source gives the dictionary of a section; "" is the top level.
+_SECTION_VARIABLES = {
+    "": ("param_dict", "_param_dict", "ds_config"),
+    "aio": ("aio_dict",),
+    "flops_profiler": ("flops_profiler_dict",),
+    "activation_checkpointing": ("act_chkpt_config_dict",),
+    "checkpoint": ("checkpoint_dict", "checkpoint_params"),
+    "checkpoint.writer": ("writer_dict",),
+    "checkpoint.parallel_write": ("par_write_params",),
+    "data_types": ("data_types_params",),
+}
 
 # Sections whose fields are one config model.
 _SECTION_MODELS = {
     "zero_optimization": ("runtime/zero/config.py", "DeepSpeedZeroConfig"),
     "zero_optimization.offload_param": ("runtime/zero/offload_config.py", "DeepSpeedZeroOffloadParamConfig"),
     "zero_optimization.offload_optimizer": ("runtime/zero/offload_config.py", "DeepSpeedZeroOffloadOptimizerConfig"),
+    "zero_optimization.leaf_module": ("runtime/zero/leaf_module_config.py", "DeepSpeedZeroLeafModuleConfig"),
     "bf16": ("runtime/precision_config.py", "DeepSpeedBF16Config"),
     "fp16": ("runtime/precision_config.py", "DeepSpeedFP16Config"),
+    "comms_logger": ("comm/config.py", "CommsLoggerConfig"),
+    "timers.throughput": ("utils/config.py", "DeepSpeedThroughputTimerConfig"),
 }
+_MONITORS = ("monitor/config.py", "DeepSpeedMonitorConfig")
+
+_MONITOR = ("a monitor of DeepSpeed that fails on rank 0 hangs the other ranks", "use RUN/metrics.jsonl or track.wandb")
+_MEAN = ("gradients are those of the mean loss of the global batch", "leave it out")
+_OWN_OPTIMIZER = ("it needs DeepSpeedCPUAdam, and the optimizer here is torch's", "leave it out")
+_OWN_ORDER = ("the order of samples is a function of the seed and the position alone", "leave it out")
+_MASTER = ("the optimizer always keeps fp32 master weights and moments", "leave it out")
+
+REFUSED: dict[str, tuple[str, str]] = {
+    "tensorboard": _MONITOR,
+    "csv_monitor": _MONITOR,
+    "comet": _MONITOR,
+    "gradient_allreduce_op": _MEAN,
+    "prescale_gradients": _MEAN,
+    "gradient_predivide_factor": _MEAN,
+    "data_efficiency": _OWN_ORDER,
+    "bf16.bf16_master_weights_and_grads": _MASTER,
+    "bf16.bf16_optimizer_states": _MASTER,
+    "fp16.fp16_master_weights_and_grads": _MASTER,
+    "zero_optimization.zenflow": _OWN_OPTIMIZER,
+    "zero_optimization.offload_optimizer.ratio": _OWN_OPTIMIZER,
+    "zero_optimization.offload_optimizer.super_offload": _OWN_OPTIMIZER,
+    "zero_optimization.compute_grad_norm": ("every step reports the norm of its gradients", "leave it out"),
+    "zero_optimization.legacy_stage1": ("its checkpoints and losses differ from stage 1's", "leave it out"),
+    "expert_parallel": ("expert parallelism is not available in this version", "leave it out"),
+    "use_data_before_expert_parallelism": ("expert parallelism is not available in this version", "leave it out"),
+    "hybrid_engine": ("it is an engine for reinforcement learning, not for this step loop", "leave it out"),
+    "autotuning": ("it ends the run after a few profiled steps", "leave it out"),
+    "checkpoint.load_universal": ("checkpoints here resume on the layout that wrote them", "leave it out"),
+    "checkpoint.use_node_local_storage": ("a checkpoint here is one folder that all hosts see", "leave it out"),
+    "datastates_ckpt": ("a checkpoint here is whole before it is named the newest", "leave it out"),
+}
+"""DeepSpeed keys that work against this trainer whatever their value: (reason, fix)."""
+
+# Where "auto" is a value that DeepSpeed itself resolves (runtime/constants.py:391).
+_AUTO_ALLOWED = frozenset({"data_types.keep_in_fp32_modules"})
+
+
+@dataclass(frozen=True)
+class Field:
+    """A key of a section: its type as DeepSpeed's config model writes it, "" where it writes none."""
+
+    annotation: str = ""
 
 
 def check_raw(raw: Mapping[str, Any]) -> list[Problem]:
-    """What is wrong with raw `deepspeed:` keys: owned by the plan, removed, unknown, or left to `"auto"`."""
+    """What is wrong with raw `deepspeed:` keys: the plan's own, refused, removed, unknown, of a wrong type, `auto`."""
     problems: list[Problem] = []
     for path, value in _paths(raw):
-        key = f"deepspeed.{path}"
-        owner = next((OWNED[own] for own in (path, *_parents(path)) if own in OWNED), None)
-        if owner is not None:
-            problems.append(Problem(key, "the plan owns this key", _instead(owner), value))
-        elif path in removed_keys():
-            problems.append(Problem(key, removed_keys()[path], "remove it", value))
-        elif value == "auto":
-            problems.append(Problem(key, 'DeepSpeed takes "auto" for a value here', "write the value itself", value))
-        else:
-            problems += _unknown(path, value)
-    # A section and the keys under it say the same thing; the shorter path says it better.
-    return [
-        problem for problem in problems if not any(problem.key.startswith(other.key + ".") for other in problems)
-    ]
+        problem = _check_key(path, value)
+        # A section and the keys under it would say the same thing twice.
+        if problem and not any(problem.key.startswith(f"{other.key}.") for other in problems):
+            problems.append(problem)
+    return problems
+
+
+def known_key(path: str) -> bool:
+    """Whether DeepSpeed reads the dotted key; keys of a section whose fields aren't known here count as read."""
+    section, _, leaf = path.rpartition(".")
+    known = section_fields(section)
+    return (known is None or leaf in known) and (not section or known_key(section))
 
 
 @cache
 def top_level_keys() -> frozenset[str]:
     """Keys that DeepSpeed looks up at the top level of its JSON."""
-    constants: dict[str, str] = {}
-    for file in _CONSTANTS:
-        constants.update(string_constants(tree) if (tree := _parse(file)) else {})
-    keys = {*_ELSEWHERE, *OWNED}
-    for file in _READERS:
-        tree = _parse(file)
-        if tree is not None:
-            keys.update(key for node in ast.walk(tree) for key in _looked_up(node, constants))
-    return frozenset(keys)
+    return frozenset(section_fields("") or ())
 
 
 @cache
-def section_fields(section: str) -> frozenset[str] | None:
-    """Field names and aliases of a section that is one config model; None for the others."""
-    if section not in _SECTION_MODELS:
-        return None
-    file, name = _SECTION_MODELS[section]
-    tree = _parse(file)
-    node = classes(tree).get(name) if tree else None
-    if node is None:
-        return None
-    fields: set[str] = set()
-    for statement in node.body:
-        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
-            fields.add(statement.target.id)
-            if isinstance(statement.value, ast.Call):
-                aliases = [part.value for part in statement.value.keywords if part.arg == "alias"]
-                fields.update(alias.value for alias in aliases if isinstance(alias, ast.Constant))
-    return frozenset(fields)
+def section_fields(section: str) -> Mapping[str, Field] | None:
+    """Keys of a section ("" for the top level) as JSON writes them; None where they can't be read from the source."""
+    if section in _SECTION_MODELS:
+        return _model_fields(*_SECTION_MODELS[section])
+    if section in _SECTION_VARIABLES:
+        files = [file for file in _READERS if section or file not in _NOT_TOP_LEVEL]
+        keys = {key for file in files for key in _looked_up_in(file, _SECTION_VARIABLES[section])}
+        extra = {*(_model_fields(*_MONITORS) or ()), "sequence_parallel_size"} if section == "" else set()
+        return dict.fromkeys(keys | extra | _subsections(section), Field()) or None
+    return dict.fromkeys(_subsections(section), Field()) or None
 
 
 @cache
@@ -111,48 +151,119 @@ def removed_keys() -> dict[str, str]:
     return removed
 
 
-def _instead(owner: str) -> str:
-    return f"set {owner} instead" if not owner.startswith("nothing") else owner.replace("nothing", "leave it out")
+def _check_key(path: str, value: Any) -> Problem | None:
+    key = f"deepspeed.{path}"
+    if path in OWNED:
+        return Problem(key, "the plan writes this key", f"set {OWNED[path]} instead", value)
+    if path in REFUSED:
+        return Problem(key, *REFUSED[path], value)
+    if path in removed_keys():
+        return Problem(key, removed_keys()[path], "leave it out", value)
+    if value == "auto" and path not in _AUTO_ALLOWED:
+        return Problem(key, 'DeepSpeed drops "auto" without a word and takes its own default', "write a value", value)
+    if not known_key(path):
+        return _unknown(path, value)
+    if _is_section(path) and not isinstance(value, Mapping):
+        return Problem(key, "this is a section", "write keys under it", value)
+    return _wrong_type(path, value)
 
 
-def _unknown(path: str, value: Any) -> list[Problem]:
+def _unknown(path: str, value: Any) -> Problem:
     section, _, leaf = path.rpartition(".")
-    known = top_level_keys() if not section else section_fields(section)
-    if known is None or leaf in known:
-        return []
-    guess = nearest(leaf, sorted(known))
-    fix = f"did you mean `deepspeed.{section + '.' if section else ''}{guess}`?" if guess else "remove it"
-    return [Problem(f"deepspeed.{path}", "DeepSpeed knows no such key and would ignore it", fix, value)]
+    known = sorted(section_fields(section) or ())
+    prefix = f"deepspeed.{section}." if section else "deepspeed."
+    alias = next((field for field in known if field.removeprefix("stage3_") == leaf), None)
+    guess = alias or nearest(leaf, known)
+    if guess is None:  # right word, wrong section
+        prefix, guess = next(
+            ((f"deepspeed.{place}.", leaf) for place in _SECTION_MODELS if leaf in (section_fields(place) or ())),
+            (prefix, None),
+        )
+    fix = f"did you mean `{prefix}{guess}`?" if guess else "leave it out"
+    return Problem(f"deepspeed.{path}", "DeepSpeed reads no such key", fix, value)
 
 
-def _looked_up(node: ast.AST, constants: Mapping[str, str]) -> list[str]:
-    """Keys that a piece of syntax looks up in DeepSpeed's `param_dict`."""
+def _wrong_type(path: str, value: Any) -> Problem | None:
+    section, _, leaf = path.rpartition(".")
+    annotation = (section_fields(section) or {}).get(leaf, Field()).annotation.replace("Optional[bool]", "bool")
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    fits = {
+        "bool": isinstance(value, bool),
+        "int": number and float(value).is_integer(),
+        "float": number,
+        "str": isinstance(value, str),
+    }
+    if fits.get(annotation, True):
+        return None
+    return Problem(f"deepspeed.{path}", f"DeepSpeed takes {annotation} here", "write one, without quotes", value)
+
+
+def _is_section(path: str) -> bool:
+    return path in _SECTION_MODELS or path in _SECTION_VARIABLES or bool(_subsections(path))
+
+
+def _subsections(section: str) -> set[str]:
+    """Names of the sections right under `section`, of those that we know."""
+    prefix = f"{section}." if section else ""
+    places = [place for place in (*_SECTION_MODELS, *_SECTION_VARIABLES) if place and place.startswith(prefix)]
+    return {place[len(prefix) :].split(".")[0] for place in places}
+
+
+def _model_fields(file: str, class_name: str) -> dict[str, Field] | None:
+    tree = _parse(file)
+    node = classes(tree).get(class_name) if tree else None
+    if node is None:
+        return None
+    fields: dict[str, Field] = {}
+    for statement in node.body:
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+            keywords = statement.value.keywords if isinstance(statement.value, ast.Call) else []
+            values = [word.value for word in keywords if word.arg == "alias"]
+            aliases = [value.value for value in values if isinstance(value, ast.Constant)]
+            # DeepSpeed takes the field's name too, but where both are given the alias wins, and the plan writes that.
+            name = str(aliases[0]) if aliases else statement.target.id
+            fields[name] = Field(ast.unparse(statement.annotation))
+    return fields
+
+
+@cache
+def _constants() -> dict[str, str]:
+    constants: dict[str, str] = {}
+    for file in _CONSTANTS:
+        tree = _parse(file)
+        constants.update(string_constants(tree) if tree else {})
+    return constants
+
+
+def _looked_up_in(file: str, variables: tuple[str, ...]) -> set[str]:
+    tree = _parse(file)
+    return {key for node in ast.walk(tree) for key in _looked_up(node, variables)} if tree else set()
+
+
+def _looked_up(node: ast.AST, variables: tuple[str, ...]) -> list[str]:
+    """Keys that a piece of syntax looks up in a dictionary of one of these names."""
+
+    def is_ours(part: ast.expr) -> bool:
+        name = part.id if isinstance(part, ast.Name) else part.attr if isinstance(part, ast.Attribute) else ""
+        return name in variables
+
     candidates: list[ast.expr] = []
     if isinstance(node, ast.Call):
-        if isinstance(node.func, ast.Attribute) and node.func.attr == "get" and _is_param_dict(node.func.value):
+        if isinstance(node.func, ast.Attribute) and node.func.attr == "get" and is_ours(node.func.value):
             candidates = node.args[:1]  # param_dict.get(KEY)
-        elif any(_is_param_dict(argument) for argument in node.args):
+        elif any(is_ours(argument) for argument in node.args):
             candidates = node.args[1:2]  # get_scalar_param(param_dict, KEY, default)
-    elif isinstance(node, ast.FunctionDef) and any(argument.arg == "param_dict" for argument in node.args.args):
+    elif isinstance(node, ast.FunctionDef) and any(argument.arg in variables for argument in node.args.args):
         candidates = node.args.defaults  # get_communication_data_type(param_dict, comm_type=KEY)
     elif isinstance(node, ast.Compare) and isinstance(node.ops[0], (ast.In, ast.NotIn)):
         right = node.comparators[0]
         right = right.func.value if isinstance(right, ast.Call) and isinstance(right.func, ast.Attribute) else right
-        candidates = [node.left] if _is_param_dict(right) else []  # KEY in param_dict.keys()
-    elif isinstance(node, ast.Subscript) and _is_param_dict(node.value):
+        candidates = [node.left] if is_ours(right) else []  # KEY in param_dict.keys()
+    elif isinstance(node, ast.Subscript) and is_ours(node.value):
         candidates = [node.slice]  # param_dict[KEY]
-    keys: list[str] = []
-    for found in candidates:
-        if isinstance(found, ast.Constant) and isinstance(found.value, str):
-            keys.append(found.value)
-        elif isinstance(found, ast.Name) and found.id in constants:
-            keys.append(constants[found.id])
-    return keys
-
-
-def _is_param_dict(node: ast.expr) -> bool:
-    name = node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else ""
-    return name in ("param_dict", "_param_dict")
+    names = [part.id for part in candidates if isinstance(part, ast.Name)]
+    literals = [part.value for part in candidates if isinstance(part, ast.Constant) and isinstance(part.value, str)]
+    return literals + [_constants()[name] for name in names if name in _constants()]
 
 
 def _first_sentence(node: ast.expr) -> str:
@@ -170,11 +281,7 @@ def _paths(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     return found
 
 
-def _parents(path: str) -> list[str]:
-    parts = path.split(".")
-    return [".".join(parts[:size]) for size in range(1, len(parts))]
-
-
+@cache
 def _parse(file: str) -> ast.Module | None:
     path = package_folder("deepspeed") / file
     return ast.parse(path.read_text(encoding="utf-8")) if path.is_file() else None

@@ -2,78 +2,78 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from ds_train.config import RunConfig
-from ds_train.config.data import BYTES_VOCABULARY
-from ds_train.errors import Problem, UserError
+from ds_train.errors import UserError
 from ds_train.plan.batch import BatchPlan, plan_batch
 from ds_train.plan.deepspeed_json import deepspeed_json
 from ds_train.plan.deepspeed_keys import check_raw
-from ds_train.plan.model_shape import ModelShape, model_shape
-from ds_train.plan.rules import Facts, check
+from ds_train.plan.facts import Facts
+from ds_train.plan.model_size import ModelSize
+from ds_train.plan.rules import check
+from ds_train.plan.stage import effective_stage
 from ds_train.plan.topology import Cluster, Layout
 
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What a run will do. `parameters` is an estimate, None where the model's sizes aren't known on this machine."""
+    """What a run will do.
+
+    `zero_stage` is the stage that really runs, with a note where it isn't the recipe's; `size` is None where the
+    model's sizes aren't known on this machine.
+    """
 
     cluster: Cluster
     layout: Layout
     batch: BatchPlan
     zero_stage: int
-    parameters: int | None
+    size: ModelSize | None
     deepspeed_json: dict[str, Any]
     notes: tuple[str, ...]
 
+    @property
+    def parameters(self) -> int | None:
+        """Estimated parameters of the model; None where its sizes aren't known."""
+        return self.size.parameters if self.size else None
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        return asdict(self)
+        return asdict(self) | {"notes": list(self.notes), "size": self.size.to_dict() if self.size else None}
 
 
 def make_plan(run: RunConfig, cluster: Cluster) -> RunPlan:
-    """Decide layout, batch and DeepSpeed's configuration. Pure: looks at the recipe and installed sources only.
+    """Decide layout, batch and DeepSpeed's configuration. Looks at the recipe, installed sources and local folders.
 
     Raises:
-        UserError: with every rule that the recipe breaks.
+        UserError: with everything that is wrong: the rules, the batch and the raw DeepSpeed keys.
     """
-    shape = _shape(run)
-    parallel = run.parallel
-    problems = check(Facts(run, cluster, shape)) + check_raw(run.deepspeed)
-    fixed = parallel.pipeline * parallel.tensor * parallel.sequence
-    batch: BatchPlan | None = None
-    if cluster.ranks % fixed:
-        reason = f"pipeline x tensor x sequence = {fixed} does not divide the {cluster.ranks} ranks started"
-        problems.append(Problem("parallel", reason, f"start a multiple of {fixed} ranks"))
-    else:
-        try:
-            batch = plan_batch(run.batch, cluster.ranks // fixed)
-        except UserError as error:
-            problems += error.problems
-    if problems or batch is None:
+    facts = Facts(run, cluster)
+    problems = check(facts) + check_raw(run.deepspeed)
+    data_ranks = max(1, cluster.ranks // facts.fixed_ranks)
+    try:
+        batch = plan_batch(run.batch, data_ranks)
+    except UserError as error:
+        raise UserError(problems + error.problems) from None
+    if problems:
         raise UserError(problems)
-    layout = Layout(parallel.pipeline, cluster.ranks // fixed, parallel.sequence, parallel.tensor)
-    stage, notes = _effective_stage(run)
-    parameters = shape.parameters if shape else None
-    json = deepspeed_json(run, layout, batch, cluster, stage, parameters)
-    return RunPlan(cluster, layout, batch, stage, parameters, json, notes)
+    parallel = run.parallel
+    layout = Layout(parallel.pipeline, data_ranks, parallel.sequence, parallel.tensor)
+    json = deepspeed_json(run, layout, batch, cluster, facts.size)
+    return RunPlan(cluster, layout, batch, facts.stage, facts.size, json, _notes(facts))
 
 
-def _shape(run: RunConfig) -> ModelShape | None:
-    shape = model_shape(run.model)
-    if shape is None or shape.vocab_size is not None:
-        return shape
-    # A model from scratch takes the tokenizer's vocabulary; a loaded tokenizer's size isn't known yet.
-    vocabulary = run.data.train_vocabulary or (BYTES_VOCABULARY if run.data.tokenizer == "bytes" else None)
-    return replace(shape, vocab_size=vocabulary)
-
-
-def _effective_stage(run: RunConfig) -> tuple[int, tuple[str, ...]]:
-    if run.parallel.zero_stage == 0 and run.precision.dtype != "fp32":
-        # DeepSpeed's 16-bit optimizers of stage 0 take an Adam step with zero gradients at start-up, and never scale
-        # an fp16 loss (unfused_optimizer.py:425).
-        note = f"parallel.zero_stage: 1 is used instead of 0, which is wrong with {run.precision.dtype} in DeepSpeed"
-        return 1, (note,)
-    return run.parallel.zero_stage, ()
+def _notes(facts: Facts) -> tuple[str, ...]:
+    """What the user should know although nothing is wrong."""
+    notes = []
+    _, promoted = effective_stage(facts.run)
+    if promoted:
+        notes.append(promoted)
+    partition, on_host = facts.run.parallel.secondary_partition, facts.cluster.ranks_per_host
+    if partition > 1 and on_host % partition:
+        notes.append(f"parallel.secondary_partition={partition} spans hosts of {on_host} ranks: its gathers cross them")
+    data = facts.run.data
+    if facts.run.task.kind == "sequence-classification" and data.packing and "packing" in data.model_fields_set:
+        notes.append("data.packing=True: samples of sequence-classification are padded, not packed")
+    return tuple(notes)

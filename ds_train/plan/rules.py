@@ -1,366 +1,614 @@
 """Everything that can't be combined, as a table that is checked before any process does work.
 
 A rule looks at the whole recipe and the cluster and names the key, the reason and the nearest thing that works.
-Each comes from DeepSpeed's or transformers' source, or from a run that went wrong without a word.
+Each comes from DeepSpeed's, torch's or transformers' source, or from a run that went wrong without a word.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ds_train.config import RunConfig
 from ds_train.config.load import nearest
 from ds_train.errors import Problem
-from ds_train.plan.model_shape import ModelShape, read_local_config
-from ds_train.plan.topology import Cluster
-from ds_train.plan.transformers_keys import architectures, architectures_with_head, config_fields
+from ds_train.plan.facts import Facts
+from ds_train.plan.topology import processor_has_fp16
+from ds_train.plan.transformers_keys import TASKS, architectures_with_head, known_architectures
 
-
-@dataclass(frozen=True)
-class Facts:
-    """What a rule may look at."""
-
-    run: RunConfig
-    cluster: Cluster
-    shape: ModelShape | None
-
-    @property
-    def arch(self) -> str | None:
-        """The family: from the recipe, or from the config.json of a local folder; None for a hub id."""
-        return self.shape.arch if self.shape is not None else self.run.model.arch
+Predicate = Callable[[Facts], Any]
+Text = str | Callable[[Facts], str]
+KeyText = str | Callable[[Facts, str], str]
 
 
 @dataclass(frozen=True)
 class Rule:
-    """`broken` says whether the recipe breaks the rule. `reason` and `fix` are texts, or functions of the facts."""
+    """`broken` says whether the recipe breaks the rule; `value` is shown where the recipe itself has none at `key`."""
 
     name: str
     key: str
-    broken: Callable[[Facts], Any]
-    reason: str | Callable[[Facts], str]
-    fix: str | Callable[[Facts], str]
+    broken: Predicate
+    reason: Text
+    fix: Text
+    value: Predicate | None = None
 
-    def problem(self, facts: Facts) -> Problem:
-        """The rule as a problem of this recipe."""
-        value: Any = facts.run
-        for part in self.key.split("."):
-            value = getattr(value, part, None) if not isinstance(value, dict) else value.get(part)
-        return Problem(self.key, _text(self.reason, facts), _text(self.fix, facts), value)
+    def check(self, facts: Facts) -> list[Problem]:
+        """The rule as a problem of this recipe, or nothing."""
+        if not self.broken(facts):
+            return []
+        value = facts.value(self.key)
+        if value is None and self.value is not None:
+            value = self.value(facts)
+        reason, fix = (text if isinstance(text, str) else text(facts) for text in (self.reason, self.fix))
+        return [Problem(self.key, reason, fix) if value is None else Problem(self.key, reason, fix, value)]
+
+
+@dataclass(frozen=True)
+class KeyRule:
+    """A rule about any number of recipe keys: `broken` gives those that break it, with their values."""
+
+    name: str
+    broken: Callable[[Facts], Mapping[str, Any]]
+    reason: KeyText
+    fix: KeyText
+
+    def check(self, facts: Facts) -> list[Problem]:
+        """One problem per key."""
+        return [
+            Problem(key, _of_key(self.reason, facts, key), _of_key(self.fix, facts, key), value)
+            for key, value in self.broken(facts).items()
+        ]
 
 
 def check(facts: Facts) -> list[Problem]:
     """Every rule that the recipe breaks, in the order of the table."""
-    return [rule.problem(facts) for rule in RULES if rule.broken(facts)] + _unknown_model_keys(facts)
+    return [problem for rule in RULES for problem in rule.check(facts)]
 
 
-def _text(text: str | Callable[[Facts], str], facts: Facts) -> str:
-    return text if isinstance(text, str) else text(facts)
+def _of_key(text: KeyText, facts: Facts, key: str) -> str:
+    return text if isinstance(text, str) else text(facts, key)
 
 
-def _unknown_model_keys(facts: Facts) -> list[Problem]:
-    """Keys under `model` that neither the schema nor the family's config knows."""
-    known = config_fields(facts.arch) if facts.arch else {}
-    if not known:
-        return []
-    own = list(type(facts.run.model).model_fields)
-    problems = []
-    for key, value in facts.run.model.config.items():
-        if key not in known:
-            guess = nearest(key, [*known, *own])
-            fix = f"did you mean `model.{guess}`?" if guess else f"its keys: {', '.join(sorted(known))}"
-            problems.append(Problem(f"model.{key}", f"the config of {facts.arch} has no such key", fix, value))
-    return problems
+# -- predicates ------------------------------------------------------------------------------------------------------
 
 
-def _at(path: str, *values: Any) -> Callable[[Facts], bool]:
-    """Predicate: the recipe key at `path` has one of `values`."""
-
-    def holds(facts: Facts) -> bool:
-        value: Any = facts.run
-        for part in path.split("."):
-            value = getattr(value, part)
-        return value in values
-
-    return holds
+def _at(key: str, *values: Any) -> Predicate:
+    """The recipe key has one of `values`."""
+    return lambda facts: facts.value(key) in values
 
 
-def _all(*predicates: Callable[[Facts], Any]) -> Callable[[Facts], bool]:
+def _given(key: str) -> Predicate:
+    """The recipe key is not None."""
+    return lambda facts: facts.value(key) is not None
+
+
+def _above_one(key: str) -> Predicate:
+    return lambda facts: facts.value(key) > 1
+
+
+def _all(*predicates: Predicate) -> Predicate:
     return lambda facts: all(predicate(facts) for predicate in predicates)
 
 
-def _is_not(predicate: Callable[[Facts], Any]) -> Callable[[Facts], bool]:
+def _any(*predicates: Predicate) -> Predicate:
+    return lambda facts: any(predicate(facts) for predicate in predicates)
+
+
+def _not(predicate: Predicate) -> Predicate:
     return lambda facts: not predicate(facts)
 
 
-_LOW_STAGE = _at("parallel.zero_stage", 0, 1, 2)
-_ON_CPU: Callable[[Facts], bool] = lambda facts: facts.cluster.device == "cpu"  # noqa: E731
-_LOCAL_SOURCE = _at("data.source", "text", "jsonl", "parquet", "tsv")
+def _device(*devices: str) -> Predicate:
+    return lambda facts: facts.cluster.device in devices
 
 
-def _without_head(facts: Facts) -> bool:
-    arch = facts.arch
-    return arch in architectures() and arch not in architectures_with_head(facts.run.task.kind)
+_BELOW_3 = _at("parallel.zero_stage", 0, 1, 2)
+_FLASH = _at("model.attention", "flash_attention_2", "flash_attention_3")
+_CLASSIFIER = _at("task.kind", "sequence-classification")
+_PIPELINE = _above_one("parallel.pipeline")
+# DeepSpeed's folders op_builder/{cpu,xpu,hpu} have no quantizer.
+_NO_QUANTIZER = _device("cpu", "xpu", "hpu")
 
 
-def _tasks_of(facts: Facts) -> str:
-    tasks = [task for task in ("causal-lm", "masked-lm", "sequence-classification") if facts.arch in architectures_with_head(task)]
-    return f"{facts.arch} can learn: {', '.join(tasks)}" if tasks else "choose another family"
+def _nvme(facts: Facts) -> bool:
+    return "nvme" in (facts.run.parallel.offload_optimizer, facts.run.parallel.offload_params)
 
 
-def _similar_arch(facts: Facts) -> str:
-    guess = nearest(str(facts.arch), list(architectures()))
-    return f"did you mean {guess}?" if guess else "give a model_type of the installed transformers"
+def _bad_nvme_path(facts: Facts) -> bool:
+    path = facts.run.parallel.nvme_path
+    return _nvme(facts) and (path is None or (facts.cluster.here and not Path(path).expanduser().is_dir()))
 
 
-def _bad_nvme(facts: Facts) -> bool:
-    parallel = facts.run.parallel
-    wanted = "nvme" in (parallel.offload_optimizer, parallel.offload_params)
-    return wanted and (parallel.nvme_path is None or not Path(parallel.nvme_path).expanduser().is_dir())
+def _does_not_divide(part: str, whole: str) -> Predicate:
+    """Both sizes of the model are known and one doesn't divide the other."""
+
+    def broken(facts: Facts) -> bool:
+        small, large = getattr(facts.size, part, None), getattr(facts.size, whole, None)
+        return bool(small and large and large % small)
+
+    return broken
 
 
-def _uneven_heads(facts: Facts) -> bool:
-    shape = facts.shape
-    if shape is None or shape.hidden_size is None or shape.num_attention_heads is None or shape.head_dim is not None:
-        return False
-    return shape.hidden_size % shape.num_attention_heads != 0
+def _degree_does_not_divide(degree: str, *sizes: str) -> Predicate:
+    """The degree of parallelism doesn't divide a size of the model that is known."""
+
+    def broken(facts: Facts) -> bool:
+        known = [getattr(facts.size, size, None) for size in sizes]
+        return any(size % facts.value(degree) for size in known if size)
+
+    return broken
 
 
-def _uneven_groups(facts: Facts) -> bool:
-    shape = facts.shape
-    if shape is None or not shape.num_attention_heads or not shape.num_key_value_heads:
-        return False
-    return shape.num_attention_heads % shape.num_key_value_heads != 0
+def _positions(facts: Facts) -> int | None:
+    return facts.size.positions if facts.size else None
 
 
 def _too_long(facts: Facts) -> bool:
-    longest = facts.shape.max_position_embeddings if facts.shape else None
+    longest = _positions(facts)
     return longest is not None and facts.run.data.sequence_length > longest
 
 
-def _positions(facts: Facts) -> int:
-    return facts.shape.max_position_embeddings or 0 if facts.shape else 0
+def _longer_model(facts: Facts) -> str:
+    shorter = f"set data.sequence_length to at most {_positions(facts)}"
+    from_scratch = facts.run.model.arch is not None
+    return f"{shorter}, or raise model.max_position_embeddings" if from_scratch else shorter
 
 
-def _divisors(number: int) -> str:
-    return ", ".join(str(value) for value in range(1, number + 1) if number % value == 0)
+def _without_head(facts: Facts) -> bool:
+    return facts.arch in known_architectures() and facts.arch not in architectures_with_head(facts.run.task.kind)
 
 
-def _wrong_ranks(facts: Facts) -> bool:
-    return facts.run.parallel.ranks not in ("auto", facts.cluster.ranks)
+def _tasks_of(facts: Facts) -> str:
+    tasks = [task for task in TASKS if facts.arch in architectures_with_head(task)]
+    return f"{facts.arch} can learn {' or '.join(tasks)}" if tasks else "choose another family, llama or bert say"
 
 
-def _missing_weights(facts: Facts) -> bool:
-    path = facts.run.model.path
-    if path is None:
-        return False
-    looks_local = path.startswith((".", "/", "~")) or Path(path).expanduser().is_dir()
-    return looks_local and read_local_config(path) is None
+def _similar_arch(facts: Facts) -> str:
+    guess = nearest(str(facts.arch), list(known_architectures()))
+    return f"did you mean {guess}?" if guess else "give a model_type of the installed transformers, llama or bert say"
 
 
-RULES: tuple[Rule, ...] = (
+def _vocabulary_too_small(facts: Facts) -> bool:
+    size = facts.size.vocab_size if facts.size else None
+    return size is not None and facts.vocabulary is not None and size < facts.vocabulary
+
+
+def _foreign_tokens(facts: Facts) -> bool:
+    """Pretrained weights would see the tokens of another vocabulary, which nobody asked for by name."""
+    data = facts.run.data
+    another = data.train_vocabulary is not None or "tokenizer" not in data.model_fields_set
+    return another and facts.own_tokenizer and not (facts.size and facts.size.vocab_size == facts.vocabulary)
+
+
+def _nothing_held_out(facts: Facts) -> bool:
+    data = facts.run.data
+    return data.validation_fraction == 0 and data.validation_path is None and data.validation_split is None
+
+
+def _uneven_adagrad(facts: Facts) -> bool:
+    optimizer = facts.run.optimizer
+    return optimizer.kind == "adagrad" and optimizer.weight_decay > 0 and not optimizer.decay_all
+
+
+def _bad_loss_scale(facts: Facts) -> bool:
+    scale = facts.run.precision.loss_scale
+    return scale != "dynamic" and scale <= 0
+
+
+def _pipeline_ties_diverge(facts: Facts) -> bool:
+    precision = facts.run.precision
+    offload = facts.run.parallel.offload_optimizer != "none"
+    scaled = precision.dtype == "fp16" or (precision.dtype == "bf16" and offload)
+    tied = facts.size is None or facts.size.tied
+    return _PIPELINE(facts) and tied and scaled and precision.gradient_dtype == "fp32"
+
+
+def _divisors(number: int | None) -> str:
+    return "one of " + ", ".join(str(value) for value in range(1, (number or 1) + 1) if (number or 1) % value == 0)
+
+
+def _sizes(facts: Facts, name: str) -> Any:
+    return getattr(facts.size, name, None)
+
+
+# -- keys ------------------------------------------------------------------------------------------------------------
+
+_SPECIAL_TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
+_OTHER_PLACES = {
+    "dtype": "precision.dtype", "torch_dtype": "precision.dtype", "num_labels": "task.num_labels",
+    "id2label": "task.num_labels", "label2id": "task.num_labels", "attn_implementation": "model.attention",
+    "_attn_implementation": "model.attention", "gradient_checkpointing": "model.activation_checkpointing",
+    "name_or_path": "model.path", "model_type": "model.arch",
+}  # fmt: skip
+_COUNTS = frozenset({
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size",
+    "max_position_embeddings", "head_dim", "n_embd", "n_layer", "n_head", "n_positions", "d_model", "ffn_dim",
+})  # fmt: skip
+
+
+def _model_keys(facts: Facts, wanted: Callable[[str, Any], bool]) -> dict[str, Any]:
+    return {f"model.{key}": value for key, value in facts.run.model.config.items() if wanted(key, value)}
+
+
+def _unknown_model_keys(facts: Facts) -> dict[str, Any]:
+    known = facts.config_keys
+    return _model_keys(facts, lambda key, _: key not in known and key not in _OTHER_PLACES) if known else {}
+
+
+def _misplaced_model_keys(facts: Facts) -> dict[str, Any]:
+    return _model_keys(facts, lambda key, _: key in _OTHER_PLACES)
+
+
+def _special_token_keys(facts: Facts) -> dict[str, Any]:
+    return _model_keys(facts, lambda key, _: key in _SPECIAL_TOKENS) if facts.run.model.arch else {}
+
+
+def _bad_counts(facts: Facts) -> dict[str, Any]:
+    def bad(key: str, value: Any) -> bool:
+        count = isinstance(value, int) and not isinstance(value, bool) and value > 0
+        return key in _COUNTS and value is not None and not count
+
+    return _model_keys(facts, bad)
+
+
+def _similar_model_key(facts: Facts, key: str) -> str:
+    word = key.removeprefix("model.")
+    guess = nearest(word, [*facts.config_keys, *type(facts.run.model).model_fields])
+    if guess:
+        return f"did you mean `model.{guess}`?"
+    return f"`ds-train` takes the keys of transformers' {known_architectures().get(str(facts.arch), 'config')}"
+
+
+def _raw_zero(facts: Facts, wanted: Callable[[str], bool]) -> dict[str, Any]:
+    section = facts.raw("zero_optimization")
+    keys = section if isinstance(section, dict) else {}
+    return {f"deepspeed.zero_optimization.{key}": value for key, value in keys.items() if wanted(key)}
+
+
+def _ignored_by_stage(facts: Facts) -> dict[str, Any]:
+    if facts.stage == 0:
+        return _raw_zero(facts, lambda key: key != "stage")
+    return _raw_zero(facts, lambda key: key.startswith("stage3_")) if facts.stage < 3 else {}
+
+
+def _ignored_offload(facts: Facts) -> dict[str, Any]:
+    parallel = facts.run.parallel
+    device = {"offload_optimizer": parallel.offload_optimizer, "offload_param": parallel.offload_params}
+    return _raw_zero(facts, lambda key: device.get(key) == "none")
+
+
+def _ignored_sections(facts: Facts) -> dict[str, Any]:
+    """Raw sections about something that the recipe doesn't use."""
+    dtype = facts.run.precision.dtype
+    unused = {"aio": not _nvme(facts), "fp16": dtype != "fp16", "bf16": dtype != "bf16"}
+    return {f"deepspeed.{key}": facts.raw(key) for key, off in unused.items() if off and facts.raw(key) is not None}
+
+
+RULES: tuple[Rule | KeyRule, ...] = (
     # -- ranks ---------------------------------------------------------------------------------------------------
     Rule(
-        "ranks", "parallel.ranks", _wrong_ranks,
+        "ranks", "parallel.ranks", lambda f: f.run.parallel.ranks not in ("auto", f.cluster.ranks),
         lambda f: f"the recipe is made for {f.run.parallel.ranks} ranks and {f.cluster.ranks} were started",
         lambda f: f"start {f.run.parallel.ranks} with --num_accelerators, or set parallel.ranks=auto",
     ),
     Rule(
-        "pipeline-zero", "parallel.zero_stage",
-        lambda f: f.run.parallel.pipeline > 1 and f.run.parallel.zero_stage in (2, 3),
-        "DeepSpeed's pipelines shard optimizer states only (pipe/engine.py:76)", "set parallel.zero_stage=1",
+        "layout-divides", "parallel", lambda f: f.cluster.ranks % f.fixed_ranks,
+        lambda f: f"pipeline x tensor x sequence = {f.fixed_ranks} doesn't divide the {f.cluster.ranks} ranks",
+        lambda f: f"start a multiple of {f.fixed_ranks} ranks", lambda f: f"{f.fixed_ranks} ranks a model",
     ),
+    # -- pipeline, tensor, sequence ------------------------------------------------------------------------------
     Rule(
-        "pipeline", "parallel.pipeline", lambda f: f.run.parallel.pipeline > 1,
-        "pipeline parallelism is not available in this version",
+        "pipeline", "parallel.pipeline", _PIPELINE, "pipeline parallelism is not available in this version",
         "set parallel.pipeline=1; parallel.zero_stage=3 spreads the model over ranks",
     ),
     Rule(
-        "tensor", "parallel.tensor", lambda f: f.run.parallel.tensor > 1,
+        "pipeline-zero", "parallel.zero_stage", _all(_PIPELINE, _at("parallel.zero_stage", 2, 3)),
+        "DeepSpeed's pipelines shard optimizer states only (pipe/engine.py:76)", "set parallel.zero_stage=1",
+    ),
+    Rule(
+        "pipeline-layers", "parallel.pipeline",
+        lambda f: f.size and f.size.num_hidden_layers and f.run.parallel.pipeline > f.size.num_hidden_layers,
+        lambda f: f"the model has {_sizes(f, 'num_hidden_layers')} layers",
+        lambda f: f"at most {_sizes(f, 'num_hidden_layers')}",
+    ),
+    Rule(
+        "pipeline-tied", "precision.gradient_dtype", _pipeline_ties_diverge,
+        "tied weights diverge between the stages of a pipeline (pipe/engine.py:283)",
+        "set model.tie_word_embeddings=false, or precision.dtype=bf16 without offload",
+    ),
+    Rule(
+        "tensor", "parallel.tensor", _above_one("parallel.tensor"),
         "tensor parallelism is not available in this version",
         "set parallel.tensor=1; parallel.zero_stage=3 spreads the model over ranks",
     ),
     Rule(
-        "sequence", "parallel.sequence", lambda f: f.run.parallel.sequence > 1,
+        "tensor-heads", "parallel.tensor",
+        _degree_does_not_divide("parallel.tensor", "num_attention_heads", "num_key_value_heads"),
+        lambda f: f"it doesn't divide {_sizes(f, 'num_attention_heads')} heads and their key-value heads",
+        lambda f: _divisors(_sizes(f, "num_key_value_heads") or _sizes(f, "num_attention_heads")),
+    ),
+    Rule(
+        "sequence", "parallel.sequence", _above_one("parallel.sequence"),
         "sequence parallelism is not available in this version",
         "set parallel.sequence=1; model.activation_checkpointing=true saves memory on long samples",
+    ),
+    Rule(
+        "sequence-heads", "parallel.sequence", _degree_does_not_divide("parallel.sequence", "num_attention_heads"),
+        lambda f: f"it doesn't divide the {_sizes(f, 'num_attention_heads')} heads (ulysses_sp.py:147)",
+        lambda f: _divisors(_sizes(f, "num_attention_heads")),
+    ),
+    Rule(
+        "sequence-length", "data.sequence_length",
+        lambda f: f.run.data.sequence_length % f.run.parallel.sequence,
+        lambda f: f"parallel.sequence={f.run.parallel.sequence} doesn't divide it (ulysses_sp.py:470)",
+        lambda f: f"nearest: {-(-f.run.data.sequence_length // f.run.parallel.sequence) * f.run.parallel.sequence}",
     ),
     # -- ZeRO, offload, ZeRO++ -----------------------------------------------------------------------------------
     Rule(
         "offload-stage", "parallel.offload_optimizer",
-        _all(_is_not(_at("parallel.offload_optimizer", "none")), _at("parallel.zero_stage", 0)),
+        _all(_not(_at("parallel.offload_optimizer", "none")), _at("parallel.zero_stage", 0)),
         "stage 0 keeps optimizer states on the device", "set parallel.zero_stage=1 or more",
     ),
     Rule(
-        "offload-nvme-stage", "parallel.offload_optimizer",
-        _all(_at("parallel.offload_optimizer", "nvme"), _LOW_STAGE),
-        "only stage 3 swaps optimizer states to a disk", "set parallel.zero_stage=3, or offload to cpu",
+        "offload-nvme-stage", "parallel.offload_optimizer", _all(_at("parallel.offload_optimizer", "nvme"), _BELOW_3),
+        "only stage 3 swaps optimizer states to a disk", "set parallel.zero_stage=3, or offload_optimizer=cpu",
     ),
     Rule(
-        "offload-params-stage", "parallel.offload_params",
-        _all(_is_not(_at("parallel.offload_params", "none")), _LOW_STAGE),
+        "offload-params-stage", "parallel.offload_params", _all(_not(_at("parallel.offload_params", "none")), _BELOW_3),
         "below stage 3 DeepSpeed accepts it and ignores it", "set parallel.zero_stage=3, or offload_params=none",
     ),
     Rule(
-        "nvme-path", "parallel.nvme_path", _bad_nvme,
+        "nvme-path", "parallel.nvme_path", _bad_nvme_path,
         "nvme offload needs an existing folder on a local disk", "set parallel.nvme_path to one",
     ),
     Rule(
+        "nvme-device", "parallel.offload_optimizer", _all(_nvme, _device("hpu")),
+        "DeepSpeed has no asynchronous file access on hpu (op_builder/hpu)", "offload to cpu",
+    ),
+    Rule(
+        "nvme-optimizer", "optimizer.kind",
+        _all(_at("parallel.offload_optimizer", "nvme"), _not(_at("optimizer.kind", "adam", "adamw"))),
+        "the disk swapper is made for Adam's two moments", "set optimizer.kind=adamw, or offload_optimizer=cpu",
+    ),
+    Rule(
         "quantized-weights-stage", "parallel.quantized_weights",
-        _all(_at("parallel.quantized_weights", True), _LOW_STAGE),
-        "there is no all-gather of weights to quantize below stage 3", "set parallel.zero_stage=3, or false",
+        _all(_at("parallel.quantized_weights", True), _BELOW_3),
+        "below stage 3 there is no all-gather of weights to quantize", "set parallel.zero_stage=3, or false",
     ),
     Rule(
         "quantized-gradients-stage", "parallel.quantized_gradients",
-        _all(_at("parallel.quantized_gradients", True), _LOW_STAGE),
+        _all(_at("parallel.quantized_gradients", True), _BELOW_3),
         "below stage 3 DeepSpeed accepts it and ignores it", "set parallel.zero_stage=3, or false",
     ),
     Rule(
-        "quantized-device", "parallel.quantized_weights",
-        _all(lambda f: f.run.parallel.quantized_weights or f.run.parallel.quantized_gradients, _ON_CPU),
-        "ZeRO++'s quantizer is a CUDA kernel", "set quantized_weights and quantized_gradients to false on the CPU",
+        "quantized-weights-device", "parallel.quantized_weights",
+        _all(_at("parallel.quantized_weights", True), _NO_QUANTIZER),
+        lambda f: f"DeepSpeed has no quantizer for {f.cluster.device}", "set false; it is for CUDA and NPU devices",
     ),
     Rule(
-        "secondary-stage", "parallel.secondary_partition",
-        _all(lambda f: f.run.parallel.secondary_partition > 1, _LOW_STAGE),
+        "quantized-gradients-device", "parallel.quantized_gradients",
+        _all(_at("parallel.quantized_gradients", True), _NO_QUANTIZER),
+        lambda f: f"DeepSpeed has no quantizer for {f.cluster.device}", "set false; it is for CUDA and NPU devices",
+    ),
+    Rule(
+        "secondary-stage", "parallel.secondary_partition", _all(_above_one("parallel.secondary_partition"), _BELOW_3),
         "a second copy of the weights belongs to stage 3", "set parallel.zero_stage=3, or secondary_partition=1",
     ),
     Rule(
         "secondary-divides", "parallel.secondary_partition",
-        lambda f: f.cluster.ranks % f.run.parallel.secondary_partition != 0,
-        lambda f: f"it does not divide the {f.cluster.ranks} ranks", lambda f: f"one of {_divisors(f.cluster.ranks)}",
+        lambda f: f.cluster.ranks % f.run.parallel.secondary_partition,
+        lambda f: f"it doesn't divide the {f.cluster.ranks} ranks", lambda f: _divisors(f.cluster.ranks),
     ),
     Rule(
-        "bucket-even", "parallel.bucket_elements",
-        lambda f: isinstance(f.run.parallel.bucket_elements, int) and f.run.parallel.bucket_elements % 2 != 0,
-        "ZeRO's all-gather bucket must be even (stage_1_and_2.py:389)", "add one",
+        "bucket", "parallel.bucket_elements",
+        lambda f: isinstance(f.run.parallel.bucket_elements, int)
+        and (f.run.parallel.bucket_elements < 2 or f.run.parallel.bucket_elements % 2),
+        "ZeRO's buckets have an even, positive number of elements (stage_1_and_2.py:389)",
+        lambda f: f"auto, or {max(2, int(f.run.parallel.bucket_elements) + 1)}",
     ),
     # -- precision -----------------------------------------------------------------------------------------------
     Rule(
-        "fp16-cpu", "precision.dtype", _all(_at("precision.dtype", "fp16"), _ON_CPU),
-        "DeepSpeed has no fp16 on the CPU", "set precision.dtype=bf16",
+        "fp16-cpu", "precision.dtype",
+        lambda f: f.run.precision.dtype == "fp16" and f.cluster.device == "cpu" and f.cluster.here
+        and not processor_has_fp16(),
+        "this processor has no AVX512-FP16, and DeepSpeed refuses fp16 without it", "set precision.dtype=bf16",
     ),
     Rule(
         "gradient-dtype", "precision.gradient_dtype",
         lambda f: f.run.precision.gradient_dtype not in ("fp32", f.run.precision.dtype),
-        lambda f: f"gradients of a {f.run.precision.dtype} model are kept in it or in fp32",
-        lambda f: f"set fp32 or {f.run.precision.dtype}",
+        lambda f: f"gradients of a {f.run.precision.dtype} model are accumulated in {f.run.precision.dtype} or fp32",
+        "set precision.gradient_dtype=fp32",
     ),
     Rule(
         "loss-scale", "precision.loss_scale",
-        _all(_is_not(_at("precision.loss_scale", "dynamic")), _is_not(_at("precision.dtype", "fp16"))),
+        _all(_not(_at("precision.loss_scale", "dynamic")), _not(_at("precision.dtype", "fp16"))),
         "only fp16 scales its loss", "leave it out, or set precision.dtype=fp16",
     ),
-    # -- optimizer, schedule -------------------------------------------------------------------------------------
+    Rule("loss-scale-positive", "precision.loss_scale", _bad_loss_scale, "a scale is above 0", "set dynamic, or 1024"),
+    # -- optimizer, schedule, tracking ---------------------------------------------------------------------------
     Rule(
-        "adagrad-groups", "optimizer.weight_decay",
-        lambda f: f.run.optimizer.kind == "adagrad" and f.run.optimizer.weight_decay > 0 and not f.run.optimizer.decay_all,
+        "betas", "optimizer.betas", lambda f: not all(0 <= beta < 1 for beta in f.run.optimizer.betas),
+        "a decay rate is at least 0 and below 1", "set optimizer.betas=[0.9, 0.95]",
+    ),
+    Rule(
+        "adagrad-groups", "optimizer.weight_decay", _uneven_adagrad,
         "ZeRO rebuilds Adagrad with one group (stage_1_and_2.py:946), so norms and biases can't be left out of decay",
         "set optimizer.weight_decay=0, or optimizer.decay_all=true",
     ),
     Rule(
-        "offload-nvme-optimizer", "optimizer.kind",
-        _all(_at("parallel.offload_optimizer", "nvme"), _is_not(_at("optimizer.kind", "adam", "adamw"))),
-        "the disk swapper is made for Adam's two moments", "set adamw, or offload to cpu",
-    ),
-    Rule(
         "wsd-overlap", "schedule.decay_fraction",
         lambda f: f.run.schedule.kind == "wsd" and f.run.schedule.warmup_fraction + f.run.schedule.decay_fraction > 1,
-        "warm-up and decay are longer than the run", lambda f: f"at most {1 - f.run.schedule.warmup_fraction:g}",
+        lambda f: f"with warmup_fraction={f.run.schedule.warmup_fraction:g} it is longer than the run",
+        lambda f: f"at most {1 - f.run.schedule.warmup_fraction:g}",
+    ),
+    Rule(
+        "peak", "track.peak_tflops", lambda f: f.run.track.peak_tflops != "auto" and f.run.track.peak_tflops <= 0,
+        "MFU is a share of it", "set auto, or the device's peak",
+    ),
+    Rule(
+        "sample-task", "track.sample_prompt", _all(_given("track.sample_prompt"), _not(_at("task.kind", "causal-lm"))),
+        "only causal language models continue a text", "leave it out",
+    ),
+    Rule(
+        "sample-export", "track.sample_prompt", _all(_given("track.sample_prompt"), _at("checkpoint.export", False)),
+        "the sample is generated by the exported model", "set checkpoint.export=true, or leave it out",
+    ),
+    Rule(
+        "eval-data", "track.eval_every_steps", _all(_given("track.eval_every_steps"), _nothing_held_out),
+        "nothing is held out to evaluate on", "set data.validation_fraction above 0, or leave it out",
     ),
     # -- model and task ------------------------------------------------------------------------------------------
     Rule(
-        "arch", "model.arch", lambda f: f.run.model.arch is not None and f.run.model.arch not in architectures(),
+        "arch", "model.arch", lambda f: f.run.model.arch is not None and f.run.model.arch not in known_architectures(),
         "the installed transformers has no such family", _similar_arch,
     ),
     Rule(
-        "weights", "model.path", _missing_weights,
+        "weights", "model.path", lambda f: f.weights_missing,
         "there is no config.json in that folder", "give the folder that `save_pretrained` wrote, or a hub id",
     ),
     Rule(
         "head", "task.kind", _without_head,
         lambda f: f"transformers has no {f.run.task.kind} model of family {f.arch}", _tasks_of,
     ),
+    KeyRule(
+        "model-key", _unknown_model_keys,
+        lambda f, _: f"the transformers config of {f.arch} has no such key", _similar_model_key,
+    ),
+    KeyRule(
+        "model-key-elsewhere", _misplaced_model_keys, "another recipe key decides this",
+        lambda _, key: f"set {_OTHER_PLACES[key.removeprefix('model.')]}",
+    ),
+    KeyRule(
+        "special-tokens", _special_token_keys, "a model from scratch takes the tokenizer's special tokens",
+        "leave it out",
+    ),
+    KeyRule("model-count", _bad_counts, "a size is a whole number above 0", "write one, without quotes"),
     Rule(
-        "heads", "model.num_attention_heads", _uneven_heads,
-        lambda f: f"it does not divide the hidden size {f.shape.hidden_size if f.shape else ''}",
-        lambda f: f"one of {_divisors(f.shape.hidden_size or 1) if f.shape else ''}",
+        "heads", "model.num_attention_heads",
+        lambda f: f.size and f.size.head_dim is None and _does_not_divide("num_attention_heads", "hidden_size")(f),
+        lambda f: f"it doesn't divide the hidden size {_sizes(f, 'hidden_size')}",
+        lambda f: _divisors(_sizes(f, "hidden_size")), lambda f: _sizes(f, "num_attention_heads"),
     ),
     Rule(
-        "head-groups", "model.num_key_value_heads", _uneven_groups,
-        lambda f: f"it does not divide the {f.shape.num_attention_heads if f.shape else ''} attention heads",
-        lambda f: f"one of {_divisors(f.shape.num_attention_heads or 1) if f.shape else ''}",
+        "head-groups", "model.num_key_value_heads", _does_not_divide("num_key_value_heads", "num_attention_heads"),
+        lambda f: f"it doesn't divide the {_sizes(f, 'num_attention_heads')} attention heads",
+        lambda f: _divisors(_sizes(f, "num_attention_heads")), lambda f: _sizes(f, "num_key_value_heads"),
     ),
     Rule(
-        "positions", "data.sequence_length", _too_long,
-        lambda f: f"the model has {_positions(f)} positions",
-        lambda f: f"at most {_positions(f)}, or raise model.max_position_embeddings",
+        "positions", "data.sequence_length", _too_long, lambda f: f"the model has {_positions(f)} positions",
+        _longer_model,
     ),
     Rule(
-        "flash-cpu", "model.attention",
-        _all(_at("model.attention", "flash_attention_2", "flash_attention_3"), _ON_CPU),
-        "flash attention is a CUDA kernel", "set sdpa",
+        "vocabulary", "model.vocab_size", _vocabulary_too_small,
+        lambda f: f"vocabulary mismatch: the tokenizer has {f.vocabulary} tokens",
+        lambda f: f"set model.vocab_size={f.vocabulary} or more",
+        lambda f: _sizes(f, "vocab_size"),
+    ),
+    Rule(
+        "attention-flash-device", "model.attention", _all(_FLASH, _device("cpu")),
+        "flash attention is a kernel of GPUs", "set model.attention=sdpa",
+    ),
+    Rule(
+        "attention-flash-dtype", "model.attention", _all(_FLASH, _at("precision.dtype", "fp32")),
+        "flash attention computes in 16 bits only", "set precision.dtype=bf16, or model.attention=sdpa",
+    ),
+    Rule(
+        "attention-flex-device", "model.attention", _all(_at("model.attention", "flex_attention"), _device("cpu")),
+        "torch's flex attention has no backward pass on the CPU", "set model.attention=sdpa",
+    ),
+    Rule(
+        "attention-family", "model.attention",
+        _any(
+            _all(_FLASH, lambda f: not f.supports("_supports_flash_attn")),
+            _all(_at("model.attention", "sdpa"), lambda f: not f.supports("_supports_sdpa")),
+            _all(_at("model.attention", "flex_attention"), lambda f: not f.supports("_supports_flex_attn")),
+        ),
+        lambda f: f"the models of family {f.arch} don't have it", "set model.attention=auto",
+    ),
+    Rule(
+        "checkpointing-family", "model.activation_checkpointing",
+        lambda f: f.run.model.activation_checkpointing and not f.supports("supports_gradient_checkpointing"),
+        lambda f: f"the models of family {f.arch} don't support it", "set model.activation_checkpointing=false",
     ),
     # -- data ----------------------------------------------------------------------------------------------------
     Rule(
-        "classification-packing", "data.packing",
-        _all(_at("task.kind", "sequence-classification"), _at("data.packing", True)),
-        "a classifier reads one text per sample", "set data.packing=false",
-    ),
-    Rule(
-        "classification-source", "data.source",
-        _all(_at("task.kind", "sequence-classification"), _at("data.source", "stdlib", "text")),
+        "classification-source", "data.source", _all(_CLASSIFIER, _at("data.source", "stdlib", "text")),
         "this source has no labels", "use tsv, jsonl, parquet or hub",
     ),
     Rule(
-        "path-missing", "data.path",
-        lambda f: f.run.data.source != "stdlib" and f.run.data.path is None,
-        lambda f: f"source {f.run.data.source} reads from a path", "give a file, folder or glob; a hub id for hub",
+        "path-missing", "data.path", _all(_not(_at("data.source", "stdlib")), _not(_given("data.path"))),
+        lambda f: f"data.source={f.run.data.source} reads from a path",
+        lambda f: "give a data set's hub id" if f.run.data.source == "hub" else "give a file, folder or glob",
     ),
     Rule(
-        "path-stdlib", "data.path",
-        lambda f: f.run.data.source == "stdlib" and f.run.data.path is not None,
-        "source stdlib reads the running Python's own sources", "set data.source to text, jsonl, parquet, tsv or hub",
+        "path-stdlib", "data.path", _all(_at("data.source", "stdlib"), _given("data.path")),
+        "data.source=stdlib reads the running Python's own sources",
+        "set data.source to text, jsonl, parquet, tsv or hub",
     ),
     Rule(
-        "streaming", "data.streaming", _all(_at("data.streaming", True), _is_not(_at("data.source", "hub"))),
+        "streaming", "data.streaming", _all(_at("data.streaming", True), _not(_at("data.source", "hub"))),
         "only hub data sets are streamed", "set data.streaming=false: local files are never held in memory whole",
     ),
     Rule(
+        "subset", "data.subset", _all(_given("data.subset"), _not(_at("data.source", "hub"))),
+        "only hub data sets have subsets", "leave it out, or set data.source=hub",
+    ),
+    Rule(
+        "split", "data.split", _all(_not(_at("data.split", "train")), _not(_at("data.source", "hub"))),
+        "only hub data sets have splits", "leave it out, or set data.source=hub",
+    ),
+    Rule(
         "validation-split", "data.validation_split",
-        lambda f: f.run.data.validation_split is not None and f.run.data.source != "hub",
+        _all(_given("data.validation_split"), _not(_at("data.source", "hub"))),
         "only hub data sets have splits", "set data.validation_path, or data.validation_fraction",
     ),
     Rule(
         "validation-path", "data.validation_path",
-        lambda f: f.run.data.validation_path is not None and not _LOCAL_SOURCE(f),
-        lambda f: f"source {f.run.data.source} has no second path", "set data.validation_split (hub) or validation_fraction",
+        _all(_given("data.validation_path"), _at("data.source", "stdlib", "hub")),
+        lambda f: f"data.source={f.run.data.source} has no second path",
+        "set data.validation_split (hub) or data.validation_fraction",
     ),
     Rule(
-        "tokenizer-model", "data.tokenizer", lambda f: f.run.data.tokenizer == "model" and f.run.model.path is None,
-        "a model from scratch has no tokenizer beside it", "set bytes, a tokenizer's folder or hub id, or train_vocabulary",
+        "tokenizer-model", "data.tokenizer", _all(_at("data.tokenizer", "model"), _not(_given("model.path"))),
+        "a model from scratch has no tokenizer beside it",
+        "set bytes, a tokenizer's folder or hub id, or data.train_vocabulary",
     ),
     Rule(
         "tokenizer-trained", "data.train_vocabulary",
-        lambda f: f.run.data.train_vocabulary is not None and f.run.data.tokenizer != "bytes",
+        _all(_given("data.train_vocabulary"), _not(_at("data.tokenizer", "bytes"))),
         "a tokenizer is either trained or loaded", "leave out data.tokenizer, or data.train_vocabulary",
     ),
     Rule(
-        "sample-task", "track.sample_prompt",
-        lambda f: f.run.track.sample_prompt is not None and f.run.task.kind != "causal-lm",
-        "only causal language models continue a text", "leave it out",
+        "tokenizer-pretrained", "data.tokenizer", _foreign_tokens,
+        "pretrained weights know the tokens of their own tokenizer", "set data.tokenizer=model",
+    ),
+    # -- raw DeepSpeed keys; deepspeed_keys.py checks them one by one, these look at what else is set --------------
+    KeyRule(
+        "raw-stage", _ignored_by_stage, lambda f, _: f"DeepSpeed ignores it at stage {f.stage}",
+        "leave it out, or raise parallel.zero_stage",
+    ),
+    KeyRule(
+        "raw-offload", _ignored_offload, "nothing is offloaded there",
+        "leave it out, or set parallel.offload_optimizer or parallel.offload_params",
+    ),
+    KeyRule(
+        "raw-section", _ignored_sections, "the recipe doesn't use it, and DeepSpeed ignores it", "leave it out"
     ),
     Rule(
-        "sample-export", "track.sample_prompt",
-        lambda f: f.run.track.sample_prompt is not None and not f.run.checkpoint.export,
-        "the sample is generated by the exported model", "set checkpoint.export=true, or leave out the prompt",
+        "raw-communication", "deepspeed.communication_data_type",
+        lambda f: f.raw("communication_data_type") not in (None, "fp32", "fp16", "bf16"),
+        "DeepSpeed reduces gradients in fp32, fp16 or bf16", "write one of the three",
+    ),
+    Rule(
+        "raw-gds", "deepspeed.aio.use_gds", lambda f: f.raw("aio.use_gds") is True and f.cluster.device != "cuda",
+        "GPUDirect storage is for CUDA devices (aio_config.py:36)", "set false",
+    ),
+    Rule(
+        "raw-quantized", "deepspeed.zero_optimization.zero_quantized_nontrainable_weights",
+        lambda f: f.raw("zero_optimization.zero_quantized_nontrainable_weights") is True
+        and (f.stage < 3 or _NO_QUANTIZER(f)),
+        "it needs stage 3 and DeepSpeed's quantizer of CUDA and NPU devices", "leave it out",
     ),
 )  # fmt: skip
-"""The table. A row is (name, key, predicate, reason, fix)."""
-
-
-def names() -> Iterable[str]:
-    """Names of all rules."""
-    return [rule.name for rule in RULES]
+"""The table. A row is (name, key, predicate, reason, fix, value shown where the recipe has none)."""

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import cache
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+Device = Literal["cpu", "cuda", "xpu", "hpu", "npu"]
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """The ranks that a launch starts: their number, how many share a host, and the kind of device."""
+    """The ranks that a launch starts: their number, how many share a host, and the kind of device.
+
+    `here` says that this machine is one of the hosts, so that folders and the processor can be looked up on it;
+    False plans for machines that are only imagined.
+    """
 
     ranks: int
     ranks_per_host: int
-    device: str
+    device: Device
+    here: bool = True
 
 
 class Coordinates(NamedTuple):
@@ -46,3 +55,12 @@ class Layout:
         rest, sequence = divmod(rest, self.sequence)
         pipe, data = divmod(rest, self.data)
         return Coordinates(pipe, data, sequence, tensor)
+
+
+@cache
+def processor_has_fp16() -> bool:
+    """Whether this machine's processor computes in fp16, as torch's CPU kernels and DeepSpeed ask for (AVX512-FP16)."""
+    try:
+        return "avx512_fp16" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return False

@@ -1,38 +1,50 @@
-"""What the installed transformers knows about families and their config keys, read from its source.
+"""What the installed transformers knows about families, their config keys and their models, read from its source.
 
-Source: transformers/models/auto/{auto_mappings,modeling_auto}.py and models/*/configuration_*.py (5.23: config
-classes are dataclasses with annotated fields).
+Nothing is imported: config classes are read as syntax (in 5.23 they are dataclasses with annotated fields), and what
+a model supports is read from the text of its modeling file.
+Source: transformers/models/auto/{auto_mappings,configuration_auto,modeling_auto}.py, models/*/configuration_*.py.
 """
 
 from __future__ import annotations
 
 import ast
+import re
 from functools import cache
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 from ds_train.plan.sources import classes, package_folder, parse_source
 
-_HEADS = {
+Task = Literal["causal-lm", "masked-lm", "sequence-classification"]
+TASKS: tuple[Task, ...] = ("causal-lm", "masked-lm", "sequence-classification")
+
+_HEADS: dict[Task, str] = {
     "causal-lm": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
     "masked-lm": "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
     "sequence-classification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
 }
 
-# Keys that PreTrainedConfig takes besides its annotated fields.
-_GENERIC = {
-    "num_labels": None, "id2label": None, "label2id": None, "bos_token_id": None, "eos_token_id": None,
-    "pad_token_id": None, "tie_word_embeddings": True, "rope_parameters": None, "rope_theta": None, "use_cache": None,
+# Keys that `PreTrainedConfig.__post_init__` takes besides the annotated fields. The rope ones are older spellings of
+# `rope_parameters`, taken where the family has that.
+_GENERIC: dict[str, Any] = {
+    "num_labels": None, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None, "use_cache": None,
+    "tie_word_embeddings": True,
 }  # fmt: skip
+_ROPE = ("rope_theta", "rope_scaling", "partial_rotary_factor")
 
 
 @cache
-def architectures() -> dict[str, str]:
+def known_architectures() -> dict[str, str]:
     """Config class name by `model_type`."""
-    return _mapping("models/auto/auto_mappings.py", "CONFIG_MAPPING_NAMES")
+    return {
+        "gpt-sw3": "GPT2Config",  # written in another way than the rest (configuration_auto.py)
+        **_mapping("models/auto/auto_mappings.py", "CONFIG_MAPPING_NAMES"),
+        **_mapping("models/auto/configuration_auto.py", "CONFIG_MAPPING_NAMES"),
+    }
 
 
 @cache
-def architectures_with_head(task: str) -> frozenset[str]:
+def architectures_with_head(task: Task) -> frozenset[str]:
     """Every `model_type` that has a model class for the task."""
     return frozenset(_mapping("models/auto/modeling_auto.py", _HEADS[task]))
 
@@ -44,46 +56,78 @@ def config_fields(arch: str) -> dict[str, Any]:
     Keys of the family's `attribute_map` (`hidden_size` for gpt2's `n_embd`) count too. Empty where the
     source can't be found, which checks must take as "anything goes".
     """
-    class_name = architectures().get(arch, "")
-    tree = _find_class(arch, class_name)
-    if tree is None:
+    found = _find_class(arch)
+    if found is None:
         return {}
-    fields = dict(_GENERIC)
-    fields.update(_own_fields(classes(parse_source("transformers", "configuration_utils.py"))["PreTrainedConfig"]))
-    fields.update(_class_fields(tree, class_name))
+    base = classes(parse_source("transformers", "configuration_utils.py")).get("PreTrainedConfig")
+    fields = dict(_GENERIC) | (_own_fields(base) if base else {}) | _class_fields(*found)
+    if "rope_parameters" in fields:
+        fields = dict.fromkeys(_ROPE) | fields
     return fields
 
 
 @cache
 def attribute_map(arch: str) -> dict[str, str]:
     """The family's own names for common keys: {"hidden_size": "n_embd", ...}."""
-    class_name = architectures().get(arch, "")
-    tree = _find_class(arch, class_name)
-    return _attribute_map(classes(tree)[class_name]) if tree is not None else {}
+    found = _find_class(arch)
+    return _attribute_map(classes(found[0])[found[1]]) if found else {}
+
+
+@cache
+def modeling_source(arch: str) -> str:
+    """Text of the family's modeling file; empty where there is none."""
+    folder = _model_folder(arch)
+    files = [folder / f"modeling_{name}.py" for name in (folder.name, arch.replace("-", "_"))]
+    return next((file.read_text(encoding="utf-8") for file in reversed(files) if file.is_file()), "")
+
+
+def supports(arch: str, flag: str) -> bool | None:
+    """Whether the family's models set the class attribute `flag`; None where the source doesn't say.
+
+    Flags: `_supports_sdpa`, `_supports_flash_attn`, `_supports_flex_attn`, `supports_gradient_checkpointing`.
+    """
+    values = re.findall(rf"^ +{flag} *(?::.*)?= *(\w+)", modeling_source(arch), flags=re.MULTILINE)
+    if not values:
+        return False if "PreTrainedModel)" in modeling_source(arch) else None
+    # A value that is computed says nothing; one class that has it is enough.
+    return True if "True" in values else False if set(values) == {"False"} else None
 
 
 def _mapping(file: str, name: str) -> dict[str, str]:
-    # Only this one assignment is parsed: the whole file takes half a second.
+    # Only the literals of this one name are parsed: the whole file takes half a second.
     text = (package_folder("transformers") / file).read_text(encoding="utf-8")
-    start = text.find(f"\n{name} = OrderedDict(")
-    if start < 0:
-        return {}
-    statement = ast.parse(text[start : text.index("\n)", start) + 2].strip())
-    pairs = next(part for part in ast.walk(statement) if isinstance(part, ast.List))
-    return dict(ast.literal_eval(pairs))
+    pairs: dict[str, str] = {}
+    for start in re.finditer(rf"^{name}(?: = OrderedDict\(|\.update\()$", text, flags=re.MULTILINE):
+        statement = ast.parse(text[start.start() : text.index("\n)", start.end()) + 2])
+        call = next(node for node in ast.walk(statement) if isinstance(node, ast.Call))
+        pairs.update(ast.literal_eval(call.args[0]))
+    return pairs
 
 
-def _find_class(arch: str, class_name: str) -> ast.Module | None:
-    root = package_folder("transformers") / "models"
-    likely = root / arch.replace("-", "_") / f"configuration_{arch.replace('-', '_')}.py"
-    candidates = [likely] if likely.is_file() else []
-    if not candidates and class_name:  # families whose folder has another name
-        pattern = f"class {class_name}("
-        candidates = [path for path in root.glob("*/configuration_*.py") if pattern in path.read_text(encoding="utf-8")]
-    for path in candidates:
-        tree = parse_source("transformers", str(path.relative_to(root.parent)))
-        if class_name in classes(tree):
-            return tree
+def _model_folder(arch: str) -> Path:
+    special = _special_folders().get(arch, arch).replace("-", "_")
+    return package_folder("transformers") / "models" / special
+
+
+@cache
+def _special_folders() -> dict[str, str]:
+    return {
+        **_mapping("models/auto/auto_mappings.py", "SPECIAL_MODEL_TYPE_TO_MODULE_NAME"),
+        **_mapping("models/auto/configuration_auto.py", "SPECIAL_MODEL_TYPE_TO_MODULE_NAME"),
+    }
+
+
+def _find_class(arch: str) -> tuple[ast.Module, str] | None:
+    """Syntax tree of the family's configuration file, and the name of its config class in it."""
+    name = known_architectures().get(arch)
+    if name is None:
+        return None
+    # A few types (gpt-sw3) share another's class and have no folder with one.
+    sharing = [arch, *(other for other, its in known_architectures().items() if its == name and other != arch)]
+    for path in [path for each in sharing for path in sorted(_model_folder(each).glob("configuration_*.py"))]:
+        tree = parse_source("transformers", str(path.relative_to(package_folder("transformers"))))
+        if name in classes(tree):
+            return tree, name
     return None
 
 
@@ -94,10 +138,11 @@ def _class_fields(tree: ast.Module, class_name: str) -> dict[str, Any]:
         if isinstance(base, ast.Name) and base.id in known:
             fields.update(_class_fields(tree, base.id))
         elif isinstance(base, ast.Name) and base.id != "PreTrainedConfig":
-            parent = next((arch for arch, name in architectures().items() if name == base.id), None)
+            parent = next((arch for arch, name in known_architectures().items() if name == base.id), None)
             fields.update(config_fields(parent) if parent else {})
     fields.update(_own_fields(known[class_name]))
-    fields.update(dict.fromkeys(_attribute_map(known[class_name])))
+    for name, own in _attribute_map(known[class_name]).items():
+        fields[name] = fields[own] = fields.get(own, fields.get(name))
     return fields
 
 
@@ -109,8 +154,20 @@ def _own_fields(node: ast.ClassDef) -> dict[str, Any]:
                 fields[statement.target.id] = _literal(statement.value)
         elif isinstance(statement, ast.FunctionDef) and statement.name in ("__init__", "__post_init__"):
             named = [*statement.args.args, *statement.args.kwonlyargs]
-            fields.update({argument.arg: None for argument in named if argument.arg != "self"})
+            fields.update({argument.arg: None for argument in named if argument.arg not in ("self", *fields)})
+            fields.update({key: None for key in _popped(statement) if key not in fields})
     return fields
+
+
+def _popped(function: ast.FunctionDef) -> list[str]:
+    """Keys that a constructor takes out of its `kwargs` by name."""
+    return [
+        node.args[0].value
+        for node in ast.walk(function)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in ("pop", "get")
+        if isinstance(node.func.value, ast.Name) and node.func.value.id == "kwargs"
+        if node.args and isinstance(node.args[0], ast.Constant) and isinstance(node.args[0].value, str)
+    ]
 
 
 def _literal(value: ast.expr | None) -> Any:

@@ -6,10 +6,10 @@ from typing import Any
 
 
 def flops_per_token(config: Any, matrix_parameters: int, sequence_length: int) -> float:
-    """FLOPs of forward and backward pass per token: 6 per matrix parameter plus attention's 12 x layers x width x length.
+    """FLOPs of forward and backward per token: 6 per matrix parameter plus attention's 12 x layers x width x length.
 
-    Source: PaLM, appendix B (arXiv 2204.02311). `matrix_parameters` are those that take part in matrix products: all but
-    the input embedding, the output head included. Recomputation is not counted, as usual for MFU.
+    Source: PaLM, appendix B (arXiv 2204.02311). `matrix_parameters` take part in matrix products: all but the
+    input embedding, the output head included. Recomputation is not counted, as usual for MFU.
     """
     text = config.get_text_config()
     heads = text.num_attention_heads

@@ -15,7 +15,9 @@ _LINE_EVERY_S = 5.0
 class StepDisplay:
     """Shows training records. `bar`: True draws a bar, False prints lines, "auto" asks whether this is a terminal."""
 
-    def __init__(self, total_steps: int, done: int, bar: bool | Literal["auto"], console: Console | None = None) -> None:
+    def __init__(
+        self, total_steps: int, done: int, bar: bool | Literal["auto"], console: Console | None = None
+    ) -> None:
         # Lines are never wrapped: people pipe them into files and grep.
         self._console = console or Console(soft_wrap=True, highlight=False)
         self._total = total_steps

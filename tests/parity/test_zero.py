@@ -57,7 +57,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def plain_loop(corpus: Path, weights: Path, dtype: torch.dtype = torch.float32) -> list[tuple[float, float]]:
     """(loss, gradient norm) of each step: torch and transformers only, the whole global batch in one forward pass."""
-    documents = [list(path.read_bytes()) + [EOS] for path in sorted(corpus.glob("*.txt"))]
+    documents = [[*path.read_bytes(), EOS] for path in sorted(corpus.glob("*.txt"))]
     tokens = [token for document in documents for token in document]
     owner = [index for index, document in enumerate(documents) for _ in document]
     place = [position for document in documents for position in range(len(document))]

@@ -9,13 +9,11 @@ from ds_train.engine import job, ranks
 
 
 def main() -> int:
-    info = ranks.rank_info()
-
-    def body() -> None:
+    def body(info: ranks.RankInfo) -> None:
         for recipe in sys.argv[1:]:
             job.train(load(recipe), info)
 
-    return ranks.run_to_exit_code(info, body)
+    return ranks.run_to_exit_code(body)
 
 
 if __name__ == "__main__":

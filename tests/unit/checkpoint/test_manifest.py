@@ -60,7 +60,11 @@ def test_every_harm_to_every_file_is_noticed(tmp_path: Path, file: str, harm: st
         target.unlink()
     else:
         middle = len(content) // 2
-        target.write_bytes(content[:middle] if harm == "truncate" else content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+        target.write_bytes(
+            content[:middle]
+            if harm == "truncate"
+            else content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+        )
     notes: list[str] = []
     found = native.find(tmp_path, "auto", notes.append)
     assert found is not None
@@ -95,12 +99,17 @@ def test_never_refuses_to_overwrite(tmp_path: Path) -> None:
 def test_a_named_checkpoint_must_be_whole(tmp_path: Path) -> None:
     path = save(tmp_path, 5)
     assert native.find(tmp_path, str(path), pytest.fail) == path
-    with pytest.raises(UserError, match="manifest.json is missing"):
+    with pytest.raises(UserError, match=r"manifest\.json is missing"):
         native.find(tmp_path, str(tmp_path / "nowhere"), pytest.fail)
 
 
 def test_what_may_and_what_may_not_change_on_resume() -> None:
-    recipe = {"seed": 1, "data": {"source": "text", "workers": 1}, "track": {"wandb": "off"}, "optimizer": {"betas": [0.9, 0.95]}}
+    recipe = {
+        "seed": 1,
+        "data": {"source": "text", "workers": 1},
+        "track": {"wandb": "off"},
+        "optimizer": {"betas": [0.9, 0.95]},
+    }
     saved = native.TrainState(5, 50, json.loads(json.dumps(recipe)), {"ranks": 2}, {}, "abc")
     native.check_resumable(saved, recipe | {"track": {"wandb": "online"}}, {"ranks": 2}, "abc")
     native.check_resumable(saved, recipe | {"data": {"source": "text", "workers": 4}}, {"ranks": 2}, "abc")

@@ -92,6 +92,8 @@ def test_what_the_family_refuses_is_one_line(overrides: tuple[str, ...], message
 def test_an_unreachable_hub_id_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     run = parse("model: {path: nobody/no-such-model}\nschedule: {steps: 1}")
-    with pytest.raises(UserError, match=r"model.path=nobody/no-such-model: no model can be loaded.*local folder") as caught:
+    with pytest.raises(
+        UserError, match=r"model.path=nobody/no-such-model: no model can be loaded.*local folder"
+    ) as caught:
         load_model_config(run, load_tokenizer(recipe()))
     assert len(str(caught.value).splitlines()) == 1

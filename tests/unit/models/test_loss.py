@@ -51,7 +51,15 @@ def test_all_labels_ignored_is_zero_with_zero_gradient() -> None:
     assert not h.grad.any()
 
 
-SMALL = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4, "use_cache": False}
+SMALL = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "use_cache": False,
+}
 FAMILIES = {
     "llama": True, "qwen2": True, "qwen3": True, "mistral": True, "gpt_neox": True, "phi": True, "olmo2": True,
     "starcoder2": True, "gpt2": True, "opt": False, "gemma2": False, "cohere": False, "granite": False,

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from unit.models.test_loss import tiny
 
 from ds_train.errors import UserError
 from ds_train.models.packing import check_packing
-from unit.models.test_loss import tiny
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt_neox", "gpt2", "gemma2"])

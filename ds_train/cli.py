@@ -1,0 +1,134 @@
+"""`ds-train`: look at the schema, plan a run, prepare its data."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Annotated
+
+import typer
+
+from ds_train import __version__
+from ds_train.config import load
+from ds_train.errors import EXIT_CODE, UserError, user_error
+
+# Heavy libraries are imported inside commands: `schema` and `plan` answer without torch.
+app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, help=__doc__)
+
+Recipe = Annotated[str, typer.Argument(help="Path of a YAML recipe.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key=value]...", help="Recipe keys to replace.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+
+
+def main() -> None:
+    """Entry point. What the user got wrong is printed a line per problem, with exit code 2."""
+    try:
+        app()
+    except UserError as error:
+        for problem in error.problems:
+            print(f"error: {problem}", file=sys.stderr)
+        sys.exit(EXIT_CODE)
+
+
+@app.command()
+def schema(
+    key: Annotated[str, typer.Argument(help="A key or section, such as parallel.zero_stage; all without it.")] = "",
+    as_json: AsJson = False,
+) -> None:
+    """The reference of every recipe key, or a JSON Schema that editors use."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.padding import Padding
+
+    from ds_train.config.load import known_keys, nearest
+    from ds_train.config.reference import json_schema, reference
+
+    if as_json:
+        print(json.dumps(json_schema(), indent=2))
+        return
+    rows = reference(key)
+    if not rows:
+        guess = nearest(key, known_keys())
+        raise user_error("schema", "a recipe has no such key", f"did you mean {guess}?" if guess else "", key)
+    console = Console(highlight=False)
+    for row in rows:
+        default = f" (default: {row.default})" if row.default else ""
+        console.print(f"[bold]{row.key}[/]  {escape(row.type + default)}")
+        console.print(Padding(escape(row.text), (0, 0, 0, 4)))
+
+
+@app.command()
+def plan(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    ranks: Annotated[int, typer.Option(min=1, help="Ranks of the imagined launch.")] = 1,
+    ranks_per_host: Annotated[
+        int | None, typer.Option(min=1, help="Ranks of one host; all of them without it.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="Kind of device: cpu, cuda, xpu, hpu, npu.")] = "cpu",
+    as_json: AsJson = False,
+) -> None:
+    """What a launch would do: layout, batch, DeepSpeed's configuration, or every reason why not. Starts nothing."""
+    from typing import cast, get_args
+
+    from rich.console import Console
+    from rich.syntax import Syntax
+    from rich.table import Table
+
+    from ds_train.plan.make import make_plan
+    from ds_train.plan.topology import Cluster, Device
+
+    if device not in get_args(Device):
+        raise user_error("--device", "no such device", f"one of {', '.join(get_args(Device))}", device)
+    run = load(recipe, overrides or [])
+    made = make_plan(run, Cluster(ranks, ranks_per_host or ranks, cast(Device, device), here=False))
+    if as_json:
+        print(json.dumps(made.to_dict(), indent=2, default=str))
+        return
+    layout, batch = made.layout, made.batch
+    table = Table(box=None, show_header=False, pad_edge=False)
+    size = f"about {made.parameters:,} parameters" if made.parameters else "size unknown until the model is loaded"
+    table.add_row("model", f"{run.model.arch or run.model.path}, {size}")
+    table.add_row(
+        "layout",
+        f"{layout.ranks} {device} ranks = pipe {layout.pipe} x data {layout.data} x sequence {layout.sequence} "
+        f"x tensor {layout.tensor}, ZeRO-{made.zero_stage}",
+    )
+    table.add_row(
+        "batch",
+        f"{batch.global_samples} samples = micro {batch.micro_samples} x accumulation {batch.accumulation} "
+        f"x data ranks {layout.data}; {batch.global_samples * run.data.sequence_length:,} tokens a step",
+    )
+    for note in made.notes:
+        table.add_row("note", note)
+    console = Console()
+    console.print(table)
+    console.print(Syntax(json.dumps(made.deepspeed_json, indent=2), "json", background_color="default"))
+
+
+@app.command()
+def prepare(recipe: Recipe, overrides: Overrides = None) -> None:
+    """Tokenize the recipe's data once, before a run; every later run reuses it."""
+    run = load(recipe, overrides or [])
+    from ds_train.data.prepare import prepare as prepare_data
+    from ds_train.data.prepare import read_manifest
+
+    folder = prepare_data(run, progress=True)
+    manifest = read_manifest(folder)
+    print(f"{folder}: vocabulary {manifest['vocabulary']:,}")
+    for split, counts in manifest["splits"].items():
+        per_token = counts["text_bytes"] / max(1, counts["tokens"])
+        print(
+            f"  {split}: {counts['documents']:,} documents, {counts['tokens']:,} tokens, "
+            f"{counts['text_bytes']:,} bytes of text, {per_token:.2f} bytes a token"
+        )
+
+
+@app.command()
+def version() -> None:
+    """The version of ds_train."""
+    print(__version__)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""What a rule of the table may look at, worked out once from recipe, cluster and installed sources."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ds_train.config import RunConfig
+from ds_train.config.data import BYTES_VOCABULARY
+from ds_train.plan.model_size import ModelSize, model_size, read_config
+from ds_train.plan.stage import effective_stage
+from ds_train.plan.topology import Cluster
+from ds_train.plan.transformers_keys import config_fields, supports
+
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.txt",
+    "vocab.json",
+    "tokenizer.model",
+    "spiece.model",
+)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """A recipe on a cluster, and what follows from the two."""
+
+    run: RunConfig
+    cluster: Cluster
+
+    @cached_property
+    def size(self) -> ModelSize | None:
+        """Sizes of the model; None for a hub id that isn't on this machine."""
+        return model_size(self.run.model, self.run.task.kind, self.vocabulary)
+
+    @property
+    def arch(self) -> str | None:
+        """The family: from the recipe, or from the config.json beside the weights; None for an unknown hub id."""
+        return self.size.arch if self.size is not None else self.run.model.arch
+
+    @property
+    def stage(self) -> int:
+        """The ZeRO stage that really runs."""
+        return effective_stage(self.run)[0]
+
+    @property
+    def fixed_ranks(self) -> int:
+        """Ranks of one copy of the model; the number of ranks is a multiple of it."""
+        return self.run.parallel.pipeline * self.run.parallel.tensor * self.run.parallel.sequence
+
+    @property
+    def vocabulary(self) -> int | None:
+        """Tokens of the tokenizer, where it is known before the tokenizer is loaded or trained."""
+        data = self.run.data
+        return data.train_vocabulary or (BYTES_VOCABULARY if data.tokenizer == "bytes" else None)
+
+    @property
+    def config_keys(self) -> dict[str, Any]:
+        """Every key that the family's transformers config takes; empty where they aren't known."""
+        return config_fields(self.arch) if self.arch else {}
+
+    def supports(self, flag: str) -> bool:
+        """Whether the family's models have what a class attribute of transformers says; yes where it isn't known."""
+        return self.arch is None or supports(self.arch, flag) is not False
+
+    def value(self, key: str) -> Any:
+        """What stands at a dotted recipe key; None where nothing does."""
+        value: Any = self.run
+        for part in key.split("."):
+            if value is self.run.model and part not in type(self.run.model).model_fields:
+                value = self.run.model.config.get(part)
+            else:
+                value = value.get(part) if isinstance(value, dict) else getattr(value, part, None)
+        return value
+
+    def raw(self, key: str) -> Any:
+        """What stands at a dotted key of the raw `deepspeed:` section; None where nothing does."""
+        return self.value(f"deepspeed.{key}")
+
+    @property
+    def own_tokenizer(self) -> bool:
+        """Whether the pretrained model has a tokenizer of its own, as far as this machine can tell."""
+        path = self.run.model.path
+        if path is None:
+            return False
+        folder = Path(path).expanduser()
+        return not folder.is_dir() or any((folder / name).is_file() for name in _TOKENIZER_FILES)
+
+    @property
+    def weights_missing(self) -> bool:
+        """Whether `model.path` is a folder, by its look, without a config.json."""
+        path = self.run.model.path
+        if path is None or not self.cluster.here:
+            return False
+        looks_local = path.startswith((".", "/", "~")) or Path(path).expanduser().is_dir()
+        return looks_local and read_config(path) is None

@@ -1,0 +1,252 @@
+"""Every rule has a recipe that breaks it, and sound recipes break none."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from plan_recipes import recipe
+
+from ds_train.config import dump, load, parse
+from ds_train.errors import UserError
+from ds_train.plan import rules
+from ds_train.plan.facts import Facts
+from ds_train.plan.make import make_plan
+from ds_train.plan.rules import RULES, check
+from ds_train.plan.topology import Cluster, Device
+
+ROOT = Path(__file__).resolve().parents[3]
+BERT = {"model.arch": "bert", "model.num_key_value_heads": None}
+CLASSIFIER = {"task.kind": "sequence-classification", "data.source": "tsv", "data.path": "x.tsv"}
+
+
+@dataclass(frozen=True)
+class Broken:
+    """A recipe that breaks `rule`, whose message has the words `says`, and the rules `also`, and no other."""
+
+    rule: str
+    changes: dict[str, Any]
+    says: str
+    also: tuple[str, ...] = ()
+    ranks: int = 4
+    device: Device = "cuda"
+
+
+STAGE3 = {"parallel.zero_stage": 3}
+CASES = [
+    Broken("ranks", {"parallel.ranks": 8}, "parallel.ranks=8: the recipe is made for 8 ranks and 4 were started"),
+    Broken("layout-divides", {"parallel.tensor": 4}, "doesn't divide the 6 ranks", ("tensor",), ranks=6),
+    Broken("pipeline", {"parallel.pipeline": 2}, "set parallel.pipeline=1; parallel.zero_stage=3"),
+    Broken("pipeline-zero", {"parallel.pipeline": 2, "parallel.zero_stage": 2}, "zero_stage=1", ("pipeline",)),
+    Broken("pipeline-layers", {"parallel.pipeline": 4, "model.num_hidden_layers": 2}, "at most 2", ("pipeline",)),
+    Broken(
+        "pipeline-tied", {"parallel.pipeline": 2, "model.tie_word_embeddings": True, "precision.dtype": "fp16"},
+        "tied weights diverge", ("pipeline",),
+    ),
+    Broken("tensor", {"parallel.tensor": 2}, "not available"),
+    Broken("tensor-heads", {"parallel.tensor": 8}, "one of 1, 2, 4", ("tensor",), ranks=8),
+    Broken("sequence", {"parallel.sequence": 2}, "model.activation_checkpointing=true"),
+    Broken("sequence-heads", {"parallel.sequence": 16}, "one of 1, 2, 4, 8", ("sequence",), ranks=16),
+    Broken("sequence-length", {"parallel.sequence": 4, "data.sequence_length": 510}, "nearest: 512", ("sequence",)),
+    Broken("offload-stage", {"parallel.zero_stage": 0, "parallel.offload_optimizer": "cpu"}, "zero_stage=1 or more"),
+    Broken(
+        "offload-nvme-stage", {"parallel.offload_optimizer": "nvme", "parallel.nvme_path": "/tmp"},
+        "parallel.offload_optimizer=nvme: only stage 3",
+    ),
+    Broken("offload-params-stage", {"parallel.offload_params": "cpu", "parallel.zero_stage": 2}, "ignores it"),
+    Broken("nvme-path", STAGE3 | {"parallel.offload_params": "nvme", "parallel.nvme_path": "/no/such"}, "=/no/such"),
+    Broken("nvme-path", STAGE3 | {"parallel.offload_optimizer": "nvme"}, "parallel.nvme_path: nvme offload needs"),
+    Broken(
+        "nvme-device", STAGE3 | {"parallel.offload_optimizer": "nvme", "parallel.nvme_path": "/tmp"}, "hpu",
+        device="hpu",
+    ),
+    Broken(
+        "nvme-optimizer",
+        STAGE3 | {"parallel.offload_optimizer": "nvme", "parallel.nvme_path": "/tmp", "optimizer.kind": "sgd"},
+        "optimizer.kind=sgd",
+    ),
+    Broken("quantized-weights-stage", {"parallel.quantized_weights": True}, "zero_stage=3"),
+    Broken("quantized-gradients-stage", {"parallel.quantized_gradients": True, "parallel.zero_stage": 2}, "ignores"),
+    Broken("quantized-weights-device", STAGE3 | {"parallel.quantized_weights": True}, "for cpu", device="cpu"),
+    Broken("quantized-gradients-device", STAGE3 | {"parallel.quantized_gradients": True}, "for xpu", device="xpu"),
+    Broken("secondary-stage", {"parallel.secondary_partition": 2}, "stage 3"),
+    Broken("secondary-divides", STAGE3 | {"parallel.secondary_partition": 3}, "one of 1, 2, 4"),
+    Broken("bucket", {"parallel.bucket_elements": 1001}, "auto, or 1002"),
+    Broken("bucket", {"parallel.bucket_elements": 0}, "auto, or 2"),
+    Broken("fp16-cpu", {"precision.dtype": "fp16"}, "set precision.dtype=bf16", device="cpu"),
+    Broken("gradient-dtype", {"precision.gradient_dtype": "fp16"}, "gradients of a bf16 model"),
+    Broken("gradient-dtype", {"precision.gradient_dtype": "bf16", "precision.dtype": "fp32"}, "=fp32"),
+    Broken("loss-scale", {"precision.loss_scale": 128.0}, "precision.dtype=fp16"),
+    Broken("loss-scale-positive", {"precision.loss_scale": -1.0, "precision.dtype": "fp16"}, "above 0"),
+    Broken("betas", {"optimizer.betas": [0.9, 1.0]}, "below 1"),
+    Broken("adagrad-groups", {"optimizer.kind": "adagrad"}, "optimizer.weight_decay=0"),
+    Broken(
+        "wsd-overlap", {"schedule.kind": "wsd", "schedule.decay_fraction": 0.8, "schedule.warmup_fraction": 0.3},
+        "at most 0.7",
+    ),
+    Broken("peak", {"track.peak_tflops": 0.0}, "set auto"),
+    Broken("sample-task", BERT | {"task.kind": "masked-lm", "track.sample_prompt": "x"}, "leave it out"),
+    Broken("sample-export", {"checkpoint.export": False, "track.sample_prompt": "x"}, "checkpoint.export=true"),
+    Broken("eval-data", {"track.eval_every_steps": 5, "data.validation_fraction": 0}, "data.validation_fraction above"),
+    Broken("arch", {"model.arch": "lama", "model.max_position_embeddings": None}, "did you mean llama?"),
+    Broken("weights", {"model": {"path": "./no-such-folder"}, "data.tokenizer": "model"}, "no config.json"),
+    Broken("head", {"task.kind": "masked-lm"}, "llama can learn causal-lm or sequence-classification"),
+    Broken("head", BERT | {"model.arch": "vit"}, "another family", ("model-key",)),
+    Broken("model-key", {"model.hidden_sze": 512}, "model.hidden_sze=512: the transformers config of llama has no"),
+    Broken("model-key-elsewhere", {"model.dtype": "bfloat16"}, "set precision.dtype"),
+    Broken("model-key-elsewhere", CLASSIFIER | {"model.num_labels": 3}, "set task.num_labels"),
+    Broken("special-tokens", {"model.eos_token_id": 7}, "tokenizer's special tokens"),
+    Broken("model-count", {"model.num_hidden_layers": 0}, "above 0"),
+    Broken("model-count", {"model.hidden_size": "512"}, "whole number"),
+    Broken("heads", {"model.num_attention_heads": 12}, "hidden size 512"),
+    Broken("head-groups", {"model.num_key_value_heads": 3}, "one of 1, 2, 4, 8"),
+    # The family's default of 32 key-value heads stays where the recipe only shrinks the heads.
+    Broken("head-groups", {"model.arch": "qwen3", "model.num_key_value_heads": None}, "model.num_key_value_heads=32"),
+    Broken("positions", {"data.sequence_length": 2048}, "at most 1024, or raise model.max_position_embeddings"),
+    Broken("vocabulary", {"model.vocab_size": 100}, "model.vocab_size=100: vocabulary mismatch: the tokenizer has 259"),
+    Broken("vocabulary", {"model.vocab_size": 300, "data.train_vocabulary": 400}, "set model.vocab_size=400"),
+    Broken("attention-flash-device", {"model.attention": "flash_attention_2"}, "sdpa", device="cpu"),
+    Broken("attention-flash-dtype", {"model.attention": "flash_attention_2", "precision.dtype": "fp32"}, "16 bits"),
+    Broken("attention-flex-device", {"model.attention": "flex_attention"}, "no backward", device="cpu"),
+    Broken(
+        "attention-family", {"model": {"arch": "bloom"}, "model.attention": "flash_attention_2"}, "model.attention=auto"
+    ),
+    Broken(
+        "checkpointing-family",
+        {"model": {"arch": "ctrl", "activation_checkpointing": True}, "data.sequence_length": 64}, "ctrl",
+    ),
+    Broken("classification-source", {"task.kind": "sequence-classification"}, "use tsv, jsonl, parquet or hub"),
+    Broken("path-missing", {"data.source": "text"}, "give a file, folder or glob"),
+    Broken("path-missing", {"data.source": "hub"}, "hub id"),
+    Broken("path-stdlib", {"data.path": "corpus"}, "set data.source to text"),
+    Broken("streaming", {"data.streaming": True}, "data.streaming=false"),
+    Broken("subset", {"data.subset": "wikitext-2"}, "data.source=hub"),
+    Broken("split", {"data.split": "test"}, "data.source=hub"),
+    Broken("validation-split", {"data.validation_split": "validation"}, "set data.validation_path"),
+    Broken("validation-path", {"data.validation_path": "held-out"}, "data.validation_fraction"),
+    Broken("tokenizer-model", {"data.tokenizer": "model"}, "from scratch"),
+    Broken("tokenizer-trained", {"data.tokenizer": "gpt2", "data.train_vocabulary": 400}, "leave out data.tokenizer"),
+    Broken("tokenizer-pretrained", {"model": {"path": "some/model"}}, "set data.tokenizer=model"),
+    Broken("raw-stage", {"deepspeed.zero_optimization.stage3_max_live_parameters": 5}, "ignores it at stage 1"),
+    Broken("raw-offload", STAGE3 | {"deepspeed.zero_optimization.offload_param.buffer_count": 6}, "nothing is offload"),
+    Broken("raw-section", {"deepspeed.aio.block_size": 4096}, "deepspeed.aio"),
+    Broken("raw-section", {"deepspeed.fp16.hysteresis": 4}, "deepspeed.fp16"),
+    Broken("raw-communication", {"deepspeed.communication_data_type": "float32"}, "fp32, fp16 or bf16"),
+    Broken(
+        "raw-gds",
+        STAGE3 | {"parallel.offload_params": "nvme", "parallel.nvme_path": "/tmp", "deepspeed.aio.use_gds": True},
+        "CUDA", device="npu",
+    ),
+    Broken("raw-quantized", {"deepspeed.zero_optimization.zero_quantized_nontrainable_weights": True}, "stage 3"),
+]  # fmt: skip
+
+CLEAN = [
+    ({}, 1, "cpu"),
+    ({"parallel.zero_stage": 0, "precision.dtype": "fp32"}, 4, "cpu"),
+    ({"precision.dtype": "fp16", "precision.loss_scale": 64.0, "precision.gradient_dtype": "fp16"}, 4, "cuda"),
+    (
+        STAGE3
+        | {"parallel.quantized_weights": True, "parallel.quantized_gradients": True, "parallel.secondary_partition": 4},
+        8, "cuda",
+    ),
+    (
+        STAGE3 | {"parallel.offload_optimizer": "nvme", "parallel.nvme_path": "/tmp", "deepspeed.aio.block_size": 4096},
+        2, "cuda",
+    ),
+    ({"model.attention": "flash_attention_2", "model.activation_checkpointing": True}, 4, "cuda"),
+    (CLASSIFIER, 2, "cpu"),
+    (BERT | {"task.kind": "masked-lm"}, 2, "cpu"),
+    ({"model": {"path": "some/model"}, "data.tokenizer": "model"}, 2, "cpu"),
+    (
+        {"data.source": "hub", "data.path": "a/b", "data.subset": "c", "data.streaming": True, "data.split": "x",
+         "data.validation_split": "d"},
+        2, "cpu",
+    ),
+    ({"model.rope_theta": 5e5, "model.hidden_act": "gelu", "schedule.kind": "wsd", "optimizer.kind": "sgd"}, 2, "cpu"),
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _old_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same processor on every machine that runs these tests: one without fp16."""
+    monkeypatch.setattr(rules, "processor_has_fp16", lambda: False)
+
+
+def broken_rules(facts: Facts) -> set[str]:
+    return {rule.name for rule in RULES if rule.check(facts)}
+
+
+@pytest.mark.parametrize("case", CASES, ids=[f"{index}-{case.rule}" for index, case in enumerate(CASES)])
+def test_a_recipe_breaks_its_rule_and_no_other(case: Broken) -> None:
+    run = recipe(case.changes)
+    facts = Facts(run, Cluster(case.ranks, case.ranks, case.device))
+    assert broken_rules(facts) == {case.rule, *case.also}
+    problems = next(rule for rule in RULES if rule.name == case.rule).check(facts)
+    assert case.says in "\n".join(map(str, problems))
+    # What a user reads: the key, a reason and a way out.
+    assert all(problem.key and problem.reason and problem.fix for problem in problems)
+    with pytest.raises(UserError) as caught:
+        make_plan(run, facts.cluster)
+    assert all(str(problem) in str(caught.value) for problem in problems)
+
+
+def test_every_rule_has_a_recipe_that_breaks_it() -> None:
+    names = [rule.name for rule in RULES]
+    assert len(names) == len(set(names))
+    assert set(names) == {case.rule for case in CASES}
+
+
+@pytest.mark.parametrize(("changes", "ranks", "device"), CLEAN)
+def test_sound_recipes_break_nothing(changes: dict[str, Any], ranks: int, device: Device) -> None:
+    cluster = Cluster(ranks, ranks, device)
+    assert check(Facts(recipe(changes), cluster)) == []
+    make_plan(recipe(changes), cluster)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "ds_configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_recipes_are_planned_as_written_and_as_stored_with_a_run(path: Path) -> None:
+    run, cluster = load(path), Cluster(2, 2, "cpu")
+    offload = yaml.safe_load(path.read_text()).get("parallel", {}).get("nvme_path")
+    assert offload is None, "a shipped recipe names no folder that a machine may lack"
+    assert make_plan(parse(dump(run)), cluster) == make_plan(run, cluster)
+
+
+def test_all_problems_come_at_once() -> None:
+    run = recipe({"parallel.quantized_weights": True, "model.hidden_sze": 1, "batch.global_samples": 7,
+                  "deepspeed.zero_optimization.stage": 2})  # fmt: skip
+    with pytest.raises(UserError) as caught:
+        make_plan(run, Cluster(2, 2, "cuda"))
+    keys = {problem.key for problem in caught.value.problems}
+    assert keys == {
+        "parallel.quantized_weights", "model.hidden_sze", "batch.global_samples", "deepspeed.zero_optimization.stage"
+    }  # fmt: skip
+
+
+def test_an_imagined_cluster_is_not_looked_up_on_this_machine() -> None:
+    offload = {"parallel.offload_params": "nvme", "parallel.nvme_path": "/fast/disk"}
+    run = recipe(STAGE3 | offload | {"precision.dtype": "fp16"})
+    assert broken_rules(Facts(run, Cluster(64, 8, "cuda"))) == {"nvme-path"}
+    assert broken_rules(Facts(run, Cluster(64, 8, "cuda", here=False))) == set()
+    assert broken_rules(Facts(run, Cluster(64, 8, "cpu", here=False))) == set()
+
+
+def test_pretrained_weights_keep_their_tokenizer_unless_told_otherwise(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "vocab_size": 300, "num_key_value_heads": 32}')
+    cluster, model = Cluster(1, 1, "cpu"), {"model": {"path": str(tmp_path)}}
+    assert broken_rules(Facts(recipe(model), cluster)) == set()  # there is no tokenizer beside the weights
+    (tmp_path / "tokenizer.json").write_text("{}")
+    assert broken_rules(Facts(recipe(model), cluster)) == {"tokenizer-pretrained"}
+    assert broken_rules(Facts(recipe(model | {"data.tokenizer": "bytes"}), cluster)) == set()
+
+
+def test_positions_of_roberta_start_after_the_padding_id(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(
+        '{"model_type": "roberta", "max_position_embeddings": 514, "pad_token_id": 1, "vocab_size": 300}'
+    )
+    changes = {"model": {"path": str(tmp_path)}, "task.kind": "masked-lm", "data.tokenizer": "model"}
+    cluster = Cluster(1, 1, "cpu")
+    assert broken_rules(Facts(recipe(changes | {"data.sequence_length": 512}), cluster)) == set()
+    assert broken_rules(Facts(recipe(changes | {"data.sequence_length": 513}), cluster)) == {"positions"}
