@@ -54,7 +54,7 @@ def validate(raw: Mapping[str, Any]) -> RunConfig:
     try:
         return RunConfig.model_validate(cleaned)
     except ValidationError as error:
-        raise UserError(_problem(item) for item in error.errors()) from None
+        raise UserError(_problems(error)) from None
 
 
 def dump(run: RunConfig) -> str:
@@ -76,7 +76,7 @@ def nearest(word: str, known: Sequence[str]) -> str | None:
 def _walk(section: type[BaseModel], prefix: str) -> typing.Iterator[str]:
     for name, field in section.model_fields.items():
         yield prefix + name
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+        if _is_section(field.annotation):
             yield from _walk(field.annotation, f"{prefix}{name}.")
 
 
@@ -88,22 +88,43 @@ def _dotlist(overrides: Sequence[str]) -> Any:
     return OmegaConf.from_dotlist(list(overrides))
 
 
-def _problem(item: Any) -> Problem:
-    location = [str(part) for part in item["loc"] if not _is_union_tag(part)]
-    key = ".".join(location) or "recipe"
-    kind, value = item["type"], item["input"]
+def _problems(error: ValidationError) -> list[Problem]:
+    """One problem per key; the branches of a union (`int | auto`) that all refused a value become one sentence."""
+    by_key: dict[str, list[Any]] = {}
+    for item in error.errors():
+        by_key.setdefault(".".join(_location(item)) or "recipe", []).append(item)
+    return [_problem(key, items) for key, items in by_key.items()]
+
+
+def _problem(key: str, items: Sequence[Any]) -> Problem:
+    first = items[0]
+    location, kind, value = _location(first), first["type"], first["input"]
     if kind == "extra_forbidden":
         return Problem(key, _unknown_key_reason(location), _unknown_key_fix(location), value)
     if kind == "missing":
         return Problem(key, "required and not given", f"add `{key}`")
     if kind == "value_error":
-        return Problem(key, item["msg"].removeprefix("Value error, "))
-    return Problem(key, _sentence(item["msg"]), _allowed(location), value)
+        return Problem(key, first["msg"].removeprefix("Value error, "))
+    messages = [item["msg"].removeprefix("Input should be ") for item in items]
+    reason = "should be " + " or ".join(messages) if first["msg"].startswith("Input should be ") else first["msg"]
+    return Problem(key, reason, _allowed(location), value)
 
 
-def _is_union_tag(part: int | str) -> bool:
-    # pydantic names the branch of a union it tried: int, literal['auto'] ...
-    return isinstance(part, str) and (part in {"int", "float", "bool", "str"} or part.startswith("literal["))
+def _location(item: Any) -> list[str]:
+    """The dotted key of a pydantic error, without the names of union branches and list places behind it."""
+    parts: list[str] = []
+    section: Any = RunConfig
+    for part in map(str, item["loc"]):
+        if not _is_section(section):
+            break
+        parts.append(part)
+        field = section.model_fields.get(part)
+        section = field.annotation if field is not None else None
+    return parts
+
+
+def _is_section(annotation: Any) -> typing.TypeGuard[type[BaseModel]]:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
 def _unknown_key_reason(location: Sequence[str]) -> str:
@@ -120,12 +141,10 @@ def _unknown_key_fix(location: Sequence[str]) -> str:
     prefix = ".".join(location[:-1])
     siblings = [key for key in keys if key.rpartition(".")[0] == prefix]
     tails = {key.rpartition(".")[2]: key for key in siblings}
+    # The right word in the wrong section, or a misspelt one in the right section.
+    elsewhere = [key for key in keys if key.rpartition(".")[2] == location[-1]]
     best = nearest(location[-1], list(tails))
-    if best is None:  # right word, wrong section
-        elsewhere = [key for key in keys if key.rpartition(".")[2] == location[-1]]
-        guess = elsewhere[0] if elsewhere else None
-    else:
-        guess = tails[best]
+    guess = elsewhere[0] if elsewhere else tails.get(best or "")
     if guess:
         return f"did you mean `{guess}`?"
     return "known keys here: " + ", ".join(sorted(tails)) + "; `ds-train schema` describes them"
@@ -142,7 +161,7 @@ def _field_at(location: Sequence[str]) -> Any:
     section: Any = RunConfig
     field = None
     for part in location:
-        if not (isinstance(section, type) and issubclass(section, BaseModel)) or part not in section.model_fields:
+        if not _is_section(section) or part not in section.model_fields:
             return None
         field = section.model_fields[part]
         section = field.annotation
@@ -154,10 +173,6 @@ def _default(field: Any) -> str:
         return "none: it is required"
     value = field.get_default(call_default_factory=True)
     return "the section's defaults" if isinstance(value, BaseModel) else repr(value)
-
-
-def _sentence(message: str) -> str:
-    return message[:1].lower() + message[1:]
 
 
 def _recipes_nearby(path: Path) -> str:

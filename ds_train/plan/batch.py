@@ -24,9 +24,9 @@ def plan_batch(batch: BatchSection, data_ranks: int) -> BatchPlan:
     """Resolve `auto` and check divisibility for `data_ranks` data-parallel ranks.
 
     Raises:
-        UserError: a size below 1, or a global batch that can't be cut evenly; names the nearest that can.
+        UserError: the global batch can't be cut evenly; names the nearest that can.
     """
-    problems = _too_small(batch) or _uneven(batch, data_ranks)
+    problems = _uneven(batch, data_ranks)
     if problems:
         raise UserError(problems)
     share = batch.global_samples // data_ranks
@@ -36,15 +36,6 @@ def plan_batch(batch: BatchSection, data_ranks: int) -> BatchPlan:
         micro = batch.micro_samples
     evaluation = micro if batch.eval_micro_samples == "auto" else batch.eval_micro_samples
     return BatchPlan(batch.global_samples, micro, evaluation, share // micro)
-
-
-def _too_small(batch: BatchSection) -> list[Problem]:
-    sizes = {"micro_samples": batch.micro_samples, "eval_micro_samples": batch.eval_micro_samples}
-    return [
-        Problem(f"batch.{key}", "a forward pass has at least one sample", "auto, or 1 and more", size)
-        for key, size in sizes.items()
-        if size != "auto" and size < 1
-    ]
 
 
 def _uneven(batch: BatchSection, data_ranks: int) -> list[Problem]:

@@ -191,11 +191,6 @@ def _uneven_adagrad(facts: Facts) -> bool:
     return optimizer.kind == "adagrad" and optimizer.weight_decay > 0 and not optimizer.decay_all
 
 
-def _bad_loss_scale(facts: Facts) -> bool:
-    scale = facts.run.precision.loss_scale
-    return scale != "dynamic" and scale <= 0
-
-
 def _pipeline_ties_diverge(facts: Facts) -> bool:
     precision = facts.run.precision
     offload = facts.run.parallel.offload_optimizer != "none"
@@ -402,10 +397,9 @@ RULES: tuple[Rule | KeyRule, ...] = (
     ),
     Rule(
         "bucket", "parallel.bucket_elements",
-        lambda f: isinstance(f.run.parallel.bucket_elements, int)
-        and (f.run.parallel.bucket_elements < 2 or f.run.parallel.bucket_elements % 2),
-        "ZeRO's buckets have an even, positive number of elements (stage_1_and_2.py:389)",
-        lambda f: f"auto, or {max(2, int(f.run.parallel.bucket_elements) + 1)}",
+        lambda f: isinstance(f.run.parallel.bucket_elements, int) and f.run.parallel.bucket_elements % 2,
+        "ZeRO's buckets have an even number of elements (stage_1_and_2.py:389)",
+        lambda f: f"auto, or {int(f.run.parallel.bucket_elements) + 1}",
     ),
     # -- precision -----------------------------------------------------------------------------------------------
     Rule(
@@ -425,12 +419,7 @@ RULES: tuple[Rule | KeyRule, ...] = (
         _all(_not(_at("precision.loss_scale", "dynamic")), _not(_at("precision.dtype", "fp16"))),
         "only fp16 scales its loss", "leave it out, or set precision.dtype=fp16",
     ),
-    Rule("loss-scale-positive", "precision.loss_scale", _bad_loss_scale, "a scale is above 0", "set dynamic, or 1024"),
     # -- optimizer, schedule, tracking ---------------------------------------------------------------------------
-    Rule(
-        "betas", "optimizer.betas", lambda f: not all(0 <= beta < 1 for beta in f.run.optimizer.betas),
-        "a decay rate is at least 0 and below 1", "set optimizer.betas=[0.9, 0.95]",
-    ),
     Rule(
         "adagrad-groups", "optimizer.weight_decay", _uneven_adagrad,
         "ZeRO rebuilds Adagrad with one group (stage_1_and_2.py:946), so norms and biases can't be left out of decay",
@@ -441,10 +430,6 @@ RULES: tuple[Rule | KeyRule, ...] = (
         lambda f: f.run.schedule.kind == "wsd" and f.run.schedule.warmup_fraction + f.run.schedule.decay_fraction > 1,
         lambda f: f"with warmup_fraction={f.run.schedule.warmup_fraction:g} it is longer than the run",
         lambda f: f"at most {1 - f.run.schedule.warmup_fraction:g}",
-    ),
-    Rule(
-        "peak", "track.peak_tflops", lambda f: f.run.track.peak_tflops != "auto" and f.run.track.peak_tflops <= 0,
-        "MFU is a share of it", "set auto, or the device's peak",
     ),
     Rule(
         "sample-task", "track.sample_prompt", _all(_given("track.sample_prompt"), _not(_at("task.kind", "causal-lm"))),

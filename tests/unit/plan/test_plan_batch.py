@@ -44,7 +44,6 @@ def test_given_sizes_are_taken() -> None:
         ),
         (3, 2, 2, "batch.global_samples=3: not a multiple of micro_samples x data ranks = 2 x 2 = 4. Fix: nearest: 4."),
         (10, "auto", 4, "batch.global_samples=10: not a multiple of data ranks = 4. Fix: nearest: 8, 12."),
-        (10, 0, 4, "batch.micro_samples=0: a forward pass has at least one sample."),
     ],
 )
 def test_uneven_batches_name_the_nearest(global_samples: int, micro: int, ranks: int, message: str) -> None:

@@ -1,0 +1,109 @@
+"""Recipes: strict, every error at once, each with key, value, reason and fix."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ds_train.config import dump, load, parse
+from ds_train.config.load import known_keys
+from ds_train.errors import UserError
+
+MINIMAL = "model: {arch: llama}\nschedule: {steps: 10}\n"
+
+
+def problems(text: str, *overrides: str) -> list[str]:
+    with pytest.raises(UserError) as caught:
+        parse(text, overrides)
+    return str(caught.value).splitlines()
+
+
+def test_numbers_overrides_and_free_model_keys() -> None:
+    run = parse(
+        "model: {arch: llama, hidden_size: 64}\nschedule: {steps: 10}\noptimizer: {lr: 3e-4}",
+        ["model.n=1", "batch.micro_samples=4"],
+    )
+    assert run.optimizer.lr == 3e-4, "plain YAML would read this as text"
+    assert run.model.config == {"hidden_size": 64, "n": 1}
+    assert run.batch.micro_samples == 4
+
+
+def test_a_dumped_recipe_reads_back_equal() -> None:
+    run = parse(
+        MINIMAL, ["model.hidden_size=64", "track.tags=[a,b]", "data.max_documents=5", "deepspeed.log_level=error"]
+    )
+    assert parse(dump(run)) == run
+
+
+def test_an_empty_section_means_its_defaults() -> None:
+    assert parse(MINIMAL + "batch:\n") == parse(MINIMAL)
+
+
+def test_every_error_comes_at_once_with_the_nearest_key() -> None:
+    text = "model: {arch: llama}\nschedule: {steps: 1}\nbatch: {globl_samples: 3}\n"
+    text += "optimiser: {}\nparallel: {zero_stage: 5}\ntrack: {micro_samples: 3}"
+    lines = problems(text)
+    assert len(lines) == 4
+    assert "batch.globl_samples=3: section `batch` has no such key. Fix: did you mean `batch.global_samples`?" in lines
+    assert "optimiser={}: the recipe has no such key. Fix: did you mean `optimizer`?" in lines
+    assert "track.micro_samples=3: section `track` has no such key. Fix: did you mean `batch.micro_samples`?" in lines
+    assert any(line.startswith("parallel.zero_stage=5: should be 0, 1, 2 or 3.") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("batch.micro_samples=x", "batch.micro_samples=x: should be a valid integer"),
+        ("batch.micro_samples=0", "batch.micro_samples=0: should be greater than or equal to 1 or 'auto'"),
+        ("optimizer.betas=[0.9,1.0]", "optimizer.betas=1.0: should be less than 1"),
+        ("optimizer.lr=-1", "optimizer.lr=-1: should be greater than 0"),
+        ("optimizer.lr=.nan", "optimizer.lr=nan:"),
+        ("compress.sparsity=0.5", "compress.sparsity=0.5: compression is not available in this version"),
+        (
+            "schedule.tokens=5",
+            "schedule: exactly one of steps, tokens and epochs says how long the run is; given: steps, tokens",
+        ),
+        ("model.path=here", "model: give exactly one of `model.path`"),
+        ("name=a/b", "name=a/b:"),
+        ("nonsense", "nonsense: an override is written key=value"),
+        ("seed=${nowhere}", "recipe: not valid YAML"),
+    ],
+)
+def test_one_line_per_mistake(override: str, expected: str) -> None:
+    lines = problems(MINIMAL, override)
+    assert len(lines) == 1
+    assert lines[0].startswith(expected)
+
+
+@pytest.mark.parametrize("text", ["a: [", "- 1", "just words", ""])
+def test_what_is_no_recipe(text: str) -> None:
+    assert len(problems(text)) >= 1
+
+
+def test_a_missing_recipe_names_those_that_are_there(tmp_path: Path) -> None:
+    (tmp_path / "quickstart.yaml").write_text(MINIMAL)
+    with pytest.raises(UserError, match=r"no such recipe. Fix: did you mean .*quickstart\.yaml\?"):
+        load(tmp_path / "quikstart.yaml")
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="can't be read"):
+        load(tmp_path / "binary.yaml")
+
+
+def test_every_field_has_a_docstring() -> None:
+    from ds_train.config.reference import reference
+
+    rows = reference()
+    assert {row.key for row in rows} == set(known_keys())
+    assert [row.key for row in rows if not row.text] == []
+    assert [row.key for row in rows if row.type == ""] == []
+
+
+def test_the_json_schema_accepts_recipes_and_describes_keys() -> None:
+    from ds_train.config.reference import json_schema
+
+    schema = json_schema()
+    assert schema["$defs"]["ModelSection"]["additionalProperties"] is True
+    assert schema["$defs"]["BatchSection"]["additionalProperties"] is False
+    assert "ZeRO stage" in schema["$defs"]["ParallelSection"]["properties"]["zero_stage"]["description"]
+    assert set(schema["required"]) == {"model", "schedule"}

@@ -1,0 +1,65 @@
+"""Learning-rate curves against formulas written down separately."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+
+from ds_train.config.schedule import ScheduleSection
+from ds_train.schedule.learning_rate import learning_rate_factor, plan_length
+
+TOTAL = 1000
+
+
+def curve(**keys: object) -> list[float]:
+    schedule = ScheduleSection.model_validate({"steps": 1, **keys})
+    return [learning_rate_factor(schedule, tokens, TOTAL) for tokens in range(1, TOTAL + 1)]
+
+
+def test_cosine_equals_its_formula() -> None:
+    values = curve(kind="cosine", warmup_fraction=0.1, final_ratio=0.2)
+    for tokens, value in enumerate(values, start=1):
+        expected = tokens / 100 if tokens < 100 else 0.2 + 0.8 * (1 + math.cos(math.pi * (tokens - 100) / 900)) / 2
+        assert value == pytest.approx(expected, abs=1e-12)
+
+
+def test_linear_equals_its_formula() -> None:
+    values = curve(kind="linear", warmup_fraction=0.25, final_ratio=0.0)
+    assert values[124] == pytest.approx(0.5)
+    assert values[249] == 1.0
+    assert values[624] == pytest.approx(0.5)
+    assert values[-1] == 0.0
+
+
+def test_wsd_is_flat_between_warmup_and_decay() -> None:
+    values = curve(kind="wsd", warmup_fraction=0.1, decay_fraction=0.3, final_ratio=0.1)
+    assert set(values[100:700]) == {1.0}
+    assert values[849] == pytest.approx(0.55)
+    assert values[-1] == pytest.approx(0.1)
+
+
+def test_constant_stays() -> None:
+    assert set(curve(kind="constant", warmup_fraction=0.0)) == {1.0}
+
+
+@pytest.mark.parametrize("kind", ["cosine", "linear", "constant", "wsd"])
+@pytest.mark.parametrize("warmup", [0.0, 0.003, 0.3])
+def test_no_curve_jumps_starts_at_zero_or_leaves_its_bounds(kind: str, warmup: float) -> None:
+    values = curve(kind=kind, warmup_fraction=warmup, final_ratio=0.1)
+    assert all(0.0 < value <= 1.0 for value in values)
+    assert max(abs(a - b) for a, b in itertools.pairwise(values)) <= max(0.01, 1 / max(1, warmup * TOTAL)) + 1e-12
+
+
+def test_length_in_steps_tokens_and_epochs() -> None:
+    def steps(**keys: float) -> int:
+        return plan_length(
+            ScheduleSection.model_validate(keys), tokens_per_step=100, samples_per_epoch=70, global_samples=8
+        )
+
+    assert steps(steps=7) == 7
+    assert steps(tokens=101) == 2
+    assert steps(tokens=200) == 2
+    assert steps(epochs=1) == 9
+    assert steps(epochs=0.5) == 5

@@ -1,0 +1,91 @@
+"""The command line answers at once, without torch, and says what is wrong in one line."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+PROBE = """
+import sys, time
+started = time.perf_counter()
+sys.argv = ["ds-train", *{arguments!r}]
+from ds_train.cli import main
+try:
+    main()
+except SystemExit as end:
+    assert not end.code, end.code
+heavy = {{"torch", "deepspeed", "transformers", "datasets"}} & set(sys.modules)
+assert not heavy, heavy
+print(time.perf_counter() - started, file=sys.stderr)
+"""
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "ds_train.cli", *arguments], capture_output=True, text=True, cwd=ROOT, timeout=60
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments", [["schema"], ["schema", "--json"], ["plan", "ds_configs/quickstart.yaml", "--ranks", "2"]]
+)
+def test_answers_without_torch_in_under_a_second(arguments: list[str]) -> None:
+    command = [sys.executable, "-c", PROBE.format(arguments=arguments)]
+    seconds = []
+    for _ in range(3):  # the machine may be busy; the code is as fast as its fastest run
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60)
+        assert done.returncode == 0, done.stderr
+        seconds.append(float(done.stderr.strip().splitlines()[-1]))
+    assert min(seconds) < 1.0
+
+
+def test_schema_of_one_key() -> None:
+    done = run("schema", "batch.micro_samples")
+    assert done.stdout.startswith("batch.micro_samples  int | auto (default: auto)\n")
+    assert run("schema", "batch.micro_sampels").stderr == (
+        "error: schema=batch.micro_sampels: a recipe has no such key. Fix: did you mean batch.micro_samples?\n"
+    )
+
+
+def test_plan_as_json_holds_what_deepspeed_gets() -> None:
+    done = run("plan", "ds_configs/quickstart.yaml", "batch.global_samples=24", "--ranks", "3", "--json")
+    plan = json.loads(done.stdout)
+    assert plan["layout"] == {"pipe": 1, "data": 3, "sequence": 1, "tensor": 1}
+    assert plan["batch"]["micro_samples"] * plan["batch"]["accumulation"] * 3 == 24
+    assert plan["deepspeed_json"]["zero_optimization"]["stage"] == 2
+
+
+def test_mistakes_are_lines_with_exit_code_2() -> None:
+    done = run(
+        "plan",
+        "ds_configs/quickstart.yaml",
+        "parallel.zero_stage=1",
+        "parallel.offload_params=cpu",
+        "model.hidden_sze=3",
+    )
+    assert done.returncode == 2
+    lines = done.stderr.splitlines()
+    assert len(lines) == 2
+    assert all(line.startswith("error: ") for line in lines)
+    assert "did you mean `model.hidden_size`?" in done.stderr
+    assert run("plan", "nowhere.yaml").returncode == 2
+    assert run("plan", "ds_configs/quickstart.yaml", "--device", "tpu").returncode == 2
+
+
+def test_prepare_says_what_it_made(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("hello world " * 400)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"model: {{arch: llama}}\ndata: {{source: text, path: {tmp_path / 'a.txt'}, cache_dir: {tmp_path}/cache}}\n"
+        "schedule: {steps: 1}"
+    )
+    done = run("prepare", str(recipe))
+    assert done.returncode == 0, done.stderr
+    assert "vocabulary 259" in done.stdout
+    assert "train: 1 documents" in done.stdout
