@@ -49,6 +49,16 @@ def user_error(key: str, reason: str, fix: str = "", value: Any = _NO_VALUE) -> 
     return UserError(Problem(key, reason, fix, value))
 
 
+def first_line(error: BaseException) -> str:
+    """What another library's exception says, in one line: messages of many lines begin with the point."""
+    if isinstance(error, KeyError):  # its text is the key alone
+        return f"no such name: {error}"
+    # transformers' config classes say "Class validation error for ...:" and then what is wrong.
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    lines = [line for line in lines if not line.startswith("Class validation error")] or lines
+    return lines[0] if lines else type(error).__name__
+
+
 def _shown(value: Any) -> str:
     text = repr(value) if isinstance(value, str) and (not value or " " in value) else str(value)
     return text if len(text) <= 80 else text[:77] + "..."

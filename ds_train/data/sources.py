@@ -16,7 +16,7 @@ from typing import IO, Any, cast
 from ds_train.config.data import DataSection
 from ds_train.config.load import nearest
 from ds_train.config.task import TaskSection
-from ds_train.errors import UserError, user_error
+from ds_train.errors import UserError, first_line, user_error
 
 _NOT_LIBRARY = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
 _SUFFIXES = {
@@ -225,7 +225,7 @@ def _not_utf8(place: str, origin: _Origin) -> UserError:
 
 
 def _unreadable(path: Path, error: Exception, origin: _Origin) -> UserError:
-    return origin.error(f"{path} can't be read: {_first_line(error)}", "make it a readable file, or leave it out")
+    return origin.error(f"{path} can't be read: {first_line(error)}", "make it a readable file, or leave it out")
 
 
 def _tsv_rows(path: Path, columns: Sequence[str], origin: _Origin) -> Iterator[tuple[str, Row]]:
@@ -292,8 +292,4 @@ def _hub_rows(data: DataSection, held_out: bool, origin: _Origin) -> Iterator[tu
         fix = (
             "check id, subset and split; without a network, give a local folder with data.source=jsonl, parquet or text"
         )
-        raise origin.error(f"the hub data set's split {split} can't be read: {_first_line(error)}", fix) from error
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise origin.error(f"the hub data set's split {split} can't be read: {first_line(error)}", fix) from error

@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ds_train.config import RunConfig
-from ds_train.errors import user_error
+from ds_train.errors import first_line, user_error
 
 END, PADDING, MASK = "<eos>", "<pad>", "<mask>"
 SPECIAL = (END, PADDING, MASK)
@@ -37,9 +37,8 @@ def load_tokenizer(run: RunConfig) -> PreTrainedTokenizerBase:
             trust_remote_code=run.model.trust_remote_code,
         )
     except Exception as error:  # missing files, no network, broken json: transformers raises many kinds
-        line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         fix = "give a local folder with tokenizer files, a hub id on a machine that reaches the hub, or bytes"
-        raise user_error(key, f"no tokenizer can be loaded from there ({line})", fix, place) from error
+        raise user_error(key, f"no tokenizer can be loaded from there ({first_line(error)})", fix, place) from error
     if run.task.kind == "masked-lm" and tokenizer.mask_token_id is None:
         fix = "choose one that has, bytes, or data.train_vocabulary"
         raise user_error("data.tokenizer", "this tokenizer has no mask token, which masked-lm needs", fix, name)

@@ -20,7 +20,7 @@ from transformers.initialization import no_init_weights
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, prevent_arange_dtype_change
 
 from ds_train.config import RunConfig
-from ds_train.errors import UserError, user_error
+from ds_train.errors import UserError, first_line, user_error
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -80,7 +80,7 @@ def build_model(
             model = _pretrained_model(run, auto_class, config, dtype, attention, deepspeed_json, zero_stage)
     except (ValueError, ImportError, KeyError) as error:
         raise user_error(
-            "model", _first_line(error), "see the model's page in the transformers documentation"
+            "model", first_line(error), "see the model's page in the transformers documentation"
         ) from error
     if run.model.activation_checkpointing:
         if not model.supports_gradient_checkpointing:
@@ -211,7 +211,7 @@ def _config_from_scratch(arch: str, keys: dict[str, Any]) -> PreTrainedConfig:
     except UserError:
         raise
     except Exception as error:  # every config class validates in its own way
-        raise user_error("model", f"{arch}: {_first_line(error)}", "correct the key that it names") from error
+        raise user_error("model", f"{arch}: {first_line(error)}", "correct the key that it names") from error
 
 
 def _config_of_pretrained(run: RunConfig, keys: dict[str, Any]) -> PreTrainedConfig:
@@ -229,7 +229,7 @@ def _config_of_pretrained(run: RunConfig, keys: dict[str, Any]) -> PreTrainedCon
 def _cannot_load(run: RunConfig, error: Exception) -> UserError:
     return user_error(
         "model.path",
-        f"no model can be loaded from there ({_first_line(error)})",
+        f"no model can be loaded from there ({first_line(error)})",
         "give a local folder with config.json and weights, or a hub id on a machine that reaches the hub",
         run.model.path,
     )
@@ -238,12 +238,3 @@ def _cannot_load(run: RunConfig, error: Exception) -> UserError:
 def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int | None]:
     names = ("pad_token_id", "bos_token_id", "eos_token_id")
     return {name: getattr(tokenizer, name) for name in names}
-
-
-def _first_line(error: Exception) -> str:
-    if isinstance(error, KeyError):
-        return f"transformers knows no {error}"
-    # Config classes validate in two lines: "Class validation error for ...:" and what is wrong.
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    lines = [line for line in lines if not line.startswith("Class validation error")] or lines
-    return lines[0] if lines else type(error).__name__

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_train.config import RunConfig
+from ds_train.errors import first_line
 
 _HIDDEN = {"kind", "step"}
 
@@ -43,7 +44,7 @@ class WandbRun:
             run.define_metric("tokens")
             run.define_metric("*", step_metric="tokens")
         except Exception as error:  # network, login, disk: wandb raises many kinds
-            warn(f"wandb is off: {_first_line(error)}; training goes on")
+            warn(f"wandb is off: {first_line(error)}; training goes on")
             return None
         return WandbRun(run, warn)
 
@@ -69,9 +70,5 @@ class WandbRun:
         try:
             action(self._run)
         except Exception as error:  # see `start`
-            self._warn(f"wandb is off from here: {_first_line(error)}; training goes on")
+            self._warn(f"wandb is off from here: {first_line(error)}; training goes on")
             self._run = None
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
