@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -98,12 +99,14 @@ def plain_loop(corpus: Path, weights: Path, dtype: torch.dtype = torch.float32) 
     return history
 
 
-def write_recipe(folder: Path, name: str, corpus: Path, weights: Path, dtype: str, parallel: dict[str, Any]) -> Path:
+def write_recipe(
+    folder: Path, name: str, corpus: Path, weights: Path, dtype: str, parallel: dict[str, Any], **model: Any
+) -> Path:
     recipe = {
         "name": name,
         "seed": SEED,
         "run_root": str(folder / "runs"),
-        "model": {"path": str(weights)},
+        "model": {"path": str(weights), **model},
         "data": {
             "source": "text", "path": str(corpus), "tokenizer": "bytes", "sequence_length": LENGTH,
             "cache_dir": str(folder / "cache"), "validation_fraction": 0.0,
@@ -141,6 +144,21 @@ def test_fp32_losses_equal_a_plain_loop(
     assert reference[0][0] > 1.1 * reference[-1][0], "the reference doesn't learn, so it shows nothing"
     for name in LAYOUTS:
         np.testing.assert_allclose(history_of(tmp_path, name), reference, rtol=1e-5, err_msg=f"{name} on {ranks} ranks")
+
+
+@pytest.mark.parametrize("feature", ["activation_checkpointing", "compile"])
+def test_what_saves_memory_or_time_changes_no_loss(
+    feature: str, corpus: Path, weights: Path, reference: list[tuple[float, float]], tmp_path: Path
+) -> None:
+    if feature == "compile" and shutil.which("g++") is None:
+        pytest.skip("torch.compile needs a C++ compiler")
+    names = ["zero2", "zero3"]
+    recipes = [
+        write_recipe(tmp_path, name, corpus, weights, "fp32", LAYOUTS[name], **{feature: True}) for name in names
+    ]
+    run_ranks(2, ["tests/parity/train_many.py", *map(str, recipes)], timeout_s=600).check()
+    for name in names:
+        np.testing.assert_allclose(history_of(tmp_path, name), reference, rtol=1e-5, err_msg=name)
 
 
 def test_bf16_losses_follow_a_plain_loop(corpus: Path, weights: Path, tmp_path: Path) -> None:
