@@ -54,7 +54,7 @@ def schema(
     for row in rows:
         default = f" (default: {row.default})" if row.default else ""
         console.print(f"[bold]{row.key}[/]  {escape(row.type + default)}")
-        console.print(Padding(escape(row.text), (0, 0, 0, 4)))
+        console.print(Padding(escape(row.text), (0, 0, 0, 4), expand=False))
 
 
 @app.command()
@@ -80,8 +80,12 @@ def plan(
 
     if device not in get_args(Device):
         raise user_error("--device", "no such device", f"one of {', '.join(get_args(Device))}", device)
+    on_host = ranks_per_host or ranks
+    if ranks % on_host:
+        fix = f"give a divisor of {ranks}; hosts are alike"
+        raise user_error("--ranks-per-host", f"doesn't divide the {ranks} ranks", fix, on_host)
     run = load(recipe, overrides or [])
-    made = make_plan(run, Cluster(ranks, ranks_per_host or ranks, cast(Device, device), here=False))
+    made = make_plan(run, Cluster(ranks, on_host, cast(Device, device), here=False))
     if as_json:
         print(json.dumps(made.to_dict(), indent=2, default=str))
         return

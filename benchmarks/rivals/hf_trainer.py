@@ -86,6 +86,7 @@ def main() -> None:
             "loss": output.training_loss,
         }
         print("RESULT " + json.dumps(result), flush=True)
+    torch.distributed.destroy_process_group()  # without it the exit aborts now and then
 
 
 if __name__ == "__main__":

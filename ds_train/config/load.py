@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
+from ds_train.config.reference import default_text, reference
 from ds_train.config.run import RunConfig
-from ds_train.errors import Problem, UserError, user_error
+from ds_train.errors import Problem, UserError, first_line, user_error
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -35,14 +37,13 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 def parse(text: str, overrides: Sequence[str] = (), origin: str = "recipe") -> RunConfig:
     """The `RunConfig` of YAML text; `origin` names it in errors. Raises as `load` does."""
-    try:
+    with _reported(origin, "not valid YAML", "correct the line named"):
         tree = OmegaConf.create(text)
-        if not OmegaConf.is_dict(tree):
-            raise user_error(origin, "a recipe is a YAML mapping of sections", "start from a file in ds_configs/")
-        merged = OmegaConf.merge(tree, _dotlist(overrides))
-        raw = OmegaConf.to_container(merged, resolve=True)
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise user_error(origin, "not valid YAML: " + " ".join(str(error).split()), "correct the line named") from None
+    if not OmegaConf.is_dict(tree):
+        raise user_error(origin, "a recipe is a YAML mapping of sections", "start from a file in ds_configs/")
+    changes = [_change(override) for override in overrides]
+    with _reported(origin, "it doesn't fit together", "correct the key named"):
+        raw = OmegaConf.to_container(OmegaConf.merge(tree, *changes), resolve=True)
     assert isinstance(raw, dict)
     return validate(typing.cast(dict[str, Any], raw))
 
@@ -64,7 +65,7 @@ def dump(run: RunConfig) -> str:
 
 def known_keys() -> list[str]:
     """Every dotted key of the schema."""
-    return list(_walk(RunConfig, ""))
+    return [row.key for row in reference()]
 
 
 def nearest(word: str, known: Sequence[str]) -> str | None:
@@ -73,26 +74,31 @@ def nearest(word: str, known: Sequence[str]) -> str | None:
     return matches[0] if matches else None
 
 
-def _walk(section: type[BaseModel], prefix: str) -> typing.Iterator[str]:
-    for name, field in section.model_fields.items():
-        yield prefix + name
-        if _is_section(field.annotation):
-            yield from _walk(field.annotation, f"{prefix}{name}.")
+@contextlib.contextmanager
+def _reported(key: str, reason: str, fix: str) -> Iterator[None]:
+    """What YAML's reader and OmegaConf raise becomes the user's error, in one line."""
+    try:
+        yield
+    except OmegaConfBaseException as error:
+        raise user_error(error.full_key or key, f"{reason}: {first_line(error)}", fix) from None
+    except yaml.YAMLError as error:
+        text = " ".join(str(error).split()).replace('"<unicode string>", ', "")
+        raise user_error(key, f"{reason}: {text}", fix) from None
 
 
-def _dotlist(overrides: Sequence[str]) -> Any:
-    for override in overrides:
-        key, separator, _ = override.partition("=")
-        if not separator or not key.strip():
-            raise user_error(override, "an override is written key=value", "for example batch.global_samples=64")
-    return OmegaConf.from_dotlist(list(overrides))
+def _change(override: str) -> Any:
+    key, separator, _ = override.partition("=")
+    if not separator or not key.strip():
+        raise user_error(override, "an override is written key=value", "for example batch.global_samples=64")
+    with _reported(override, "the value is not valid YAML", "quote it, for the shell too"):
+        return OmegaConf.from_dotlist([override])
 
 
 def _problems(error: ValidationError) -> list[Problem]:
     """One problem per key; the branches of a union (`int | auto`) that all refused a value become one sentence."""
     by_key: dict[str, list[Any]] = {}
     for item in error.errors():
-        by_key.setdefault(".".join(_location(item)) or "recipe", []).append(item)
+        by_key.setdefault((".".join(_location(item)) or "recipe") + _place(item), []).append(item)
     return [_problem(key, items) for key, items in by_key.items()]
 
 
@@ -101,13 +107,91 @@ def _problem(key: str, items: Sequence[Any]) -> Problem:
     location, kind, value = _location(first), first["type"], first["input"]
     if kind == "extra_forbidden":
         return Problem(key, _unknown_key_reason(location), _unknown_key_fix(location), value)
-    if kind == "missing":
-        return Problem(key, "required and not given", f"add `{key}`")
+    if kind == "invalid_key":
+        return Problem(key, "keys are text, and this one is a number", "remove it")
+    if kind == "missing" and len(location) == len(first["loc"]):
+        return Problem(key, "required and not given", _REMEDY.get(key, f"add `{key}`"))
     if kind == "value_error":
-        return Problem(key, first["msg"].removeprefix("Value error, "))
-    messages = [item["msg"].removeprefix("Input should be ") for item in items]
-    reason = "should be " + " or ".join(messages) if first["msg"].startswith("Input should be ") else first["msg"]
-    return Problem(key, reason, _allowed(location), value)
+        return Problem(key, first["msg"].removeprefix("Value error, "), _REMEDY.get(key, ""))
+    expected = " or ".join(dict.fromkeys(_expected(item) for item in items))
+    return Problem(key, f"should be {expected}", _fix(location, kind, value), value)
+
+
+# What a user can do about errors that are about a whole section.
+_REMEDY = {
+    "model": "give `model.path` (pretrained weights) or `model.arch` (random weights), not both",
+    "schedule": "give one, such as schedule.steps=1000, and leave the others out or null",
+}
+
+# pydantic's error types in the words of a YAML author; {} is the bound.
+_EXPECTED = {
+    "int_type": "an integer",
+    "int_parsing": "an integer",
+    "int_parsing_size": "an integer",
+    "int_from_float": "an integer",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+    "string_type": "text",
+    "tuple_type": "a list",
+    "dict_type": "a mapping of keys",
+    "model_type": "a mapping of keys",
+    "greater_than": "greater than {gt}",
+    "greater_than_equal": "at least {ge}",
+    "less_than": "less than {lt}",
+    "less_than_equal": "at most {le}",
+    "literal_error": "{expected}",
+    "string_pattern_mismatch": "text that matches {pattern}",
+}
+
+
+def _expected(item: Any) -> str:
+    if item["type"] in ("missing", "too_long"):  # of a list of fixed length
+        return f"a list of {len(typing.get_args(_field_at(_location(item)).annotation))}"
+    context = {name: _plain(value) for name, value in item.get("ctx", {}).items()}
+    known = _EXPECTED.get(item["type"])
+    return known.format(**context) if known else str(item["msg"]).removeprefix("Input should be ")
+
+
+def _plain(value: Any) -> str:
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+
+
+def _fix(location: Sequence[str], kind: str, value: Any) -> str:
+    field = _field_at(location)
+    if field is None:
+        return "`ds-train schema` describes every key"
+    choices = list(_choices(field.annotation))
+    if isinstance(value, str):
+        if None in choices and value.lower() in ("none", "nil"):
+            return "write null"
+        guess = nearest(value, [choice for choice in choices if isinstance(choice, str)])
+        if guess:
+            return f"did you mean {guess}?"
+    if kind == "string_type" and isinstance(value, (int, float)):
+        return f'write "{value}", quotes included'
+    default = default_text(field)
+    described = f"`ds-train schema {'.'.join(location)}` describes it"
+    return f"{described}; the default is {default}" if default else described
+
+
+def _choices(annotation: Any) -> Iterator[Any]:
+    """The values that a type names: those of a Literal, and None."""
+    for argument in typing.get_args(annotation):
+        if argument is type(None):
+            yield None
+        elif isinstance(argument, (str, int)):
+            yield argument
+        else:
+            yield from _choices(argument)
+
+
+def _place(item: Any) -> str:
+    """`[1]` for an error in one element of a list."""
+    behind = item["loc"][len(_location(item)) :]
+    return f"[{behind[0]}]" if behind and isinstance(behind[0], int) and item["type"] != "missing" else ""
 
 
 def _location(item: Any) -> list[str]:
@@ -150,13 +234,6 @@ def _unknown_key_fix(location: Sequence[str]) -> str:
     return "known keys here: " + ", ".join(sorted(tails)) + "; `ds-train schema` describes them"
 
 
-def _allowed(location: Sequence[str]) -> str:
-    field = _field_at(location)
-    if field is None:
-        return "`ds-train schema` describes every key"
-    return f"`ds-train schema {'.'.join(location)}` describes it; the default is {_default(field)}"
-
-
 def _field_at(location: Sequence[str]) -> Any:
     section: Any = RunConfig
     field = None
@@ -166,13 +243,6 @@ def _field_at(location: Sequence[str]) -> Any:
         field = section.model_fields[part]
         section = field.annotation
     return field
-
-
-def _default(field: Any) -> str:
-    if field.is_required():
-        return "none: it is required"
-    value = field.get_default(call_default_factory=True)
-    return "the section's defaults" if isinstance(value, BaseModel) else repr(value)
 
 
 def _recipes_nearby(path: Path) -> str:

@@ -54,5 +54,6 @@ class ModelSection(Section):
     @model_validator(mode="after")
     def _one_origin(self) -> ModelSection:
         if (self.path is None) == (self.arch is None):
-            raise ValueError("give exactly one of `model.path` (pretrained weights) and `model.arch` (random weights)")
+            given = "none" if self.path is None else "both"
+            raise ValueError(f"exactly one of path and arch says which model is trained; given: {given}")
         return self

@@ -37,6 +37,14 @@ def json_schema() -> dict[str, Any]:
     return schema
 
 
+def default_text(field: FieldInfo) -> str:
+    """The default as a recipe would write it: `null`, `true`, `[0.9, 0.95]`; empty where there is none."""
+    default = None if field.is_required() else field.get_default(call_default_factory=True)
+    if field.is_required() or isinstance(default, BaseModel):
+        return ""
+    return _yaml(default)
+
+
 def _walk(section: type[BaseModel], prefix: str) -> Iterator[KeyReference]:
     for name, field in section.model_fields.items():
         key, annotation = prefix + name, field.annotation
@@ -44,7 +52,8 @@ def _walk(section: type[BaseModel], prefix: str) -> Iterator[KeyReference]:
             yield KeyReference(key, "section", "", _one_line(annotation.__doc__ or ""))
             yield from _walk(annotation, key + ".")
         else:
-            yield KeyReference(key, _type(annotation), _default(field), _one_line(field.description or ""))
+            default = "required" if field.is_required() else default_text(field)
+            yield KeyReference(key, _type(annotation), default, _one_line(field.description or ""))
 
 
 def _type(annotation: Any) -> str:
@@ -57,16 +66,16 @@ def _type(annotation: Any) -> str:
     if origin is typing.Literal:
         return " | ".join(str(value) for value in arguments)
     if origin is tuple:
-        return f"list of {_type(arguments[0])}"
+        count = "" if Ellipsis in arguments else f"{len(arguments)} "
+        return f"list of {count}{_type(arguments[0])}"
     if origin is dict:
         return "mapping"
     return "null" if annotation is type(None) else str(getattr(annotation, "__name__", annotation))
 
 
-def _default(field: FieldInfo) -> str:
-    if field.is_required():
-        return "required"
-    value = field.get_default(call_default_factory=True)
+def _yaml(value: Any) -> str:
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_yaml, value))}]"
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 

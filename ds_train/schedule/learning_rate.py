@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 from ds_train.config.schedule import ScheduleSection
 
@@ -19,7 +20,9 @@ def learning_rate_factor(schedule: ScheduleSection, tokens: int, total_tokens: i
         return place / schedule.warmup_fraction
     if schedule.kind == "constant":
         return 1.0
-    start = 1.0 - schedule.decay_fraction if schedule.kind == "wsd" else schedule.warmup_fraction
+    start = schedule.warmup_fraction
+    if schedule.kind == "wsd":
+        start = max(start, 1.0 - schedule.decay_fraction)  # a decay longer than what is left begins at the peak
     if place <= start:
         return 1.0
     fallen = (place - start) / (1.0 - start)
@@ -34,5 +37,6 @@ def plan_length(schedule: ScheduleSection, tokens_per_step: int, samples_per_epo
     if schedule.tokens is not None:
         return math.ceil(schedule.tokens / tokens_per_step)
     if schedule.epochs is not None:
-        return math.ceil(schedule.epochs * samples_per_epoch / global_samples)
+        # As a decimal: 1.1 x 10 samples in floats is a little over 11, which would be a step more.
+        return math.ceil(Fraction(str(schedule.epochs)) * samples_per_epoch / global_samples)
     raise ValueError("a schedule has a length")  # the schema has seen to it

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,38 +18,59 @@ class MetricsFile:
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one line; NaN and infinities become the strings "nan", "inf" and "-inf", since JSON has none."""
+        line = json.dumps(_finite(record), allow_nan=False) + "\n"
         try:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
+            self._append(line.encode())
             self._failed = False
         except OSError as error:
             if not self._failed:
-                self._warn(f"metrics can't be written to {self._path}: {error.strerror}; training goes on")
+                self._warn(f"metrics can't be written to {self._path}: {_why(error)}; training goes on")
             self._failed = True
 
     def truncate_after(self, step: int) -> None:
         """Drop records of later steps and a half-written last line, as a resumed run writes them again."""
-        kept = [record for record in read_metrics(self._path) if record.get("step", 0) <= step]
-        partial = self._path.with_name(self._path.name + ".partial")
-        partial.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-        partial.replace(self._path)
+        try:
+            text = "".join(line + "\n" for line, record in _lines(self._path) if record.get("step", 0) <= step)
+            partial = self._path.with_name(self._path.name + ".partial")
+            partial.write_text(text, encoding="utf-8")
+            partial.replace(self._path)
+        except OSError as error:
+            self._warn(f"metrics after step {step} can't be dropped from {self._path}: {_why(error)}; they stay in it")
+
+    def _append(self, line: bytes) -> None:
+        with self._path.open("ab", buffering=0) as file:
+            end = file.seek(0, os.SEEK_END)
+            try:
+                written = file.write(line)
+                if written < len(line):  # a disk that fills up takes what fits and says so at the next write
+                    file.write(line[written:])
+            except OSError:
+                file.truncate(end)  # the next line must not continue half of this one
+                raise
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """All whole records of a metrics file; none where there is no file."""
+    return [record for _, record in _lines(path)]
+
+
+def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each whole line with its record."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except FileNotFoundError:
-        return []
-    records = []
+        return
     for line in lines:
         try:
             record = json.loads(line)
         except ValueError:
             continue  # a line that a crash cut off
         if isinstance(record, dict):
-            records.append(record)
-    return records
+            yield line, record
+
+
+def _why(error: OSError) -> str:
+    return error.strerror or type(error).__name__
 
 
 def _finite(value: Any) -> Any:

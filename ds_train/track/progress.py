@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from datetime import timedelta
 from typing import Any, Literal
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 _LINE_EVERY_S = 5.0
+_LINE_AT_LEAST_EVERY_S = 60.0
 
 
 class StepDisplay:
@@ -21,7 +23,8 @@ class StepDisplay:
         # Lines are never wrapped: people pipe them into files and grep.
         self._console = console or Console(soft_wrap=True, highlight=False)
         self._total = total_steps
-        self._last_line_s = -_LINE_EVERY_S
+        self._done_before, self._started_s = done, time.monotonic()
+        self._next_line_s = self._started_s
         self._bar: Progress | None = None
         if bar is True or (bar == "auto" and self._console.is_terminal):
             columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[text]}"))
@@ -41,9 +44,14 @@ class StepDisplay:
         )
         if self._bar is not None:
             self._bar.update(self._task, completed=step, text=text)
-        elif step == self._total or time.monotonic() - self._last_line_s >= _LINE_EVERY_S:
-            self._last_line_s = time.monotonic()
-            self.note(f"step {step:>6}/{self._total}  {text}")
+            return
+        now = time.monotonic()
+        if step == self._total or now >= self._next_line_s:
+            # A day's log should be pages, not books: a line per hundredth of the time so far, within bounds.
+            elapsed = now - self._started_s
+            self._next_line_s = now + min(_LINE_AT_LEAST_EVERY_S, max(_LINE_EVERY_S, elapsed / 100))
+            left = elapsed / max(1, step - self._done_before) * (self._total - step)
+            self.note(f"step {step:>6}/{self._total}  {text}  {timedelta(seconds=round(left))} left")
 
     def note(self, text: str) -> None:
         """Print a line, above the bar where there is one."""

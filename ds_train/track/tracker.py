@@ -33,6 +33,8 @@ class Tracker:
             self._metrics = MetricsFile(folder / "metrics.jsonl", self.note)
             self._metrics.truncate_after(done)
             self._wandb = WandbRun.start(run, plan, folder, wandb_id, self.note)
+            if self._wandb is not None:
+                self.note(f"wandb: {self._wandb.place}")
 
     @property
     def wandb_id(self) -> str | None:

@@ -53,6 +53,13 @@ class WandbRun:
         """Id under which the run continues after a resume."""
         return None if self._run is None else str(self._run.id)
 
+    @property
+    def place(self) -> str:
+        """Where to look at the run: its address, or the folder to upload."""
+        if self._run is None:
+            return ""
+        return str(self._run.url or f"wandb sync {Path(self._run.dir).parent}")
+
     def log(self, record: Mapping[str, Any], step: int) -> None:
         """Log a metrics record at `step`."""
         group = record.get("kind", "train")
@@ -60,7 +67,7 @@ class WandbRun:
         self._try(lambda run: run.log({**named, "tokens": record.get("tokens", 0)}, step=step))
 
     def finish(self, exit_code: int) -> None:
-        """End the run; wandb marks it failed if `exit_code` isn't 0."""
+        """End the run; wandb marks it failed if `exit_code` isn't 0. An offline file is whole when the process ends."""
         self._try(lambda run: run.finish(exit_code=exit_code))
         self._run = None
 

@@ -75,7 +75,16 @@ def test_mistakes_are_lines_with_exit_code_2() -> None:
     assert all(line.startswith("error: ") for line in lines)
     assert "did you mean `model.hidden_size`?" in done.stderr
     assert run("plan", "nowhere.yaml").returncode == 2
+    uneven = run("plan", "ds_configs/quickstart.yaml", "--ranks", "4", "--ranks-per-host", "3")
+    assert uneven.returncode == 2
+    assert uneven.stderr.startswith("error: --ranks-per-host=3: doesn't divide the 4 ranks.")
     assert run("plan", "ds_configs/quickstart.yaml", "--device", "tpu").returncode == 2
+
+
+def test_version() -> None:
+    from ds_train import __version__
+
+    assert run("version").stdout == f"{__version__}\n"
 
 
 def test_prepare_says_what_it_made(tmp_path: Path) -> None:

@@ -54,9 +54,26 @@ def test_every_error_comes_at_once_with_the_nearest_key() -> None:
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("batch.micro_samples=x", "batch.micro_samples=x: should be a valid integer"),
-        ("batch.micro_samples=0", "batch.micro_samples=0: should be greater than or equal to 1 or 'auto'"),
-        ("optimizer.betas=[0.9,1.0]", "optimizer.betas=1.0: should be less than 1"),
+        ("batch.micro_samples=x", "batch.micro_samples=x: should be an integer or 'auto'. Fix: "),
+        ("batch.micro_samples=0", "batch.micro_samples=0: should be at least 1 or 'auto'. Fix: "),
+        ("parallel.ranks=0", "parallel.ranks=0: should be at least 1 or 'auto'. Fix: "),
+        ("parallel.bucket_elements=1.5", "parallel.bucket_elements=1.5: should be an integer or 'auto'. Fix: "),
+        ("track.peak_tflops=0", "track.peak_tflops=0: should be greater than 0 or 'auto'. Fix: "),
+        ("optimizer.betas=[0.9,1.0]", "optimizer.betas[1]=1.0: should be less than 1. Fix: "),
+        ("optimizer.betas=[0.9]", "optimizer.betas=[0.9]: should be a list of 2. Fix: "),
+        ("optimizer.betas=[0.9,0.9,0.9]", "optimizer.betas=[0.9, 0.9, 0.9]: should be a list of 2. Fix: "),
+        ("track.tags=a", "track.tags=a: should be a list. Fix: "),
+        ("seed=2147483648", "seed=2147483648: should be less than 2147483648. Fix: "),
+        ("data.packing=maybe", "data.packing=maybe: should be true or false. Fix: "),
+        ("checkpoint.every_steps=None", "checkpoint.every_steps=None: should be an integer. Fix: write null."),
+        ("name=123", 'name=123: should be text. Fix: write "123", quotes included.'),
+        (
+            "schedule.kind=cosin",
+            "schedule.kind=cosin: should be 'cosine', 'linear', 'constant' or 'wsd'. Fix: did you ",
+        ),
+        ("batch=3", "batch=3: should be a mapping of keys. Fix: `ds-train schema batch` describes it."),
+        ("model=null", "model: required and not given. Fix: give `model.path` (pretrained weights) or `model.arch`"),
+        ("model.config=3", "model.config=3: should be a mapping of keys. Fix: "),
         ("optimizer.lr=-1", "optimizer.lr=-1: should be greater than 0"),
         ("optimizer.lr=.nan", "optimizer.lr=nan:"),
         ("compress.sparsity=0.5", "compress.sparsity=0.5: compression is not available in this version"),
@@ -64,16 +81,30 @@ def test_every_error_comes_at_once_with_the_nearest_key() -> None:
             "schedule.tokens=5",
             "schedule: exactly one of steps, tokens and epochs says how long the run is; given: steps, tokens",
         ),
-        ("model.path=here", "model: give exactly one of `model.path`"),
+        ("model.path=here", "model: exactly one of path and arch says which model is trained; given: both. Fix: "),
         ("name=a/b", "name=a/b:"),
         ("nonsense", "nonsense: an override is written key=value"),
-        ("seed=${nowhere}", "recipe: not valid YAML"),
+        ("seed=${nowhere}", "seed: it doesn't fit together: Interpolation key 'nowhere' not found"),
+        ("batch={a", "batch={a: the value is not valid YAML: "),
     ],
 )
 def test_one_line_per_mistake(override: str, expected: str) -> None:
     lines = problems(MINIMAL, override)
     assert len(lines) == 1
     assert lines[0].startswith(expected)
+
+
+def test_both_wrong_elements_of_a_list_are_named() -> None:
+    assert [line.split(":")[0] for line in problems(MINIMAL, "optimizer.betas=[1.0,-1]")] == [
+        "optimizer.betas[0]=1.0",
+        "optimizer.betas[1]=-1",
+    ]
+
+
+def test_fixes_end_like_sentences_once() -> None:
+    for line in problems(MINIMAL + "batch: {globl_samples: 3, micro_samples: x}\ncompress: {a: 1}\n1: 2"):
+        assert line.endswith((".", "?"))
+        assert not line.endswith(("?.", ".."))
 
 
 @pytest.mark.parametrize("text", ["a: [", "- 1", "just words", ""])
@@ -94,6 +125,12 @@ def test_every_field_has_a_docstring() -> None:
     from ds_train.config.reference import reference
 
     rows = reference()
+    shown = {row.key: (row.type, row.default) for row in rows}
+    assert shown["optimizer.betas"] == ("list of 2 float", "[0.9, 0.95]")
+    assert shown["data.max_documents"] == ("int | null", "null")
+    assert shown["data.packing"] == ("bool", "true")
+    assert [row.key for row in reference("precision")][:2] == ["precision", "precision.dtype"]
+    assert not reference("prec")
     assert {row.key for row in rows} == set(known_keys())
     assert [row.key for row in rows if not row.text] == []
     assert [row.key for row in rows if row.type == ""] == []

@@ -52,6 +52,27 @@ def test_no_curve_jumps_starts_at_zero_or_leaves_its_bounds(kind: str, warmup: f
     assert max(abs(a - b) for a, b in itertools.pairwise(values)) <= max(0.01, 1 / max(1, warmup * TOTAL)) + 1e-12
 
 
+@pytest.mark.parametrize("kind", ["cosine", "linear", "constant", "wsd"])
+def test_curves_rise_once_and_end_where_they_should(kind: str) -> None:
+    values = curve(kind=kind, warmup_fraction=0.1, decay_fraction=0.5, final_ratio=0.25)
+    assert values[0] == pytest.approx(0.01), "the first step has the learning rate of its end"
+    assert values[99] == 1.0
+    assert all(a < b for a, b in itertools.pairwise(values[:100]))
+    assert all(a >= b for a, b in itertools.pairwise(values[99:]))
+    assert values[-1] == pytest.approx(1.0 if kind == "constant" else 0.25)
+
+
+def test_wsd_that_decays_right_after_warmup_does_not_jump() -> None:
+    values = curve(kind="wsd", warmup_fraction=0.9, decay_fraction=0.5, final_ratio=0.0)
+    assert values[899] == 1.0
+    assert values[949] == pytest.approx(0.5)
+
+
+def test_tokens_beyond_the_end_stay_at_the_end() -> None:
+    schedule = ScheduleSection.model_validate({"steps": 1, "final_ratio": 0.3})
+    assert learning_rate_factor(schedule, 2 * TOTAL, TOTAL) == pytest.approx(0.3)
+
+
 def test_length_in_steps_tokens_and_epochs() -> None:
     def steps(**keys: float) -> int:
         return plan_length(
@@ -63,3 +84,5 @@ def test_length_in_steps_tokens_and_epochs() -> None:
     assert steps(tokens=200) == 2
     assert steps(epochs=1) == 9
     assert steps(epochs=0.5) == 5
+    exact = ScheduleSection.model_validate({"epochs": 1.1})
+    assert plan_length(exact, 1, samples_per_epoch=10, global_samples=11) == 1, "not 2 by a rounding error"

@@ -4,15 +4,27 @@ from __future__ import annotations
 
 import io
 import json
+import resource
 import struct
+import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import wandb
 from rich.console import Console
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    DeepseekV3Config,
+    Gemma3TextConfig,
+    Gemma4TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    PreTrainedConfig,
+)
 from wandb.proto import wandb_internal_pb2
 
 from ds_train.config import RunConfig
@@ -20,8 +32,10 @@ from ds_train.models.load import matrix_parameters
 from ds_train.track.flops import flops_per_token, mfu
 from ds_train.track.memory import memory
 from ds_train.track.metrics import MetricsFile, read_metrics
+from ds_train.track.peak import measure_peak_flops
 from ds_train.track.progress import StepDisplay
 from ds_train.track.tracker import Tracker
+from ds_train.track.wandb_run import WandbRun
 
 TRAIN = {
     "kind": "train", "step": 1, "tokens": 64, "loss": 2.5, "lr": 1e-3, "grad_norm": 0.7, "tokens_per_second": 1000.0,
@@ -59,6 +73,28 @@ def test_a_disk_that_refuses_is_said_once_and_stops_nothing(tmp_path: Path) -> N
     assert len(read_metrics(tmp_path / "no folder" / "metrics.jsonl")) == 1
 
 
+def test_a_line_that_fits_in_part_leaves_no_half_line(tmp_path: Path) -> None:
+    path, said = tmp_path / "metrics.jsonl", []
+    file = MetricsFile(path, said.append)
+    file.write({"step": 1})
+    whole, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 5, limits[1]))  # the kernel takes 5 bytes, then none
+        file.write({"step": 2})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == whole
+    assert len(said) == 1
+    file.write({"step": 3})
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 3]
+
+
+def test_metrics_that_cannot_be_cut_back_stop_nothing(tmp_path: Path) -> None:
+    said: list[str] = []
+    MetricsFile(tmp_path / "no folder" / "metrics.jsonl", said.append).truncate_after(3)
+    assert len(said) == 1
+
+
 def test_flops_equal_a_count_over_the_models_matrix_products() -> None:
     config = LlamaConfig(
         vocab_size=50,
@@ -84,6 +120,40 @@ def test_flops_equal_a_count_over_the_models_matrix_products() -> None:
     assert mfu(100.0, 2e9, 1e12) == pytest.approx(0.2)
 
 
+def test_attention_is_counted_layer_by_layer() -> None:
+    def attention(config: PreTrainedConfig, length: int) -> float:
+        return flops_per_token(config, 0, length)
+
+    assert attention(MambaConfig(), 64) == 0
+    gemma = Gemma3TextConfig(
+        num_hidden_layers=3, num_attention_heads=2, head_dim=8, sliding_window=16,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention"],
+    )  # fmt: skip
+    assert attention(gemma, 64) == 12 * 16 * (16 + 16 + 64)
+    assert attention(gemma, 8) == 12 * 16 * 3 * 8
+    latent = DeepseekV3Config(
+        num_hidden_layers=2, num_attention_heads=4, qk_nope_head_dim=24, qk_rope_head_dim=8, v_head_dim=16
+    )
+    # Forward and backward are 3 times the forward pass: of 2 layers, each the products of scores and of values.
+    assert attention(latent, 10) == 3 * 2 * (2 * 4 * 10 * 32 + 2 * 4 * 10 * 16)
+    uneven = Gemma4TextConfig(
+        num_hidden_layers=2, num_attention_heads=2, head_dim=8, global_head_dim=32,
+        layer_types=["sliding_attention", "full_attention"],
+    )  # fmt: skip
+    assert attention(uneven, 10) == 12 * 10 * (2 * 8 + 2 * 32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_peak_is_measured_quickly_and_draws_no_random_number_of_the_run(dtype: torch.dtype) -> None:
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    started = time.perf_counter()
+    peak = measure_peak_flops(dtype, torch.device("cpu"))
+    assert 1e8 < peak < 1e14
+    assert time.perf_counter() - started < 2, "a third of a second, and room for a busy machine"
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_memory_is_that_of_the_process() -> None:
     before = memory("cpu")
     block = torch.ones(64 * 2**20 // 4)
@@ -104,6 +174,26 @@ def test_lines_where_there_is_no_terminal() -> None:
     assert lines[0].startswith("step      1/3  loss 2.5000  lr 1.00e-03  norm 0.70  1,000 tokens/s  MFU 31%")
     assert len(lines) == 3, "a line at the start, none right after it, one at the end, one for the evaluation"
     assert "held out: loss 1.5000" in lines[2]
+    assert lines[1].endswith("0:00:00 left")
+
+
+def test_lines_become_rarer_as_a_run_grows_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr("ds_train.track.progress.time.monotonic", lambda: now)
+    out = io.StringIO()
+    display = StepDisplay(100_000, 0, False, Console(file=out, soft_wrap=True))
+    shown = []
+    for step in range(1, 36_001):  # ten hours, a step a second
+        now = float(step)
+        before = out.tell()
+        display.show(TRAIN, step)
+        if out.tell() > before:
+            shown.append(step)
+    assert shown[:4] == [1, 6, 11, 16]
+    assert shown[-1] - shown[-2] == 60
+    assert len(shown) < 1000
+    left = out.getvalue().splitlines()[0].rpartition("  ")[2]
+    assert left == "1 day, 3:46:39 left"
 
 
 def wandb_records(path: Path) -> Iterator[bytes]:
@@ -125,6 +215,7 @@ def wandb_records(path: Path) -> Iterator[bytes]:
 
 def history(folder: Path) -> tuple[str, dict[str, Any], list[dict[str, Any]]]:
     """(run id, config, history rows) of the newest offline wandb run, read back from its file."""
+    wandb.teardown()  # wandb's own process writes the file, until this ends it
     newest = max(folder.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime_ns)
     run_id, config, rows = "", {}, []
     for data in wandb_records(newest):
@@ -143,7 +234,7 @@ def history(folder: Path) -> tuple[str, dict[str, Any], list[dict[str, Any]]]:
 
 
 def test_an_offline_wandb_run_reads_back_and_continues_under_its_id(
-    tmp_path: Path, recipe: Callable[..., RunConfig]
+    tmp_path: Path, recipe: Callable[..., RunConfig], capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = recipe(track={"wandb": "offline", "progress": False})
     tracker = Tracker(run, {"zero_stage": 2}, tmp_path, True, 2, 0, None)
@@ -157,9 +248,15 @@ def test_an_offline_wandb_run_reads_back_and_continues_under_its_id(
     assert config["recipe"]["schedule"]["steps"] == 4
     merged = {key: value for row in rows for key, value in row.items()}
     assert (merged["train/loss"], merged["eval/loss"], merged["tokens"]) == (2.5, 1.5, 64)
-    again = Tracker(run, {}, tmp_path, True, 2, 1, first)
+    assert f"wandb: wandb sync {tmp_path / 'wandb'}" in capsys.readouterr().out
+    (tmp_path / "again").mkdir()
+    again = Tracker(run, {"zero_stage": 3}, tmp_path / "again", True, 2, 1, first)
     assert again.wandb_id == first
+    again.log({**TRAIN, "step": 2, "tokens": 128}, 2)
     again.close(0)
+    run_id, config, rows = history(tmp_path / "again")
+    assert (run_id, config["plan"]["zero_stage"]) == (first, 3)
+    assert {key: value for row in rows for key, value in row.items()}["tokens"] == 128
 
 
 def test_wandb_that_fails_never_stops_a_run(
@@ -168,8 +265,6 @@ def test_wandb_that_fails_never_stops_a_run(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    import wandb
-
     def broken(**_: object) -> None:
         raise RuntimeError("no login\nlong trace")
 
@@ -179,6 +274,46 @@ def test_wandb_that_fails_never_stops_a_run(
     tracker.close(0)
     assert "wandb is off: no login; training goes on" in capsys.readouterr().out
     assert read_metrics(tmp_path / "metrics.jsonl")[0]["loss"] == 2.5
+
+
+class BrokenRun:
+    """A wandb run whose every call fails."""
+
+    id = url = "abc"
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def log(self, *_: object, **__: object) -> None:
+        self.calls += 1
+        raise OSError("disk full")
+
+    finish = log
+
+
+def test_wandb_is_off_after_its_first_failure() -> None:
+    said: list[str] = []
+    broken = BrokenRun()
+    run = WandbRun(broken, said.append)
+    run.log(TRAIN, 1)
+    run.log(TRAIN, 2)
+    run.finish(0)
+    assert said == ["wandb is off from here: disk full; training goes on"]
+    assert broken.calls == 1
+    assert run.id is None
+    WandbRun(broken, said.append).finish(1)
+    assert len(said) == 2
+
+
+def test_wandb_is_only_imported_where_it_is_wanted(
+    tmp_path: Path, recipe: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)  # an import of it raises ImportError
+    said: list[str] = []
+    assert WandbRun.start(recipe(), {}, tmp_path, None, said.append) is None
+    assert said == []
+    assert WandbRun.start(recipe(track={"wandb": "offline"}), {}, tmp_path, None, said.append) is None
+    assert len(said) == 1
 
 
 def test_other_ranks_report_nothing(tmp_path: Path, recipe: Callable[..., RunConfig]) -> None:
