@@ -11,7 +11,7 @@ class CheckpointSection(Section):
     """Checkpoints lie in RUN/checkpoints; the export lies in RUN/export."""
 
     every_steps: int | None = Field(default=None, ge=1)
-    """Save after every this many steps. None saves at the end only."""
+    """Save after every this many steps. `null` saves at the end only."""
 
     keep_last: int = Field(default=2, ge=1)
     """Checkpoints that are kept; older ones are removed after a newer one is whole."""

@@ -38,13 +38,13 @@ class DataSection(Section):
     """Column that holds the integer label of `sequence-classification`; a number as in `text_column`."""
 
     max_documents: int | None = Field(default=None, ge=1)
-    """Read at most this many documents. None reads all."""
+    """Read at most this many documents. `null` reads all."""
 
     validation_path: str | None = None
-    """Held-out file, folder or glob of the same kind as `path`. None holds out a part of the source."""
+    """Held-out file, folder or glob of the same kind as `path`. `null` holds out a part of the source."""
 
     validation_split: str | None = None
-    """Split of a hub data set that is held out. None holds out a part of `split`."""
+    """Split of a hub data set that is held out. `null` holds out a part of `split`."""
 
     validation_fraction: float = Field(default=0.02, ge=0.0, lt=1.0)
     """Share of documents that is held out where no validation path or split is given; 0 trains without evaluation."""

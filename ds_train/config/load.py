@@ -113,7 +113,7 @@ def _problem(key: str, items: Sequence[Any]) -> Problem:
         return Problem(key, "required and not given", _REMEDY.get(key, f"add `{key}`"))
     if kind == "value_error":
         return Problem(key, first["msg"].removeprefix("Value error, "), _REMEDY.get(key, ""))
-    expected = " or ".join(dict.fromkeys(_expected(item) for item in items))
+    expected = " or ".join(_expected(item) for item in items)
     return Problem(key, f"should be {expected}", _fix(location, kind, value), value)
 
 

@@ -20,7 +20,7 @@ class ModelSection(Section):
     """Hub id or local folder of a pretrained model. Exactly one of `path` and `arch` is given."""
 
     revision: str | None = None
-    """Branch, tag or commit on the hub. None takes the default branch."""
+    """Branch, tag or commit on the hub. `null` takes the default branch."""
 
     arch: str | None = None
     """transformers `model_type` (llama, qwen3, bert ...) of a model that starts from random weights."""

@@ -16,7 +16,7 @@ class PrecisionSection(Section):
     """Format of weights and activations."""
 
     gradient_dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Format in which gradients are accumulated over micro-batches."""
+    """Format in which gradients are accumulated over micro-batches; with one micro-batch a step nothing is."""
 
     loss_scale: Annotated[float, Field(gt=0.0)] | Literal["dynamic"] = "dynamic"
     """fp16 only: a fixed loss scale, or one that doubles while steps are finite and halves when one is not."""

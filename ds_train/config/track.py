@@ -17,7 +17,7 @@ class TrackSection(Section):
     """Write a metrics line every this many steps."""
 
     eval_every_steps: int | None = Field(default=None, ge=1)
-    """Evaluate on held-out samples every this many steps, and at the end. None evaluates at the end only."""
+    """Evaluate on held-out samples every this many steps, and at the end. `null` evaluates at the end only."""
 
     eval_samples: int = Field(default=256, ge=1)
     """Held-out samples per evaluation; fewer where there are fewer."""
@@ -32,7 +32,7 @@ class TrackSection(Section):
     """Project of the wandb run."""
 
     wandb_entity: str | None = None
-    """Team or user of the wandb run. None takes the account's default."""
+    """Team or user of the wandb run. `null` takes the account's default."""
 
     tags: tuple[str, ...] = ()
     """Tags of the wandb run."""
@@ -41,7 +41,7 @@ class TrackSection(Section):
     """Peak TFLOP/s of one rank, the denominator of MFU. `auto` measures a matrix product in the run's dtype."""
 
     sample_prompt: str | None = None
-    """`causal-lm`: text that the exported model continues at the end of the run. None generates nothing."""
+    """`causal-lm`: text that the exported model continues at the end of the run. `null` generates nothing."""
 
     sample_tokens: int = Field(default=64, ge=1)
     """Tokens of that sample."""

@@ -282,7 +282,9 @@ def _parquet_rows(path: Path, columns: Sequence[str], origin: _Origin) -> Iterat
 
 
 def _hub_rows(data: DataSection, held_out: bool, origin: _Origin) -> Iterator[tuple[str, Row]]:
-    import datasets
+    import datasets  # here, since it costs a second and 80 MB that local sources needn't pay
+
+    datasets.utils.logging.set_verbosity_error()
 
     split = data.validation_split if held_out else data.split
     try:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from ds_train.config import RunConfig
 from ds_train.data.build import DataBundle, load_data
 from ds_train.engine.ranks import RankInfo
+from ds_train.models.cpu_products import fp32_products_are_faster, use_fp32_products
 from ds_train.models.load import build_model, load_model_config
 from ds_train.models.packing import check_packing
 from ds_train.models.tasks import TaskLoss
@@ -50,6 +51,8 @@ def assemble(run: RunConfig, plan: RunPlan, info: RankInfo, tokenizer: Any, prep
     )
     config = load_model_config(run, tokenizer)
     model = build_model(run, config, plan.deepspeed_json, plan.zero_stage)
+    if fp32_products_are_faster(info.device, model.dtype):
+        use_fp32_products(model)
     task = TaskLoss(model)
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=build_optimizer(model, run.optimizer), config=plan.deepspeed_json

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ds_train.config import RunConfig, dump, load
-from ds_train.engine.ranks import RankInfo, barrier, meet, on_main_first, run_to_exit_code
+from ds_train.engine.ranks import RankInfo, barrier, meet, on_main_first, return_freed_memory, run_to_exit_code
 from ds_train.errors import user_error
 from ds_train.plan.make import RunPlan, make_plan
 from ds_train.plan.topology import Cluster
@@ -36,10 +37,12 @@ def train(run: RunConfig, info: RankInfo) -> None:
     if info.is_main:
         for note in plan.notes:
             print(note, flush=True)
+    if info.device == "cpu":
+        return_freed_memory()
     # Below this line torch is imported; everything above answers in well under a second.
     meet(info)
     _quiet_libraries()
-    on_main_first(info, lambda: _make_run_folder(folder, run, plan))
+    on_main_first(info, lambda: _make_run_folder(folder))
     prepared, tokenizer = _prepare_data(run, info)
 
     from ds_train.checkpoint import hf, native
@@ -51,6 +54,8 @@ def train(run: RunConfig, info: RankInfo) -> None:
     layout = _layout_record(plan)
     fingerprint = str(read_manifest(prepared)["content"])
     resumed = on_main_first(info, lambda: _find_checkpoint(run, folder, layout, fingerprint))
+    # Only now: a run that is refused leaves the folder's records as they were.
+    on_main_first(info, lambda: _write_records(folder, run, plan))
     parts = assemble(run, plan, info, tokenizer, prepared)
     steps = plan_length(
         run.schedule,
@@ -169,14 +174,11 @@ class _Throughput:
         return {"tokens_per_second": rate, "mfu": mfu(rate, self._flops_per_token, self._peak_flops)}
 
 
-def _make_run_folder(folder: Path, run: RunConfig, plan: RunPlan) -> None:
-    from ds_train.checkpoint.manifest import write_json, write_text
-
+def _make_run_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "recipe.yaml", dump(run))
-        write_json(folder / "plan.json", plan.to_dict())
-        write_json(folder / "deepspeed.json", plan.deepspeed_json)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
     except OSError as error:
         raise user_error(
             "run_root",
@@ -184,6 +186,14 @@ def _make_run_folder(folder: Path, run: RunConfig, plan: RunPlan) -> None:
             "choose a folder that you may write to",
             str(folder),
         ) from error
+
+
+def _write_records(folder: Path, run: RunConfig, plan: RunPlan) -> None:
+    from ds_train.checkpoint.manifest import write_json, write_text
+
+    write_text(folder / "recipe.yaml", dump(run))
+    write_json(folder / "plan.json", plan.to_dict())
+    write_json(folder / "deepspeed.json", plan.deepspeed_json)
 
 
 def _prepare_data(run: RunConfig, info: RankInfo) -> tuple[Path, Any]:
@@ -212,14 +222,12 @@ def _layout_record(plan: RunPlan) -> dict[str, Any]:
 
 
 def _quiet_libraries() -> None:
-    import datasets
     import transformers
 
     # DeepSpeed calls a collective by its old name; the user can't do anything about it.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    datasets.utils.logging.set_verbosity_error()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 import time
@@ -21,6 +22,9 @@ Result = TypeVar("Result")
 
 MEETING_TIMEOUT = timedelta(hours=4)
 """How long ranks wait for one another: rank 0 may be tokenizing the data while the others wait."""
+
+_M_MMAP_THRESHOLD = -3  # glibc's malloc.h
+_LARGE_BLOCK_BYTES = 4 * 2**20
 
 _FAREWELL_S = 20.0
 """How long a rank with nothing to say waits for rank 0 to say it, before it ends by itself."""
@@ -73,6 +77,17 @@ def meet(info: RankInfo) -> None:
     # Its CPU collectives over shared memory take over a minute to compile and leave 66 MB a rank in /dev/shm.
     deepspeed.ops.__compatible_ops__[ShareMemCommBuilder.NAME] = False
     deepspeed.init_distributed(timeout=MEETING_TIMEOUT, verbose=False)
+
+
+def return_freed_memory() -> None:
+    """Let the C library give large freed blocks back to the system at once, on Linux CPUs.
+
+    glibc otherwise raises its threshold for own mappings to 32 MB, and tensors below it fragment the heap: a 34M-parameter
+    Llama of 2 ranks was seen at 1,792 MB of peak memory instead of 1,613.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, _LARGE_BLOCK_BYTES)
 
 
 def leave() -> None:

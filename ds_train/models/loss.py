@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ds_train.models.cpu_products import fp32_products_are_faster
+
 IGNORE_INDEX = -100
 """Label of a position that is not predicted (torch's and transformers' convention)."""
 
@@ -55,6 +57,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, labels_N: Tensor) -> Tensor:
         needs_hidden, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        dtype = hidden_ND.dtype
+        if fp32_products_are_faster(hidden_ND.device, dtype):
+            hidden_ND, weight_VD = hidden_ND.float(), weight_VD.float()
+            bias_V = None if bias_V is None else bias_V.float()
         loss = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
         grad_hidden = torch.empty_like(hidden_ND) if needs_hidden else None
         # fp32, so that the sum over chunks is not rounded to 16 bits at each of them.
@@ -83,9 +89,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 else:
                     grad_weight += grad_CV.t() @ hidden_CD
         ctx.save_for_backward(
-            grad_hidden,
-            None if grad_weight is None else grad_weight.to(weight_VD.dtype),
-            None if grad_bias is None or bias_V is None else grad_bias.to(bias_V.dtype),
+            *(None if gradient is None else gradient.to(dtype) for gradient in (grad_hidden, grad_weight, grad_bias))
         )
         return loss
 

@@ -37,6 +37,6 @@ def plan_length(schedule: ScheduleSection, tokens_per_step: int, samples_per_epo
     if schedule.tokens is not None:
         return math.ceil(schedule.tokens / tokens_per_step)
     if schedule.epochs is not None:
-        # As a decimal: 1.1 x 10 samples in floats is a little over 11, which would be a step more.
+        # As a decimal: 1.1 x 100 samples in floats is a little over 110, which can be a step more.
         return math.ceil(Fraction(str(schedule.epochs)) * samples_per_epoch / global_samples)
     raise ValueError("a schedule has a length")  # the schema has seen to it

@@ -42,6 +42,8 @@ def test_answers_without_torch_in_under_a_second(arguments: list[str]) -> None:
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60)
         assert done.returncode == 0, done.stderr
         seconds.append(float(done.stderr.strip().splitlines()[-1]))
+        if seconds[-1] < 1.0:
+            break
     assert min(seconds) < 1.0
 
 

@@ -85,4 +85,4 @@ def test_length_in_steps_tokens_and_epochs() -> None:
     assert steps(epochs=1) == 9
     assert steps(epochs=0.5) == 5
     exact = ScheduleSection.model_validate({"epochs": 1.1})
-    assert plan_length(exact, 1, samples_per_epoch=10, global_samples=11) == 1, "not 2 by a rounding error"
+    assert plan_length(exact, 1, samples_per_epoch=100, global_samples=11) == 10, "not 11 by a rounding error"
