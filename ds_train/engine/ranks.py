@@ -82,8 +82,7 @@ def meet(info: RankInfo) -> None:
 def return_freed_memory() -> None:
     """Let the C library give large freed blocks back to the system at once, on Linux CPUs.
 
-    glibc otherwise raises its threshold for own mappings to 32 MB, and tensors below it fragment the heap: a 34M-parameter
-    Llama of 2 ranks was seen at 1,792 MB of peak memory instead of 1,613.
+    glibc otherwise raises its threshold for own mappings to 32 MB, and tensors below it fragment the heap.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
