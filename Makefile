@@ -40,7 +40,7 @@ format: install-dev
 	$(BIN)/ruff format .
 
 test: lint
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest
 
 # Every layout of the loss table (minutes).
 parity: install-dev

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ds_train.checkpoint.manifest import MANIFEST, damage, read_manifest, write_json, write_manifest, write_text
+from ds_train.checkpoint.manifest import MANIFEST, damage, write_json, write_manifest, write_text
 from ds_train.errors import Problem, UserError, user_error
 
 STATE = "state.json"
@@ -162,9 +162,3 @@ def _whole(folder: Path) -> list[Path]:
     """Checkpoints that have a manifest, newest first."""
     found = [path for path in folder.glob("step-*") if path.suffix != ".partial" and (path / MANIFEST).is_file()]
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
-
-
-def steps_kept(folder: Path) -> list[int]:
-    """Steps of the whole checkpoints under `folder`, newest first."""
-    manifests = [read_manifest(path) for path in _whole(folder)]
-    return [manifest["step"] for manifest in manifests if manifest]

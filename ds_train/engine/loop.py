@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from ds_train.config import RunConfig
+from ds_train.data.batches import count_labels
 from ds_train.engine.build import Assembly
 from ds_train.engine.ranks import RankInfo, all_sum
 from ds_train.models.load import fold_seed
-from ds_train.models.loss import IGNORE_INDEX
 from ds_train.optim.build import set_learning_rate
 from ds_train.plan.make import RunPlan
 from ds_train.schedule.learning_rate import learning_rate_factor
@@ -121,8 +121,7 @@ def due(every: int | None, step: int) -> bool:
 
 def _counts(batches: Sequence[Mapping[str, Tensor]]) -> Tensor:
     """(labels, tokens that are not padding) of this rank's micro-batches: (2,) int64."""
-    labels = sum(int((batch["labels"] != IGNORE_INDEX).sum()) for batch in batches)
-    return torch.tensor([labels, sum(_real_tokens(batch) for batch in batches)])
+    return torch.tensor([count_labels(batches), sum(_real_tokens(batch) for batch in batches)])
 
 
 def _real_tokens(batch: Mapping[str, Tensor]) -> int:
