@@ -68,5 +68,15 @@ def _attention(
     mask = attention_mask
     if mask is not None and mask.is_floating_point():
         mask = mask.float()
-    output, weights = sdpa_attention_forward(module, query.float(), key.float(), value.float(), mask, **options)
-    return output.to(query.dtype), weights
+    dtype = query.dtype
+
+    def pack(saved: Tensor) -> Tensor:
+        # Queries, keys and values lose nothing; the output is rounded as 16-bit attention rounds it.
+        return saved.to(dtype) if saved.shape in (query.shape, key.shape) and saved.dtype == torch.float32 else saved
+
+    def unpack(packed: Tensor) -> Tensor:
+        return packed.float() if packed.dtype == dtype else packed
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        output, weights = sdpa_attention_forward(module, query.float(), key.float(), value.float(), mask, **options)
+    return output.to(dtype), weights
