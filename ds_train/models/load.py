@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -82,26 +82,62 @@ def build_model(
         raise user_error(
             "model", first_line(error), "see the model's page in the transformers documentation"
         ) from error
-    if run.model.activation_checkpointing:
-        if not model.supports_gradient_checkpointing:
-            raise user_error(
-                "model.activation_checkpointing", f"{type(model).__name__} has no support for it", "set false"
-            )
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    _checkpoint_activations(run, model)
     model.train()
     return model
+
+
+def outline(run: RunConfig, config: PreTrainedConfig) -> PreTrainedModel:
+    """The whole model without memory for its weights (torch's meta device)."""
+    attention = None if run.model.attention == "auto" else run.model.attention
+    with torch.device("meta"):
+        return _random_model(_AUTO_CLASSES[run.task.kind], config, DTYPES[run.precision.dtype], attention, None)
+
+
+def build_part(run: RunConfig, config: PreTrainedConfig, cut: Callable[[PreTrainedModel], None]) -> PreTrainedModel:
+    """A model of which `cut` leaves a part, on the CPU; no memory is taken for the rest, and no weights are read.
+
+    The part's weights are those that `build_model` gives the whole.
+    """
+    if run.model.path is None:
+        model = outline(run, config)
+        _cut_part(model, cut)
+        fill(model, run.seed)
+    else:
+        plain = type(outline(run, config))
+
+        class Part(plain):  # type: ignore[misc, valid-type]
+            """The family's class, cut as soon as its modules are there and before weights are read."""
+
+            def __init__(self, *arguments: Any, **options: Any) -> None:
+                super().__init__(*arguments, **options)
+                _cut_part(self, cut)
+
+        Part.__name__, Part.__module__ = plain.__name__, plain.__module__
+        attention = None if run.model.attention == "auto" else run.model.attention
+        model = _pretrained_model(run, Part, config, DTYPES[run.precision.dtype], attention, {}, 1)
+        model.__class__ = plain
+    _checkpoint_activations(run, model)
+    model.train()
+    return model
+
+
+def fill(model: PreTrainedModel, seed: int) -> None:
+    """Give an outline's weights memory on the CPU and draw them, and restore what its modules compute once."""
+    model.to_empty(device="cpu")
+    initialize_weights(model, seed)
 
 
 def initialize_weights(model: PreTrainedModel, seed: int, only: set[str] | None = None) -> None:
     """Draw the weights of `model` with its family's own rules, each module from its own seed.
 
-    `only` names the modules that are drawn; None draws all. Partitioned parameters (ZeRO-3) are gathered a module
+    `only` names the modules that are drawn; None draws all. What two modules share is drawn by the first.
+    Partitioned parameters (ZeRO-3) are gathered a module
     at a time. Source of the walk: transformers' `PreTrainedModel.initialize_weights`.
     """
+    modules = [entry for entry in _post_order(model, "", model) if only is None or entry[0] in only]
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        for name, owner, module in _post_order(model, "", model):
-            if only is not None and name not in only:
-                continue
+        for name, owner, module in modules + _first_owners(modules):
             torch.manual_seed(fold_seed(seed, name))
             # `_init_weights` may also write to its direct children's parameters.
             parameters = [*module.parameters(recurse=False)]
@@ -149,6 +185,32 @@ def _post_order(
         child_owner = child if isinstance(child, PreTrainedModel) else owner
         yield from _post_order(child, f"{name}.{child_name}" if name else child_name, child_owner)
     yield name, owner, module
+
+
+def _first_owners(
+    modules: list[tuple[str, PreTrainedModel, nn.Module]],
+) -> list[tuple[str, PreTrainedModel, nn.Module]]:
+    """Modules with parameters that later ones have too (tied embeddings)."""
+    owners: dict[int, int] = {}
+    shared = set()
+    for place, (_, _, module) in enumerate(modules):
+        for parameter in module.parameters(recurse=False):
+            if owners.setdefault(id(parameter), place) != place:
+                shared.add(owners[id(parameter)])
+    return [modules[place] for place in sorted(shared)]
+
+
+def _cut_part(model: PreTrainedModel, cut: Callable[[PreTrainedModel], None]) -> None:
+    cut(model)
+    model.all_tied_weights_keys = {}  # whoever shares a weight across parts keeps it equal
+
+
+def _checkpoint_activations(run: RunConfig, model: PreTrainedModel) -> None:
+    if not run.model.activation_checkpointing:
+        return
+    if not model.supports_gradient_checkpointing:
+        raise user_error("model.activation_checkpointing", f"{type(model).__name__} has no support for it", "set false")
+    model.gradient_checkpointing_enable({"use_reentrant": False})
 
 
 def _random_model(

@@ -7,9 +7,11 @@ The gradient is computed in the forward pass, chunk by chunk, as in Liger's fuse
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional
 
@@ -22,9 +24,42 @@ CHUNK_LOGITS = 2 * 2**20
 """Logits held at once: 8 MB in fp32."""
 
 
-def linear_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, labels_N: Tensor) -> Tensor:
-    """Summed cross-entropy (scalar, fp32) of `hidden @ weight.T + bias` against labels; IGNORE_INDEX is left out."""
-    return _LinearCrossEntropy.apply(hidden_ND, weight_VD, bias_V, labels_N)
+@dataclass(frozen=True)
+class VocabularyShard:
+    """Rows `start` onwards of a head that is cut along the vocabulary over the ranks of `group`."""
+
+    group: Any
+    start: int
+
+    @classmethod
+    def of(cls, group: Any, rows: int) -> VocabularyShard:
+        """This rank's shard, where every rank of `group` has `rows` rows."""
+        return cls(group, dist.get_rank(group) * rows)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sum over the group, in place."""
+        dist.all_reduce(tensor, group=self.group)
+        return tensor
+
+    def largest(self, tensor: Tensor) -> Tensor:
+        """Maximum over the group, of a copy."""
+        largest = tensor.clone()
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.group)
+        return largest
+
+
+def linear_cross_entropy(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    labels_N: Tensor,
+    shard: VocabularyShard | None = None,
+) -> Tensor:
+    """Summed cross-entropy (scalar, fp32) of `hidden @ weight.T + bias` against labels; IGNORE_INDEX is left out.
+
+    With `shard`, weight and bias are this rank's rows; loss and gradient of `hidden` are those of all rows.
+    """
+    return _LinearCrossEntropy.apply(hidden_ND, weight_VD, bias_V, labels_N, shard)
 
 
 def cross_entropy_sum(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
@@ -33,16 +68,49 @@ def cross_entropy_sum(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
 
 
 def score_tokens(
-    hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, labels_N: Tensor
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    labels_N: Tensor,
+    shard: VocabularyShard | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(summed cross-entropy, correctly predicted labels), both scalars in fp32, without a gradient."""
     loss = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
     correct = torch.zeros_like(loss)
     for chunk in _chunks(hidden_ND, weight_VD, labels_N):
-        logits_CV = functional.linear(hidden_ND[chunk], weight_VD, bias_V).float()
-        loss += cross_entropy_sum(logits_CV, labels_N[chunk])
-        correct += (logits_CV.argmax(-1) == labels_N[chunk]).sum()
+        logits_CV, labels_C = functional.linear(hidden_ND[chunk], weight_VD, bias_V).float(), labels_N[chunk]
+        loss += _nll_sum(_log_softmax(logits_CV, shard), labels_C, shard)
+        highest_C, guess_C = logits_CV.max(-1)
+        if shard is not None:
+            first = torch.where(
+                highest_C == shard.largest(highest_C), guess_C + shard.start, torch.iinfo(torch.int64).max
+            )
+            guess_C = -shard.largest(-first)
+        correct += (guess_C == labels_C).sum()
     return loss, correct
+
+
+def _log_softmax(logits_CV: Tensor, shard: VocabularyShard | None) -> Tensor:
+    """Log-probabilities in fp32, over all rows of the head."""
+    if shard is None:
+        return torch.log_softmax(logits_CV, -1, dtype=torch.float32)
+    shifted_CV = logits_CV.float() - shard.largest(logits_CV.amax(-1, keepdim=True).float())
+    return shifted_CV.sub_(shard.sum(shifted_CV.exp().sum(-1, keepdim=True)).log_())
+
+
+def _nll_sum(logp_CV: Tensor, labels_C: Tensor, shard: VocabularyShard | None) -> Tensor:
+    """Summed negative log-likelihood of the labels, over all rows of the head."""
+    if shard is None:
+        return functional.nll_loss(logp_CV, labels_C, ignore_index=IGNORE_INDEX, reduction="sum")
+    return shard.sum(functional.nll_loss(logp_CV, _own_labels(labels_C, logp_CV, shard), reduction="sum"))
+
+
+def _own_labels(labels_C: Tensor, logits_CV: Tensor, shard: VocabularyShard | None) -> Tensor:
+    """Labels as rows of this rank's part of the head; IGNORE_INDEX for those of other ranks."""
+    if shard is None:
+        return labels_C
+    rows_C = labels_C - shard.start
+    return rows_C.masked_fill((rows_C < 0) | (rows_C >= logits_CV.shape[-1]), IGNORE_INDEX)
 
 
 def _chunks(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor) -> list[slice]:
@@ -55,8 +123,15 @@ def _chunks(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor) -> list[slic
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, labels_N: Tensor) -> Tensor:
-        needs_hidden, needs_weight, needs_bias, _ = ctx.needs_input_grad
+    def forward(
+        ctx: Any,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        labels_N: Tensor,
+        shard: VocabularyShard | None,
+    ) -> Tensor:
+        needs_hidden, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         dtype = hidden_ND.dtype
         if fp32_products_are_faster(hidden_ND.device, dtype):
             hidden_ND, weight_VD = hidden_ND.float(), weight_VD.float()
@@ -69,13 +144,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for chunk in _chunks(hidden_ND, weight_VD, labels_N):
             hidden_CD, labels_C = hidden_ND[chunk], labels_N[chunk]
             # log p in place of the logits, then p - onehot in place of log p: one fp32 buffer per chunk.
-            logp_CV = torch.log_softmax(functional.linear(hidden_CD, weight_VD, bias_V), -1, dtype=torch.float32)
-            loss += functional.nll_loss(logp_CV, labels_C, ignore_index=IGNORE_INDEX, reduction="sum")
+            logp_CV = _log_softmax(functional.linear(hidden_CD, weight_VD, bias_V), shard)
+            loss += _nll_sum(logp_CV, labels_C, shard)
             if not (needs_hidden or needs_weight or needs_bias):
                 continue
             kept_C1 = (labels_C != IGNORE_INDEX).unsqueeze(-1)
             grad_CV = logp_CV.exp_()
-            grad_CV.scatter_add_(1, labels_C.clamp(min=0).unsqueeze(-1), -torch.ones_like(kept_C1, dtype=grad_CV.dtype))
+            own_C1 = _own_labels(labels_C, grad_CV, shard).unsqueeze(-1)
+            grad_CV.scatter_add_(1, own_C1.clamp(min=0), -(own_C1 >= 0).to(grad_CV.dtype))
             if not bool(kept_C1.all()):
                 grad_CV.mul_(kept_C1)
             if grad_bias is not None:
@@ -88,14 +164,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     grad_weight.addmm_(grad_CV.t(), hidden_CD)
                 else:
                     grad_weight += grad_CV.t() @ hidden_CD
+        if shard is not None and grad_hidden is not None:
+            shard.sum(grad_hidden)
         ctx.save_for_backward(
             *(None if gradient is None else gradient.to(dtype) for gradient in (grad_hidden, grad_weight, grad_bias))
         )
         return loss
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
         hidden, weight, bias = (
             None if grad is None else grad * upstream[0].to(grad.dtype) for grad in ctx.saved_tensors
         )
-        return hidden, weight, bias, None
+        return hidden, weight, bias, None, None

@@ -16,7 +16,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ds_train.models.loss import IGNORE_INDEX, cross_entropy_sum, linear_cross_entropy, score_tokens
+from ds_train.models.loss import (
+    IGNORE_INDEX,
+    VocabularyShard,
+    cross_entropy_sum,
+    linear_cross_entropy,
+    score_tokens,
+)
 
 Batch = Mapping[str, Tensor]
 
@@ -29,9 +35,10 @@ class TaskLoss:
     and ZeRO's hooks on the head, run as they are. Other models give logits, and the loss is taken from them.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        head = _plain_head(model)
-        self._head = _HeadLoss(head) if head is not None else None
+    def __init__(self, model: PreTrainedModel, vocabulary_group: Any = None) -> None:
+        """`vocabulary_group`: the ranks that the head's rows are cut over; None where each has the whole head."""
+        head = model.get_output_embeddings() if vocabulary_group is not None else plain_head(model)
+        self._head = _HeadLoss(head, vocabulary_group) if head is not None else None
 
     @property
     def fused(self) -> bool:
@@ -65,8 +72,9 @@ class TaskLoss:
 class _HeadLoss:
     """The forward of a head module: logits as ever, or the loss while labels are set."""
 
-    def __init__(self, head: nn.Linear) -> None:
+    def __init__(self, head: Any, group: Any) -> None:
         self._module = head
+        self._shard = None if group is None else VocabularyShard.of(group, head.weight.shape[0])
         self._logits = head.forward
         self._labels: Tensor | None = None
         self._scoring = False
@@ -86,10 +94,11 @@ class _HeadLoss:
         if self._labels is None:
             return self._logits(hidden)
         function = score_tokens if self._scoring else linear_cross_entropy
-        return function(hidden.reshape(-1, hidden.shape[-1]), self._module.weight, self._module.bias, self._labels)
+        weight, bias = self._module.weight, self._module.bias
+        return function(hidden.reshape(-1, hidden.shape[-1]), weight, bias, self._labels, self._shard)
 
 
-def _plain_head(model: PreTrainedModel) -> nn.Linear | None:
+def plain_head(model: PreTrainedModel) -> nn.Linear | None:
     """The head, if the model's forward does nothing with the logits but return them.
 
     Families that scale or cap their logits (gemma2, cohere, granite ...) must not have their head swapped: that

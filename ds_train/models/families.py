@@ -1,0 +1,166 @@
+"""What we know about model families beyond what their transformers configs say: a table, and small look-alikes.
+
+Most families carry their own plans (`base_model_pp_plan`, `base_model_tp_plan`); a row here gives those that don't.
+Names are relative to the base model, `*` stands for a layer's number.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+TENSOR_STYLES = frozenset({
+    "colwise", "colwise_rep", "colwise_gather_output", "rowwise", "rowwise_split_input", "rowwise_rep",
+    "replicated_with_grad_allreduce", "mla_kv_a_proj", "local_params", "replicate", "fused_colwise",
+})  # fmt: skip
+"""Tensor-plan styles that can be run; `fused_colwise` is ours: query, key and value side by side in one matrix."""
+
+EXPERT_STYLES = frozenset({"packed_colwise", "packed_rowwise", "moe_tp_experts", "moe_identity_expert", "grouped_gemm"})
+"""Styles of the experts of a mixture: their entries are left out, each tensor rank holds whole experts."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """How a family is cut: modules before the layers, the list of layers, modules after it; styles by module."""
+
+    before: tuple[str, ...]
+    layers: str
+    after: tuple[str, ...]
+    tensor: Mapping[str, str] = field(default_factory=dict)
+
+
+_GPT2_TENSOR = {
+    "h.*.attn.c_attn": "fused_colwise", "h.*.attn.c_proj": "rowwise",
+    "h.*.mlp.c_fc": "colwise", "h.*.mlp.c_proj": "rowwise",
+}  # fmt: skip
+_BERT_TENSOR = {
+    "encoder.layer.*.attention.self.query": "colwise", "encoder.layer.*.attention.self.key": "colwise",
+    "encoder.layer.*.attention.self.value": "colwise", "encoder.layer.*.attention.output.dense": "rowwise",
+    "encoder.layer.*.intermediate.dense": "colwise", "encoder.layer.*.output.dense": "rowwise",
+}  # fmt: skip
+_BERT = Family((), "encoder.layer", (), _BERT_TENSOR)
+
+FAMILIES: dict[str, Family] = {
+    "gpt2": Family(("wte", "wpe"), "h", ("ln_f",), _GPT2_TENSOR),
+    "bert": _BERT,
+    "roberta": _BERT,
+    "xlm-roberta": _BERT,
+    "electra": _BERT,
+    "opt": Family(
+        ("decoder.embed_tokens", "decoder.embed_positions", "decoder.project_in"), "decoder.layers",
+        ("decoder.final_layer_norm", "decoder.project_out"),
+        {
+            "decoder.layers.*.self_attn.q_proj": "colwise", "decoder.layers.*.self_attn.k_proj": "colwise",
+            "decoder.layers.*.self_attn.v_proj": "colwise", "decoder.layers.*.self_attn.out_proj": "rowwise",
+            "decoder.layers.*.fc1": "colwise", "decoder.layers.*.fc2": "rowwise",
+        },
+    ),
+    "bloom": Family(
+        ("word_embeddings", "word_embeddings_layernorm"), "h", ("ln_f",),
+        {
+            "h.*.mlp.dense_h_to_4h": "colwise", "h.*.mlp.dense_4h_to_h": "rowwise",
+        },
+    ),
+    "gpt_neo": Family(
+        ("wte", "wpe"), "h", ("ln_f",),
+        {
+            "h.*.attn.attention.q_proj": "colwise", "h.*.attn.attention.k_proj": "colwise",
+            "h.*.attn.attention.v_proj": "colwise", "h.*.attn.attention.out_proj": "rowwise",
+            "h.*.mlp.c_fc": "colwise", "h.*.mlp.c_proj": "rowwise",
+        },
+    ),
+    "gptj": Family(
+        ("wte",), "h", ("ln_f",),
+        {
+            "h.*.attn.q_proj": "colwise", "h.*.attn.k_proj": "colwise", "h.*.attn.v_proj": "colwise",
+            "h.*.attn.out_proj": "rowwise", "h.*.mlp.fc_in": "colwise", "h.*.mlp.fc_out": "rowwise",
+        },
+    ),
+    "falcon": Family(("word_embeddings",), "h", ("ln_f",)),
+    "gpt_bigcode": Family(("wte", "wpe"), "h", ("ln_f",), {"h.*.mlp.c_fc": "colwise", "h.*.mlp.c_proj": "rowwise"}),
+    "mpt": Family(("wte",), "blocks", ("norm_f",), {
+        "blocks.*.ffn.up_proj": "colwise", "blocks.*.ffn.down_proj": "rowwise",
+    }),
+}  # fmt: skip
+
+# Sizes of a look-alike. Heads, groups and widths can be cut by 2 and 4.
+_SMALL = {
+    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "head_dim": 8, "max_position_embeddings": 64,
+    "num_attention_heads": 4, "num_key_value_heads": 4, "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16, "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4,
+    "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "q_lora_rank": 16, "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "qk_head_dim": 16, "sliding_window": 6,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "first_k_dense_replace": 1, "query_pre_attn_scalar": 8,
+    "word_embed_proj_dim": 32, "ffn_dim": 48, "n_inner": 48, "embedding_size": 32,
+    "linear_num_key_heads": 4, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+    "num_global_key_value_heads": 2, "global_head_dim": 8, "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": 96, "expert_ffn_hidden_size": 16, "ffn_hidden_size": 48, "index_head_dim": 8,
+    "index_n_heads": 4, "index_topk": 32, "d_model": 32, "n_embd": 32,
+}  # fmt: skip
+
+
+def look_alike(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
+    """A config of the same family and with the same switches as `config`, but of `layers` layers and tiny widths.
+
+    Whether keys and values share heads, weights are tied, and which kinds of layers alternate is kept.
+
+    Raises:
+        ValueError: the family's config class refuses such sizes.
+    """
+    given = config.to_dict()
+    for name in ("architectures", "transformers_version", "dtype", "torch_dtype", "model_type"):
+        given.pop(name, None)
+    chosen = _chosen_layers(given, config.num_hidden_layers, layers)
+    for key, value in given.items():
+        if isinstance(value, Sequence) and not isinstance(value, str) and len(value) == config.num_hidden_layers:
+            given[key] = [value[index] for index in chosen]
+    heads, groups = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
+    sizes = _SMALL | {"num_hidden_layers": layers}
+    if groups is not None and groups != heads:
+        sizes["num_key_value_heads"] = 2
+    renamed = config.attribute_map
+    for name, size in sizes.items():
+        own = renamed.get(name, name)
+        if isinstance(given.get(own), int) and not isinstance(given[own], bool):
+            # A model that is itself smaller keeps its size, where it can still be cut.
+            given[own] = size
+    # These change nothing but the comparison: dropout has no oracle.
+    for name, value in given.items():
+        if isinstance(value, float) and ("dropout" in name or "pdrop" in name):
+            given[name] = 0.0
+    given["rope_parameters"] = _small_rope(given.get("rope_parameters"), sizes)
+    if given["rope_parameters"] is None:
+        del given["rope_parameters"]
+    try:
+        return type(config)(**copy.deepcopy(given))
+    except Exception as error:  # every config class validates in its own way
+        raise ValueError(f"{config.model_type}: no small look-alike can be made ({error})") from error
+
+
+def _chosen_layers(given: Mapping[str, Any], count: int, wanted: int) -> list[int]:
+    """Indices of the layers that a look-alike keeps: one of every kind first, then from the start."""
+    lists = [
+        value
+        for value in given.values()
+        if isinstance(value, Sequence) and not isinstance(value, str) and len(value) == count
+    ]
+    kinds: dict[str, int] = {}
+    for index in range(count):
+        kinds.setdefault(str([value[index] for value in lists]), index)
+    order = [*kinds.values(), *(index for index in range(count) if index not in kinds.values())]
+    return sorted((order * wanted)[:wanted]) if order else []
+
+
+def _small_rope(rope: Any, sizes: Mapping[str, int]) -> Any:
+    """Rotary settings whose per-frequency lists are cut to the small head."""
+    if not isinstance(rope, Mapping):
+        return rope
+    small = {key: _small_rope(value, sizes) for key, value in rope.items()}
+    for key in ("short_factor", "long_factor"):
+        if isinstance(small.get(key), Sequence):
+            small[key] = list(small[key])[: sizes["head_dim"] // 2]
+    return small

@@ -1,0 +1,339 @@
+"""A transformers model -> DeepSpeed's PipelineModule, without a copy of any of its code.
+
+Every stage keeps the whole model as an outline and calls the model's own forward, so masks, rotary tables and the
+head's arithmetic are transformers'. Modules that belong to other stages are replaced by `_Elsewhere`:
+
+- one before this stage's layers passes on what it is given; the last of them hands over the hidden states that came
+  from the previous stage instead, so whatever the model computed from embeddings until then doesn't matter;
+- the first one after this stage's layers ends the forward pass with the hidden states that it is given.
+
+Whether a family's code allows that is checked on a small look-alike before training (parallel/check.py).
+Shapes: B samples of a micro-batch, T tokens, D hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from deepspeed.pipe import LayerSpec, PipelineModule
+from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ds_train.models.families import FAMILIES
+from ds_train.models.tasks import TaskLoss
+from ds_train.plan.topology import Layout
+
+Batch = Mapping[str, Tensor]
+
+TRAVELLERS = ("position_ids", "attention_mask")
+"""Integer inputs that every stage needs; they travel with the hidden states."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Where a model can be cut: full names of the modules before its layers, of their list, and of those after."""
+
+    before: tuple[str, ...]
+    layers: str
+    after: tuple[str, ...]
+
+
+def find_cut(model: PreTrainedModel) -> Cut:
+    """The cut of `model` (any device, meta too), from its pipeline plan or from the table of families.
+
+    Raises:
+        ValueError: there is neither, or parameters are left that the plan says nothing about.
+    """
+    prefix = "" if model.base_model is model else model.base_model_prefix + "."
+    plan, family = model.config.base_model_pp_plan, FAMILIES.get(model.config.model_type)
+    if plan:
+        names = list(plan)
+        lists = [name for name in names if isinstance(_find(model, prefix + name), nn.ModuleList)]
+        if len(lists) != 1:
+            raise ValueError("its pipeline plan names no single list of layers")
+        place = names.index(lists[0])
+        before, layers, after = names[:place], lists[0], names[place + 1 :]
+    elif family is not None and family.before:
+        before, layers, after = list(family.before), family.layers, list(family.after)
+    else:
+        raise ValueError("transformers has no pipeline plan for it")
+    present = [prefix + name for name in (*before, *after) if _find(model, prefix + name) is not None]
+    # What lies outside of the base model is its head.
+    heads = [name for name, _ in model.named_children() if prefix and name + "." != prefix]
+    cut = Cut(
+        tuple(name for name in present if name.removeprefix(prefix) in before),
+        prefix + layers,
+        (*(name for name in present if name.removeprefix(prefix) in after), *heads),
+    )
+    known = (*cut.before, cut.layers, *cut.after)
+    loose = [name for name, _ in model.named_parameters() if not any(_within(name, module) for module in known)]
+    if loose:
+        raise ValueError(f"its plan says nothing about {loose[0]}")
+    return cut
+
+
+def layer_costs(model: PreTrainedModel, cut: Cut, sequence_length: int) -> tuple[list[float], float]:
+    """(cost of each layer, cost of what comes after them), in multiply-adds per token of the forward pass.
+
+    Matrices count by their elements, experts by the share of them that a token visits, attention by its scores over
+    half of `sequence_length`. An embedding is a lookup.
+    """
+    config = model.config.get_text_config()
+    counts = [getattr(config, name, None) for name in ("num_local_experts", "num_experts", "n_routed_experts")]
+    experts = next((count for count in counts if count), 1)
+    share = (getattr(config, "num_experts_per_tok", None) or 1) / experts
+    attention = sequence_length * config.hidden_size
+
+    def cost(module: nn.Module) -> float:
+        return sum(
+            parameter.numel() * (share if ".experts." in f".{name}." else 1.0)
+            for name, parameter in module.named_parameters()
+            if parameter.dim() > 1
+        )
+
+    layers = [cost(layer) + attention for layer in _layers(model, cut)]
+    return layers, sum(cost(model.get_submodule(name)) for name in cut.after)
+
+
+def balance(layer_costs: Sequence[float], last_cost: float, stages: int) -> list[int]:
+    """Layers of each stage such that the most expensive stage is as cheap as can be; `last_cost` is the last one's own.
+
+    Contiguous partition by dynamic programming; every stage gets at least one layer. Ties favour early stages.
+    """
+    count = len(layer_costs)
+    sums = [0.0]
+    for cost in layer_costs:
+        sums.append(sums[-1] + cost)
+    # worst[k][n]: the most expensive of the first k stages over the first n layers; split[k][n]: where stage k starts.
+    worst = [[0.0 if n == 0 else float("inf") for n in range(count + 1)]]
+    split: list[list[int]] = [[0] * (count + 1)]
+    for stage in range(1, stages + 1):
+        own = last_cost if stage == stages else 0.0
+        row, starts = [float("inf")] * (count + 1), [0] * (count + 1)
+        for stop in range(stage, count + 1):
+            for start in range(stop - 1, stage - 2, -1):
+                value = max(worst[stage - 1][start], sums[stop] - sums[start] + own)
+                if value <= row[stop]:
+                    row[stop], starts[stop] = value, start
+        worst.append(row)
+        split.append(starts)
+    sizes, stop = [], count
+    for stage in range(stages, 0, -1):
+        start = split[stage][stop]
+        sizes.append(stop - start)
+        stop = start
+    return sizes[::-1]
+
+
+def cut_to_stage(model: PreTrainedModel, cut: Cut, first: int, stop: int) -> None:
+    """Leave in `model` what the stage of layers `first` to `stop` - 1 holds; the rest becomes `_Elsewhere`."""
+    layers = _layers(model, cut)
+    if first > 0:
+        for name in cut.before:
+            _replace(model, name)
+    if stop < len(layers):
+        for name in cut.after:
+            _replace(model, name)
+    for index in range(len(layers)):
+        if not first <= index < stop:
+            layers[index] = _Elsewhere(layers[index])
+
+
+class Stage(nn.Module):
+    """One stage: the model's outline, called with a tuple of tensors as DeepSpeed's pipeline wants it.
+
+    (tokens or hidden states, then the travellers that the batch has) -> (hidden states, travellers); the last stage
+    gives its input back, since the loss needs the labels as well: `finish` runs it.
+    """
+
+    def __init__(self, model: PreTrainedModel, cut: Cut, first: int, stop: int) -> None:
+        super().__init__()
+        self.model = model
+        layers = _layers(model, cut)
+        self.is_first, self.is_last = first == 0, stop == len(layers)
+        self.travellers: tuple[str, ...] = ()
+        """Names of the travellers, in their order; the batches decide."""
+        # In a list, so that it isn't registered as a module twice.
+        self._entrance = [layers[first - 1]] if first else []
+        for module in self._entrance:
+            module.role = "entrance"  # type: ignore[assignment]
+        if not self.is_last:
+            layers[stop].role = "exit"  # type: ignore[assignment]
+
+    def forward(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        if self.is_last:
+            return inputs
+        try:
+            self.call_with(**self._as_batch(inputs))
+        except _StageEnd as end:
+            return end.hidden_BTD.contiguous(), *inputs[1:]
+        raise RuntimeError("the model's forward never reached the next stage's layers")
+
+    def call_with(self, input_ids: Tensor, **others: Tensor) -> Any:
+        """The model's own forward; `input_ids` are hidden states (B, T, D) where this isn't the first stage."""
+        if self.is_first:
+            return self.model(input_ids=input_ids, **others)
+        (entrance,) = self._entrance
+        entrance.arriving = input_ids
+        try:
+            return self.model(inputs_embeds=input_ids.detach(), **others)
+        finally:
+            entrance.arriving = None  # type: ignore[assignment]
+
+    def _as_batch(self, inputs: tuple[Tensor, ...], labels: Tensor | None = None) -> dict[str, Tensor]:
+        batch = dict(zip(("input_ids", *self.travellers), inputs, strict=True))
+        return batch if labels is None else {**batch, "labels": labels}
+
+    @classmethod
+    def of_whole(cls, model: PreTrainedModel) -> Stage:
+        """The only stage of a model that isn't cut."""
+        stage = cls.__new__(cls)
+        nn.Module.__init__(stage)
+        stage.model, stage.is_first, stage.is_last, stage.travellers, stage._entrance = model, True, True, (), []
+        return stage
+
+    def loss(self, task: TaskLoss, inputs: tuple[Tensor, ...], labels: Tensor) -> Tensor:
+        """The last stage: summed loss of the micro-batch that arrived as `inputs`."""
+        return task.train_loss(self.call_with, self._as_batch(inputs, labels))
+
+    def scores(self, task: TaskLoss, inputs: tuple[Tensor, ...], labels: Tensor) -> Tensor:
+        """The last stage: what `TaskLoss.scores` gives, of the micro-batch that arrived as `inputs`."""
+        return task.scores(self.call_with, self._as_batch(inputs, labels))
+
+    def shared_weight(self) -> nn.Parameter:
+        """The end stages' copy of a weight that embedding and head share."""
+        module = self.model.get_input_embeddings() if self.is_first else self.model.get_output_embeddings()
+        return cast(nn.Parameter, module.weight)
+
+
+def stage_inputs(batch: Batch) -> tuple[tuple[Tensor, ...], tuple[str, ...]]:
+    """(tensors that enter the first stage, names of those after the tokens)."""
+    names = tuple(name for name in TRAVELLERS if name in batch)
+    return (batch["input_ids"], *(batch[name] for name in names)), names
+
+
+class Pipeline(PipelineModule):
+    """DeepSpeed's pipeline over one `Stage` per rank along the pipe axis.
+
+    DeepSpeed sees a pipeline of as many layers as stages. Weights that two stages share (tied embeddings) are
+    announced to it here, since they lie inside of the stages.
+    """
+
+    def __init__(
+        self, build: Callable[[int], Stage], layout: Layout, loss: Callable[[Any, Any], Any], dynamic_shape: bool,
+        tied: bool,
+    ) -> None:  # fmt: skip
+        self._tied = tied
+        topology = PipeModelDataParallelTopology(num_pp=layout.pipe, num_mp=layout.tensor, num_dp=layout.data)
+        super().__init__(
+            layers=[LayerSpec(_Built, build, stage) for stage in range(layout.pipe)],
+            topology=topology,
+            loss_fn=loss,
+            partition_method="uniform",
+            dynamic_shape=dynamic_shape,
+        )
+
+    @property
+    def stage(self) -> Stage:
+        """This rank's stage."""
+        return self.forward_funcs[0].stage
+
+    def _index_tied_modules(self) -> dict[str, Any]:
+        last = self.num_stages - 1
+        comms: dict[str, Any] = {}
+        if not self._tied or last == 0:
+            return comms
+        grid, tensor_ranks = self._grid, self._grid.get_slice_parallel_world_size()
+        for data in range(grid.data_parallel_size):
+            for tensor in range(tensor_ranks):
+                place = {"data": data} | ({"model": tensor} if tensor_ranks > 1 else {})
+                ranks = [grid.stage_to_global(stage_id=stage, **place) for stage in (0, last)]
+                group = dist.new_group(ranks)
+                if self.global_rank in ranks:
+                    mine = self.stage.shared_weight()
+                    holder = nn.Module()
+                    holder.register_parameter("weight", mine)
+                    comms["tied"] = {"ranks": ranks, "group": group, "weight_attr": ["weight"], "module": holder}
+                    # Only the first stage's copy counts in the gradient norm.
+                    mine.ds_pipe_replicated = self.global_rank != ranks[0]  # type: ignore[attr-defined]
+        return comms
+
+    def get_tied_weights_and_groups(self) -> list[tuple[Tensor, Any]]:
+        return [(comm["module"].weight, comm["group"]) for comm in self.tied_comms.values()]
+
+
+class _Built(nn.Module):
+    """What a LayerSpec builds: the stage under the name `stage`."""
+
+    def __init__(self, build: Callable[[int], Stage], number: int) -> None:
+        super().__init__()
+        self.stage = build(number)
+
+    def forward(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return self.stage(inputs)
+
+
+class _StageEnd(Exception):
+    """Carries the hidden states out of the model's forward where the next stage's layers begin."""
+
+    def __init__(self, hidden_BTD: Tensor) -> None:
+        super().__init__()
+        self.hidden_BTD = hidden_BTD
+
+
+class _Elsewhere(nn.Module):
+    """Stands for a module of another stage: the plain attributes of the original, and none of its parameters."""
+
+    def __init__(self, original: nn.Module) -> None:
+        super().__init__()
+        for name, value in vars(original).items():
+            if not name.startswith("_") and name != "training":
+                setattr(self, name, value)
+        self._is_embedding = isinstance(original, nn.Embedding)
+        if isinstance(original, nn.Embedding):
+            self._width, self._dtype = original.embedding_dim, original.weight.dtype
+        self.role = "pass"
+        self.arriving: Tensor | None = None
+
+    def forward(self, *arguments: Any, **options: Any) -> Any:
+        given = arguments[0] if arguments else next(iter(options.values()))
+        if self._is_embedding:
+            # Thrown away at the entrance; only its shape is looked at.
+            return torch.zeros(*given.shape, self._width, device=given.device, dtype=self._dtype)
+        if self.role == "exit":
+            raise _StageEnd(given)
+        return self.arriving if self.role == "entrance" else given
+
+
+def _replace(model: nn.Module, name: str) -> None:
+    parent, _, child = name.rpartition(".")
+    owner = model.get_submodule(parent)
+    setattr(owner, child, _Elsewhere(getattr(owner, child)))
+
+
+def _layers(model: nn.Module, cut: Cut) -> nn.ModuleList:
+    return cast(nn.ModuleList, model.get_submodule(cut.layers))
+
+
+def _find(model: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        return None
+
+
+def _within(name: str, module: str) -> bool:
+    return name == module or name.startswith(module + ".")
+
+
+def stage_bounds(sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """(first layer, one past the last) of each stage."""
+    first = 0
+    for size in sizes:
+        yield first, first + size
+        first += size

@@ -1,0 +1,278 @@
+"""Tensor parallelism: a transformers model's tensor plan -> DeepSpeed's AutoTP layers, in place.
+
+Every sharded parameter carries a `Shard` in its attribute `tensor_shard`, from which the whole one is gathered again.
+Shapes: B batch, T time, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from ds_train.models.families import EXPERT_STYLES, FAMILIES, TENSOR_STYLES
+from ds_train.models.load import gathered
+from ds_train.models.tasks import plain_head
+
+Group = Any
+
+# Attributes by which attention modules reshape their heads.
+_HEAD_COUNTS = (
+    "num_heads", "num_attention_heads", "num_key_value_heads", "num_kv_heads", "n_heads", "n_head", "n_kv_heads",
+    "embed_dim", "all_head_size", "split_size", "hidden_size", "inner_dim",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Shard:
+    """This rank's part of a parameter: `dim` is cut in `parts` pieces side by side, each cut evenly over the group."""
+
+    dim: int
+    parts: int = 1
+
+    def cut(self, whole: Tensor, index: int, ranks: int) -> Tensor:
+        """Part `index` of `ranks` of a whole tensor, as a copy."""
+        pieces = [piece.chunk(ranks, self.dim)[index] for piece in whole.chunk(self.parts, self.dim)]
+        return torch.cat(pieces, self.dim).contiguous()
+
+    def join(self, shards: list[Tensor]) -> Tensor:
+        """The whole tensor from every rank's part."""
+        pieces = [shard.chunk(self.parts, self.dim) for shard in shards]
+        return torch.cat([rank[part] for part in range(self.parts) for rank in pieces], self.dim)
+
+
+def tensor_plan(model: PreTrainedModel) -> dict[str, str]:
+    """Style by module or parameter name (`*` for a layer's number), from the model itself or the table of families.
+
+    Experts are left out: each rank holds them whole. Empty where the family has no plan.
+
+    Raises:
+        ValueError: a style that can't be run.
+    """
+    plan = dict(getattr(model, "_tp_plan", None) or {})
+    family = FAMILIES.get(model.config.model_type)
+    if not model.config.base_model_tp_plan and family is not None:
+        prefix = "" if model.base_model is model else model.base_model_prefix + "."
+        plan |= {prefix + name: style for name, style in family.tensor.items()}
+    experts = {name for name, style in plan.items() if style in EXPERT_STYLES}
+    expert_roots = {_before_experts(name) for name in experts}
+    kept = {name: style for name, style in plan.items() if _before_experts(name) not in expert_roots - {None}}
+    unknown = sorted(set(kept.values()) - TENSOR_STYLES - {"embedding_rowwise", "embedding_colwise"})
+    if unknown:
+        raise ValueError(f"its tensor plan has the style {unknown[0]}, which DeepSpeed's layers don't have")
+    return kept
+
+
+def shard_model(model: PreTrainedModel, plan: dict[str, str], group: Group, vocabulary: bool) -> None:
+    """Replace the planned modules of `model` by tensor-parallel ones. Collective over `group`.
+
+    Args:
+        plan: what `tensor_plan` gave. Modules that aren't here (another pipeline stage's) are passed over.
+        vocabulary: cut embedding and head along the vocabulary (see `cuts_vocabulary`).
+    """
+    from deepspeed.module_inject import layers as autotp
+
+    # Without it the backward pass is silently wrong.
+    autotp.set_autotp_mode(training=True)
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    for name, module in list(model.named_modules()):
+        style = plan.get(_general(name))
+        if style is None or module in (head, embedding) or not any(True for _ in module.parameters(recurse=False)):
+            continue
+        if style == "mla_kv_a_proj":
+            _sum_rotary_gradients(module, model.config.get_text_config().qk_rope_head_dim, group)
+            continue
+        parent = model.get_submodule(name.rpartition(".")[0])
+        if style in ("replicate", "local_params"):
+            continue
+        if style == "replicated_with_grad_allreduce":
+            for parameter in module.parameters():
+                _sum_gradients(parameter, group)
+            continue
+        _whole_parameters(module)
+        setattr(parent, name.rpartition(".")[2], _parallel(module, style, name, group))
+        if style in ("colwise", "fused_colwise"):
+            _divide_heads(parent, dist.get_world_size(group))
+    _shard_bare_parameters(model, plan, group)
+    if vocabulary:
+        _shard_vocabulary(model, group)
+
+
+def cuts_vocabulary(model: PreTrainedModel, plan: dict[str, str], ranks: int) -> bool:
+    """Whether embedding and head can be cut along the vocabulary: the loss is taken inside of a plain head."""
+    head, embedding = plain_head(model), model.get_input_embeddings()
+    if head is None or type(embedding).forward is not nn.Embedding.forward or embedding.max_norm is not None:
+        return False
+    names = [name for name, module in model.named_modules() if module is head]
+    planned = any(plan.get(name) in ("colwise_gather_output", "colwise_rep") for name in names)
+    return planned and embedding.num_embeddings % ranks == 0 and head.out_features == embedding.num_embeddings
+
+
+def gather_whole(parameter: Tensor, group: Group) -> Tensor:
+    """The whole parameter, from the shards of `group`; itself where it isn't sharded. Collective over `group`."""
+    shard: Shard | None = getattr(parameter, "tensor_shard", None)
+    if shard is None:
+        return parameter.detach()
+    local = parameter.detach().contiguous()
+    parts = [torch.empty_like(local) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, local, group=group)
+    return shard.join(parts)
+
+
+class _ColumnConv1D(nn.Module):
+    """GPT-2's `Conv1D` (weight (D_in, D_out)), cut along its outputs; `parts` matrices lie side by side."""
+
+    def __init__(self, module: Conv1D, parts: int, group: Group) -> None:
+        super().__init__()
+        self.weight, self.bias, self._group = module.weight, module.bias, group
+        _shard_parameter(self.weight, Shard(1, parts), group)
+        _shard_parameter(self.bias, Shard(0, parts), group)
+
+    def forward(self, hidden_BTD: Tensor) -> Tensor:
+        from deepspeed.module_inject.layers import ColumnParallel
+
+        return ColumnParallel.apply(self._group, hidden_BTD) @ self.weight + self.bias
+
+
+class _RowConv1D(nn.Module):
+    """GPT-2's `Conv1D`, cut along its inputs; the bias is whole on every rank."""
+
+    def __init__(self, module: Conv1D, group: Group) -> None:
+        super().__init__()
+        self.weight, self.bias, self._group = module.weight, module.bias, group
+        _shard_parameter(self.weight, Shard(0), group)
+
+    def forward(self, hidden_BTD: Tensor) -> Tensor:
+        from deepspeed.module_inject.layers import RowParallel
+
+        return RowParallel.apply(self._group, hidden_BTD @ self.weight, False) + self.bias
+
+
+def _parallel(module: nn.Module, style: str, name: str, group: Group) -> Any:
+    from deepspeed.module_inject import layers as autotp
+
+    if isinstance(module, Conv1D):
+        if style == "rowwise":
+            return _RowConv1D(module, group)
+        return _ColumnConv1D(module, 3 if style == "fused_colwise" else 1, group)
+    if not isinstance(module, nn.Linear):
+        raise ValueError(f"{name} is a {type(module).__name__}, which can't be cut {style}")
+    across = module.in_features if style.startswith("rowwise") else module.out_features
+    if across % dist.get_world_size(group):
+        raise ValueError(f"{dist.get_world_size(group)} tensor ranks don't divide the {across} features of {name}")
+    if style == "rowwise":
+        layer: Any = autotp.LinearAllreduce(module, group, name=name)
+    elif style.startswith("rowwise"):
+        layer = autotp.LinearAllreduceWithReplicatedInput(module, group, name=name)
+    else:
+        layer = autotp.LinearLayer(module, group, name=name, gather_output=style != "colwise")
+    rowwise = style.startswith("rowwise")
+    layer.weight.tensor_shard = Shard(1 if rowwise else 0)
+    if layer.bias is not None and not rowwise:
+        layer.bias.tensor_shard = Shard(0)
+    return layer
+
+
+def _shard_vocabulary(model: PreTrainedModel, group: Group) -> None:
+    """Cut embedding and head, each where this rank has it; tied ones stay one parameter."""
+    from deepspeed.module_inject import layers as autotp
+
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    parallel_head = None
+    if isinstance(head, nn.Linear):
+        _whole_parameters(head, also=[embedding] if isinstance(embedding, nn.Embedding) else [])
+        tied = isinstance(embedding, nn.Embedding) and embedding.weight is head.weight
+        parallel_head = autotp.VocabParallelLinear(head, group, name="lm_head")
+        for parameter in parallel_head.parameters():
+            parameter.tensor_shard = Shard(0)
+        model.set_output_embeddings(parallel_head)
+        if not tied:
+            parallel_head = None
+    if isinstance(embedding, nn.Embedding):
+        _whole_parameters(embedding)
+        layer = autotp.VocabParallelEmbedding(embedding, group, tied_vocab_parallel_linear=parallel_head)
+        layer.weight.tensor_shard = Shard(0)
+        model.set_input_embeddings(layer)
+
+
+def _shard_bare_parameters(model: PreTrainedModel, plan: dict[str, str], group: Group) -> None:
+    """Parameters that are planned by their own name, such as attention sinks: one entry per head, or gradients."""
+    for name, parameter in model.named_parameters():
+        style = plan.get(_general(name))
+        if style is None or getattr(parameter, "tensor_shard", None) is not None:
+            continue
+        if style == "replicated_with_grad_allreduce":
+            _sum_gradients(parameter, group)
+        elif style == "colwise":
+            _shard_parameter(parameter, Shard(0), group)
+        elif style not in ("replicate", "local_params"):
+            raise ValueError(f"the parameter {name} can't be cut {style}")
+
+
+def _shard_parameter(parameter: nn.Parameter, shard: Shard, group: Group) -> None:
+    parameter.data = shard.cut(parameter.data, dist.get_rank(group), dist.get_world_size(group))
+    parameter.tensor_shard = shard  # type: ignore[attr-defined]
+    # By this DeepSpeed knows that every rank's part counts in the gradient norm (runtime/utils.py:138).
+    parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
+
+
+def _sum_gradients(parameter: nn.Parameter, group: Group) -> None:
+    """For a whole parameter that works on sharded activations: each rank sees only its part of the gradient."""
+
+    def summed(gradient: Tensor) -> Tensor:
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient, group=group)
+        return gradient
+
+    parameter.register_hook(summed)
+
+
+def _sum_rotary_gradients(module: nn.Module, rotary: int, group: Group) -> None:
+    """The rotary part of a latent projection goes to every head, so its gradient is summed over the ranks."""
+    from deepspeed.module_inject.layers import ColumnParallel
+
+    def hook(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+        latent, keys = output.split([output.shape[-1] - rotary, rotary], dim=-1)
+        return torch.cat([latent, ColumnParallel.apply(group, keys)], dim=-1)
+
+    module.register_forward_hook(hook)
+
+
+def _divide_heads(module: nn.Module, ranks: int) -> None:
+    """Let a module whose outputs are sharded count the heads and widths that it has left, once."""
+    if getattr(module, "tensor_ranks", 1) == ranks:
+        return
+    module.tensor_ranks = ranks  # type: ignore[assignment]
+    for name in _HEAD_COUNTS:
+        value = getattr(module, name, None)
+        if isinstance(value, int) and not isinstance(value, bool) and value % ranks == 0:
+            setattr(module, name, value // ranks)
+
+
+def _whole_parameters(module: nn.Module, also: list[nn.Module] | None = None) -> None:
+    """Give `module` ordinary whole parameters where ZeRO-3 has partitioned them; modules `also` keep their ties."""
+    for name, parameter in list(module.named_parameters(recurse=False)):
+        if not hasattr(parameter, "ds_id"):
+            continue
+        with gathered([parameter]):
+            whole = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
+        for owner in [module, *(also or [])]:
+            for other, its in list(owner.named_parameters(recurse=False)):
+                if its is parameter and (owner is not module or other == name):
+                    setattr(owner, other, whole)
+
+
+def _before_experts(name: str) -> str | None:
+    """The mixture's module that an entry of the plan belongs to, up to `experts`."""
+    parts = name.split(".")
+    return ".".join(parts[: parts.index("experts") + 1]) if "experts" in parts else None
+
+
+def _general(name: str) -> str:
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
