@@ -91,7 +91,9 @@ def outline(run: RunConfig, config: PreTrainedConfig) -> PreTrainedModel:
     """The whole model without memory for its weights (torch's meta device)."""
     attention = None if run.model.attention == "auto" else run.model.attention
     with torch.device("meta"):
-        return _random_model(_AUTO_CLASSES[run.task.kind], config, DTYPES[run.precision.dtype], attention, None)
+        model = _random_model(_AUTO_CLASSES[run.task.kind], config, DTYPES[run.precision.dtype], attention, None)
+    model.tie_weights()
+    return model
 
 
 def build_part(run: RunConfig, config: PreTrainedConfig, cut: Callable[[PreTrainedModel], None]) -> PreTrainedModel:
@@ -131,13 +133,14 @@ def fill(model: PreTrainedModel, seed: int) -> None:
 def initialize_weights(model: PreTrainedModel, seed: int, only: set[str] | None = None) -> None:
     """Draw the weights of `model` with its family's own rules, each module from its own seed.
 
-    `only` names the modules that are drawn; None draws all. What two modules share is drawn by the first.
+    `only` names the modules that are drawn; None draws all. Tied weights are the input embedding's.
     Partitioned parameters (ZeRO-3) are gathered a module
     at a time. Source of the walk: transformers' `PreTrainedModel.initialize_weights`.
     """
-    modules = [entry for entry in _post_order(model, "", model) if only is None or entry[0] in only]
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        for name, owner, module in modules + _first_owners(modules):
+        for name, owner, module in _post_order(model, "", model):
+            if only is not None and name not in only:
+                continue
             torch.manual_seed(fold_seed(seed, name))
             # `_init_weights` may also write to its direct children's parameters.
             parameters = [*module.parameters(recurse=False)]
@@ -146,7 +149,8 @@ def initialize_weights(model: PreTrainedModel, seed: int, only: set[str] | None 
                     parameters.extend(child.parameters(recurse=False))
             with gathered(parameters, modify=True):
                 owner._init_weights(module)
-    model.tie_weights()
+    if model.all_tied_weights_keys:  # a part of a model has none
+        model.tie_weights()
 
 
 def matrix_parameters(model: PreTrainedModel) -> int:
@@ -185,19 +189,6 @@ def _post_order(
         child_owner = child if isinstance(child, PreTrainedModel) else owner
         yield from _post_order(child, f"{name}.{child_name}" if name else child_name, child_owner)
     yield name, owner, module
-
-
-def _first_owners(
-    modules: list[tuple[str, PreTrainedModel, nn.Module]],
-) -> list[tuple[str, PreTrainedModel, nn.Module]]:
-    """Modules with parameters that later ones have too (tied embeddings)."""
-    owners: dict[int, int] = {}
-    shared = set()
-    for place, (_, _, module) in enumerate(modules):
-        for parameter in module.parameters(recurse=False):
-            if owners.setdefault(id(parameter), place) != place:
-                shared.add(owners[id(parameter)])
-    return [modules[place] for place in sorted(shared)]
 
 
 def _cut_part(model: PreTrainedModel, cut: Callable[[PreTrainedModel], None]) -> None:

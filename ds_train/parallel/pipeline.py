@@ -148,7 +148,7 @@ class Stage(nn.Module):
     """One stage: the model's outline, called with a tuple of tensors as DeepSpeed's pipeline wants it.
 
     (tokens or hidden states, then the travellers that the batch has) -> (hidden states, travellers); the last stage
-    gives its input back, since the loss needs the labels as well: `finish` runs it.
+    gives its input back, since the loss needs the labels as well: `loss` runs it.
     """
 
     def __init__(self, model: PreTrainedModel, cut: Cut, first: int, stop: int) -> None:
