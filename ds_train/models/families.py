@@ -115,9 +115,8 @@ def look_alike(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
     for name in ("architectures", "transformers_version", "dtype", "torch_dtype", "model_type"):
         given.pop(name, None)
     chosen = _chosen_layers(given, config.num_hidden_layers, layers)
-    for key, value in given.items():
-        if isinstance(value, Sequence) and not isinstance(value, str) and len(value) == config.num_hidden_layers:
-            given[key] = [value[index] for index in chosen]
+    for key, value in _per_layer(given, config.num_hidden_layers).items():
+        given[key] = [value[index] for index in chosen]
     heads, groups = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
     sizes = _SMALL | {"num_hidden_layers": layers}
     if groups is not None and groups != heads:
@@ -126,7 +125,6 @@ def look_alike(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
     for name, size in sizes.items():
         own = renamed.get(name, name)
         if isinstance(given.get(own), int) and not isinstance(given[own], bool):
-            # A model that is itself smaller keeps its size, where it can still be cut.
             given[own] = size
     # These change nothing but the comparison: dropout has no oracle.
     for name, value in given.items():
@@ -141,13 +139,18 @@ def look_alike(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
         raise ValueError(f"{config.model_type}: no small look-alike can be made ({error})") from error
 
 
+def _per_layer(given: Mapping[str, Any], count: int) -> dict[str, Sequence[Any]]:
+    """The settings that have a value for each of `count` layers."""
+    return {
+        key: value
+        for key, value in given.items()
+        if isinstance(value, Sequence) and not isinstance(value, str) and len(value) == count
+    }
+
+
 def _chosen_layers(given: Mapping[str, Any], count: int, wanted: int) -> list[int]:
     """Indices of the layers that a look-alike keeps: one of every kind first, then from the start."""
-    lists = [
-        value
-        for value in given.values()
-        if isinstance(value, Sequence) and not isinstance(value, str) and len(value) == count
-    ]
+    lists = _per_layer(given, count).values()
     kinds: dict[str, int] = {}
     for index in range(count):
         kinds.setdefault(str([value[index] for value in lists]), index)

@@ -63,79 +63,57 @@ def load_model_config(run: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Pre
 
 
 def build_model(
-    run: RunConfig, config: PreTrainedConfig, deepspeed_json: dict[str, Any], zero_stage: int
+    run: RunConfig,
+    config: PreTrainedConfig,
+    deepspeed_json: dict[str, Any],
+    zero_stage: int,
+    cut: Callable[[PreTrainedModel], None] | None = None,
 ) -> PreTrainedModel:
     """The model in the run's dtype, on the CPU (stages 0-2) or already partitioned over ranks (stage 3).
 
     torch.distributed must be initialised for stage 3; no rank then ever holds more than one module's weights.
+    With `cut` (stages 0-2), the part that it leaves of a model: no memory is taken for the rest and no weights of it
+    are read, and the part's weights are those of the whole.
     """
-    dtype = DTYPES[run.precision.dtype]
-    attention = None if run.model.attention == "auto" else run.model.attention
-    auto_class: Any = _AUTO_CLASSES[run.task.kind]
     try:
-        if run.model.path is None:
-            model = _random_model(auto_class, config, dtype, attention, deepspeed_json if zero_stage == 3 else None)
+        if run.model.path is not None:
+            model = _pretrained_model(run, config, deepspeed_json, zero_stage, cut)
+        elif cut is not None:
+            model = outline(run, config)
+            _cut_part(model, cut)
+            model.to_empty(device="cpu")
             initialize_weights(model, run.seed)
         else:
-            model = _pretrained_model(run, auto_class, config, dtype, attention, deepspeed_json, zero_stage)
+            model = _random_model(run, config, deepspeed_json if zero_stage == 3 else None)
+            initialize_weights(model, run.seed)
     except (ValueError, ImportError, KeyError) as error:
         raise user_error(
             "model", first_line(error), "see the model's page in the transformers documentation"
         ) from error
-    _checkpoint_activations(run, model)
+    if run.model.activation_checkpointing:
+        if not model.supports_gradient_checkpointing:
+            raise user_error(
+                "model.activation_checkpointing", f"{type(model).__name__} has no support for it", "set false"
+            )
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
     return model
 
 
 def outline(run: RunConfig, config: PreTrainedConfig) -> PreTrainedModel:
-    """The whole model without memory for its weights (torch's meta device)."""
-    attention = None if run.model.attention == "auto" else run.model.attention
+    """The whole model without memory for its weights (torch's meta device), its tied weights tied."""
     with torch.device("meta"):
-        model = _random_model(_AUTO_CLASSES[run.task.kind], config, DTYPES[run.precision.dtype], attention, None)
+        model = _random_model(run, config, None)
     model.tie_weights()
     return model
-
-
-def build_part(run: RunConfig, config: PreTrainedConfig, cut: Callable[[PreTrainedModel], None]) -> PreTrainedModel:
-    """A model of which `cut` leaves a part, on the CPU; no memory is taken for the rest, and no weights are read.
-
-    The part's weights are those that `build_model` gives the whole.
-    """
-    if run.model.path is None:
-        model = outline(run, config)
-        _cut_part(model, cut)
-        fill(model, run.seed)
-    else:
-        plain = type(outline(run, config))
-
-        class Part(plain):  # type: ignore[misc, valid-type]
-            """The family's class, cut as soon as its modules are there and before weights are read."""
-
-            def __init__(self, *arguments: Any, **options: Any) -> None:
-                super().__init__(*arguments, **options)
-                _cut_part(self, cut)
-
-        Part.__name__, Part.__module__ = plain.__name__, plain.__module__
-        attention = None if run.model.attention == "auto" else run.model.attention
-        model = _pretrained_model(run, Part, config, DTYPES[run.precision.dtype], attention, {}, 1)
-        model.__class__ = plain
-    _checkpoint_activations(run, model)
-    model.train()
-    return model
-
-
-def fill(model: PreTrainedModel, seed: int) -> None:
-    """Give an outline's weights memory on the CPU and draw them, and restore what its modules compute once."""
-    model.to_empty(device="cpu")
-    initialize_weights(model, seed)
 
 
 def initialize_weights(model: PreTrainedModel, seed: int, only: set[str] | None = None) -> None:
     """Draw the weights of `model` with its family's own rules, each module from its own seed.
 
-    `only` names the modules that are drawn; None draws all. Tied weights are the input embedding's.
-    Partitioned parameters (ZeRO-3) are gathered a module
-    at a time. Source of the walk: transformers' `PreTrainedModel.initialize_weights`.
+    `only` names the modules that are drawn; None draws all. Tied weights are the input embedding's. Partitioned
+    parameters (ZeRO-3) are gathered a module at a time. Source of the walk: transformers'
+    `PreTrainedModel.initialize_weights`.
     """
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         for name, owner, module in _post_order(model, "", model):
@@ -196,58 +174,50 @@ def _cut_part(model: PreTrainedModel, cut: Callable[[PreTrainedModel], None]) ->
     model.all_tied_weights_keys = {}  # whoever shares a weight across parts keeps it equal
 
 
-def _checkpoint_activations(run: RunConfig, model: PreTrainedModel) -> None:
-    if not run.model.activation_checkpointing:
-        return
-    if not model.supports_gradient_checkpointing:
-        raise user_error("model.activation_checkpointing", f"{type(model).__name__} has no support for it", "set false")
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-
-
-def _random_model(
-    auto_class: Any,
-    config: PreTrainedConfig,
-    dtype: torch.dtype,
-    attention: str | None,
-    zero3_json: dict[str, Any] | None,
-) -> PreTrainedModel:
-    options = {"dtype": dtype} | ({"attn_implementation": attention} if attention else {})
+def _random_model(run: RunConfig, config: PreTrainedConfig, zero3_json: dict[str, Any] | None) -> PreTrainedModel:
     with contextlib.ExitStack() as stack:
         stack.enter_context(no_init_weights())
         if zero3_json is not None:
             import deepspeed
 
             stack.enter_context(prevent_arange_dtype_change())
+            dtype = DTYPES[run.precision.dtype]
             stack.enter_context(deepspeed.zero.Init(config_dict_or_path=zero3_json, dtype=dtype))
-        return auto_class.from_config(config, **options)
+        auto_class: Any = _AUTO_CLASSES[run.task.kind]
+        return auto_class.from_config(config, dtype=DTYPES[run.precision.dtype], **_attention(run))
+
+
+def _attention(run: RunConfig) -> dict[str, str]:
+    return {} if run.model.attention == "auto" else {"attn_implementation": run.model.attention}
 
 
 def _pretrained_model(
     run: RunConfig,
-    auto_class: Any,
     config: PreTrainedConfig,
-    dtype: torch.dtype,
-    attention: str | None,
     deepspeed_json: dict[str, Any],
     zero_stage: int,
+    cut: Callable[[PreTrainedModel], None] | None,
 ) -> PreTrainedModel:
     # transformers partitions while it loads only if such an object is alive (deepspeed-rules: silent otherwise).
     alive = HfDeepSpeedConfig(deepspeed_json) if zero_stage == 3 else None
-    options = {"attn_implementation": attention} if attention else {}
+    family = type(outline(run, config)) if cut is not None else None
+    loader: Any = _AUTO_CLASSES[run.task.kind] if family is None else _part_of(family, cut)
     try:
-        model, info = auto_class.from_pretrained(
+        model, info = loader.from_pretrained(
             run.model.path,
             config=config,
-            dtype=dtype,
+            dtype=DTYPES[run.precision.dtype],
             revision=run.model.revision or "main",
             trust_remote_code=run.model.trust_remote_code,
             output_loading_info=True,
-            **options,
+            **_attention(run),
         )
     except OSError as error:
         raise _cannot_load(run, error) from error
     finally:
         del alive
+    if family is not None:
+        model.__class__ = family
     missing = {key.rpartition(".")[0] for key in info["missing_keys"]}
     if missing:
         # A new head, say: drawn again from its own seed, so that it is the same at every stage.
@@ -256,6 +226,16 @@ def _pretrained_model(
                 parameter._is_hf_initialized = False  # type: ignore[attr-defined]
         initialize_weights(model, run.seed, only=missing)
     return model
+
+
+def _part_of(family: Any, cut: Any) -> Any:
+    """The family's class, cut as soon as its modules are there and before weights are read."""
+
+    def build(self: PreTrainedModel, *arguments: Any, **options: Any) -> None:
+        family.__init__(self, *arguments, **options)
+        _cut_part(self, cut)
+
+    return type(family.__name__, (family,), {"__init__": build, "__module__": family.__module__})
 
 
 def _config_from_scratch(arch: str, keys: dict[str, Any]) -> PreTrainedConfig:

@@ -5,6 +5,7 @@ No family trains with a wrong loss: one whose code doesn't allow a cut is refuse
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ds_train.config import RunConfig
 from ds_train.errors import UserError, first_line, user_error
 from ds_train.models.families import look_alike
-from ds_train.models.load import build_model, fill, outline
+from ds_train.models.load import build_model, outline
 from ds_train.models.loss import IGNORE_INDEX
 from ds_train.models.tasks import Batch, TaskLoss
 from ds_train.parallel.pipeline import Stage, balance, cut_to_stage, find_cut, stage_bounds, stage_inputs
@@ -66,7 +67,7 @@ def difference(run: RunConfig, config: PreTrainedConfig, layout: Layout, tensor_
     stages = _stages(run, small, layout, tensor_group)
     loss = _chain(stages, batch)
     if not bool(torch.isclose(loss, expected, rtol=_TOLERANCE)):
-        return f"its loss would be {float(loss):.6g} instead of {float(expected):.6g}"
+        return f"its loss would be {loss.item():.6g} instead of {expected.item():.6g}"
     loss.backward()
     return _different_gradient(whole, gradients, [stage.model for stage, _ in stages], tensor_group)
 
@@ -104,15 +105,11 @@ def _stages(
     sizes = balance([1.0] * count, 0.0, layout.pipe)
     stages: list[tuple[Stage, TaskLoss | None]] = []
     for first, stop in stage_bounds(sizes):
-        model = outline(run, config)
-        if cut is not None:
-            cut_to_stage(model, cut, first, stop)
-            model.all_tied_weights_keys = {}
-        fill(model, run.seed)
-        model.train()
+        part = None if cut is None else partial(cut_to_stage, cut=cut, first=first, stop=stop)
+        model = build_model(run, config, {}, 0, part)
         if layout.tensor > 1:
             shard_model(model, plan, tensor_group, vocabulary)
-        stage = Stage(model, cut, first, stop) if cut is not None else Stage.of_whole(model)
+        stage = Stage(model) if cut is None else Stage(model, cut, first, stop)
         stages.append((stage, TaskLoss(model, tensor_group if vocabulary else None) if stage.is_last else None))
     if cut is not None and sketch.get_output_embeddings().weight is sketch.get_input_embeddings().weight:
         with torch.no_grad():
@@ -135,17 +132,14 @@ def _different_gradient(
     whole: PreTrainedModel, gradients: dict[str, Tensor], parts: list[PreTrainedModel], group: Any
 ) -> str | None:
     found: dict[str, Tensor] = {}
-    aliases = dict(_aliases(whole))
+    first_names = _first_names(whole)
     for part in parts:
         for name, parameter in part.named_parameters():
             if parameter.grad is None:
                 continue
-            name = aliases.get(name, name)
+            name = first_names[name]
             shard: Shard | None = getattr(parameter, "tensor_shard", None)
-            if name in found:
-                found[name] = found[name] + parameter.grad
-            else:
-                found[name] = parameter.grad
+            found[name] = found[name] + parameter.grad if name in found else parameter.grad
             if shard is not None and name in gradients and gradients[name].shape != parameter.grad.shape:
                 gradients[name] = shard.cut(gradients[name], dist.get_rank(group), dist.get_world_size(group))
     scale = max(float(gradient.abs().max()) for gradient in gradients.values())
@@ -159,11 +153,8 @@ def _different_gradient(
     return None
 
 
-def _aliases(model: nn.Module) -> list[tuple[str, str]]:
-    """(another name, first name) of parameters that have several."""
+def _first_names(model: nn.Module) -> dict[str, str]:
+    """First name of every parameter by any of its names."""
     first: dict[int, str] = {}
-    return [
-        (name, first[id(parameter)])
-        for name, parameter in model.named_parameters(remove_duplicate=False)
-        if first.setdefault(id(parameter), name) != name
-    ]
+    named = model.named_parameters(remove_duplicate=False)
+    return {name: first.setdefault(id(parameter), name) for name, parameter in named}

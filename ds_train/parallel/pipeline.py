@@ -13,7 +13,7 @@ Shapes: B samples of a micro-batch, T tokens, D hidden.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -25,10 +25,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ds_train.models.families import FAMILIES
-from ds_train.models.tasks import TaskLoss
+from ds_train.models.tasks import Batch, TaskLoss
 from ds_train.plan.topology import Layout
-
-Batch = Mapping[str, Tensor]
 
 TRAVELLERS = ("position_ids", "attention_mask")
 """Integer inputs that every stage needs; they travel with the hidden states."""
@@ -151,19 +149,20 @@ class Stage(nn.Module):
     gives its input back, since the loss needs the labels as well: `loss` runs it.
     """
 
-    def __init__(self, model: PreTrainedModel, cut: Cut, first: int, stop: int) -> None:
+    def __init__(self, model: PreTrainedModel, cut: Cut | None = None, first: int = 0, stop: int = 0) -> None:
+        """`model` cut to layers `first` to `stop` - 1; without `cut`, the only stage of a whole model."""
         super().__init__()
         self.model = model
-        layers = _layers(model, cut)
+        layers: Any = [] if cut is None else _layers(model, cut)
         self.is_first, self.is_last = first == 0, stop == len(layers)
         self.travellers: tuple[str, ...] = ()
         """Names of the travellers, in their order; the batches decide."""
         # In a list, so that it isn't registered as a module twice.
-        self._entrance = [layers[first - 1]] if first else []
+        self._entrance = [] if self.is_first else [layers[first - 1]]
         for module in self._entrance:
-            module.role = "entrance"  # type: ignore[assignment]
+            module.role = "entrance"
         if not self.is_last:
-            layers[stop].role = "exit"  # type: ignore[assignment]
+            layers[stop].role = "exit"
 
     def forward(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         if self.is_last:
@@ -183,19 +182,11 @@ class Stage(nn.Module):
         try:
             return self.model(inputs_embeds=input_ids.detach(), **others)
         finally:
-            entrance.arriving = None  # type: ignore[assignment]
+            entrance.arriving = None
 
     def _as_batch(self, inputs: tuple[Tensor, ...], labels: Tensor | None = None) -> dict[str, Tensor]:
         batch = dict(zip(("input_ids", *self.travellers), inputs, strict=True))
         return batch if labels is None else {**batch, "labels": labels}
-
-    @classmethod
-    def of_whole(cls, model: PreTrainedModel) -> Stage:
-        """The only stage of a model that isn't cut."""
-        stage = cls.__new__(cls)
-        nn.Module.__init__(stage)
-        stage.model, stage.is_first, stage.is_last, stage.travellers, stage._entrance = model, True, True, (), []
-        return stage
 
     def loss(self, task: TaskLoss, inputs: tuple[Tensor, ...], labels: Tensor) -> Tensor:
         """The last stage: summed loss of the micro-batch that arrived as `inputs`."""
