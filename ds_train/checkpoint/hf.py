@@ -6,29 +6,32 @@ import shutil
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ds_train.models.load import gathered
+from ds_train.parallel.build import Part
+from ds_train.parallel.tensor import gather_whole
+from ds_train.plan.topology import Coordinates
 
 
-def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, rank: int) -> None:
-    """Write safetensors, config and tokenizer into `folder`, on all ranks together; rank 0 writes.
+def export(part: Part, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write safetensors, config and tokenizer of the whole model into `folder`. Collective; rank 0 writes.
 
-    Parameters that ZeRO-3 has partitioned are gathered one at a time; rank 0 keeps each on the host.
-    An older export is replaced only when the new one is whole.
+    Parameters that ZeRO-3 has partitioned or tensor ranks share are gathered one at a time, and those of other
+    pipeline stages sent one at a time; rank 0 keeps each on the host. An older export is replaced only when the new
+    one is whole.
     """
-    state: dict[str, torch.Tensor] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        with gathered([parameter]):
-            if rank == 0:
-                state[name] = parameter.detach().to("cpu", copy=True)
-    if rank != 0:
+    state = _own_state(part)
+    for stage in range(1, part.mesh.layout.pipe):
+        _hand_over(state, part, part.mesh.layout.rank(Coordinates(stage, 0, 0, 0)))
+    if dist.get_rank() != 0:
         return
     # Tied weights are one tensor again, so that they are stored once.
+    model = part.outline
     owners: dict[int, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         state[name] = state[owners.setdefault(id(parameter), name)]
-    state.update({name: buffer.detach().cpu() for name, buffer in _persistent_buffers(model).items()})
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     use_cache, model.config.use_cache = model.config.use_cache, True
@@ -59,6 +62,37 @@ def generate_sample(folder: Path, prompt: str, new_tokens: int) -> str:
         pad_token_id=tokenizer.pad_token_id,
     )
     return str(tokenizer.decode(output[0]))
+
+
+def _own_state(part: Part) -> dict[str, torch.Tensor]:
+    """What this rank's stage holds, whole, on the host; empty on ranks that another one speaks for. Collective."""
+    place = part.mesh.place
+    speaks = place.data == place.sequence == place.tensor == 0
+    state: dict[str, torch.Tensor] = {}
+    for name, parameter in part.model.named_parameters(remove_duplicate=False):
+        with gathered([parameter]):
+            whole = gather_whole(parameter, part.mesh.tensor)
+            if speaks:
+                state[name] = whole.to("cpu", copy=True)
+    if speaks:
+        state.update({name: buffer.detach().cpu() for name, buffer in _persistent_buffers(part.model).items()})
+    return state
+
+
+def _hand_over(state: dict[str, torch.Tensor], part: Part, speaker: int) -> None:
+    """Give rank 0 what `speaker` holds, a tensor at a time. The other ranks do nothing."""
+    rank, device = dist.get_rank(), next(part.module.parameters()).device
+    if rank == speaker:
+        dist.send_object_list([[(name, tensor.shape, tensor.dtype) for name, tensor in state.items()]], dst=0)
+        for tensor in state.values():
+            dist.send(tensor.contiguous().to(device), dst=0)
+    elif rank == 0:
+        box: list[list[tuple[str, torch.Size, torch.dtype]]] = [[]]
+        dist.recv_object_list(box, src=speaker)
+        for name, shape, dtype in box[0]:
+            tensor = torch.empty(shape, dtype=dtype, device=device)
+            dist.recv(tensor, src=speaker)
+            state[name] = tensor.cpu()
 
 
 def _persistent_buffers(model: PreTrainedModel) -> dict[str, torch.Tensor]:

@@ -17,13 +17,16 @@ class ParallelSection(Section):
     """Ranks that the recipe is made for; a launch with another number is refused. `auto` takes any number."""
 
     pipeline: int = Field(default=1, ge=1)
-    """Pipeline stages."""
+    """Pipeline stages, each on ranks of its own."""
+
+    stage_layers: list[Positive] | None = None
+    """Layers of each pipeline stage; left out, stages are balanced by their cost."""
 
     tensor: int = Field(default=1, ge=1)
-    """Tensor-parallel ranks."""
+    """Ranks that share every layer's matrices (tensor parallelism)."""
 
     sequence: int = Field(default=1, ge=1)
-    """Sequence-parallel ranks."""
+    """Ranks that share the tokens of each sample (DeepSpeed-Ulysses, arXiv 2309.14509)."""
 
     zero_stage: Literal[0, 1, 2, 3] = 1
     """ZeRO stage (arXiv 1910.02054): 1 shards optimizer states, 2 gradients too, 3 parameters too."""

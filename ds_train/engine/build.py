@@ -12,21 +12,26 @@ from ds_train.config import RunConfig
 from ds_train.data.build import DataBundle, load_data
 from ds_train.engine.ranks import RankInfo
 from ds_train.models.cpu_products import fp32_products_are_faster, use_fp32_products
-from ds_train.models.load import build_model, load_model_config
-from ds_train.models.packing import check_packing
-from ds_train.models.tasks import TaskLoss
+from ds_train.models.load import load_model_config
 from ds_train.optim.build import build_optimizer
+from ds_train.parallel.build import Part, build_part
+from ds_train.parallel.check import check_documents_apart, check_layout
+from ds_train.parallel.mesh import Mesh
 from ds_train.plan.make import RunPlan
 
 
 @dataclass(frozen=True)
 class Assembly:
-    """All that the step loop works with. `engine` is DeepSpeed's, around `model`."""
+    """All that the step loop works with. `engine` is DeepSpeed's, around this rank's part of the model."""
 
     engine: Any
-    model: PreTrainedModel
-    task: TaskLoss
+    part: Part
     data: DataBundle
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """This rank's transformers model."""
+        return self.part.model
 
 
 def assemble(run: RunConfig, plan: RunPlan, info: RankInfo, tokenizer: Any, prepared: Path) -> Assembly:
@@ -40,31 +45,39 @@ def assemble(run: RunConfig, plan: RunPlan, info: RankInfo, tokenizer: Any, prep
 
     if info.device == "cuda" and run.precision.tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
+    layout = plan.layout
     data = load_data(
         run,
         folder=prepared,
         tokenizer=tokenizer,
-        data_rank=plan.layout.coordinates(info.rank).data,
-        data_ranks=plan.layout.data,
+        data_rank=layout.coordinates(info.rank).data,
+        data_ranks=layout.data,
         micro_samples=plan.batch.micro_samples,
         eval_micro_samples=plan.batch.eval_micro_samples,
     )
     config = load_model_config(run, tokenizer)
-    model = build_model(run, config, plan.deepspeed_json, plan.zero_stage)
-    if fp32_products_are_faster(info.device, model.dtype):
-        use_fp32_products(model)
-    task = TaskLoss(model)
+    mesh = Mesh(layout, info.rank)
+    if layout.ranks > layout.data:
+        check_layout(run, config, layout, mesh)
+    part = build_part(run, config, plan, mesh)
+    if fp32_products_are_faster(info.device, part.model.dtype):
+        use_fp32_products(part.model)
+    # DeepSpeed keeps the groups of the last engine of this process.
+    deepspeed.utils.groups.mpu = None
     engine, *_ = deepspeed.initialize(
-        model=model, optimizer=build_optimizer(model, run.optimizer), config=plan.deepspeed_json
+        model=part.module,
+        optimizer=build_optimizer(part.model, run.optimizer),
+        config=plan.deepspeed_json,
+        mpu=part.mpu,
     )
     if run.task.kind == "causal-lm" and run.data.packing:
         engine.eval()
-        check_packing(model, config.get_text_config().vocab_size, config.model_type, engine.device)
+        check_documents_apart(run, config, engine)
         engine.train()
     if run.model.compile:
-        for layer in decoder_layers(model):
+        for layer in decoder_layers(part.model):
             layer.compile()
-    return Assembly(engine, model, task, data)
+    return Assembly(engine, part, data)
 
 
 def decoder_layers(model: PreTrainedModel) -> list[Any]:

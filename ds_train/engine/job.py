@@ -51,7 +51,7 @@ def train(run: RunConfig, info: RankInfo) -> None:
     from ds_train.schedule.learning_rate import plan_length
     from ds_train.track.tracker import Tracker
 
-    layout = _layout_record(plan)
+    layout = _layout_record(run, plan)
     fingerprint = str(read_manifest(prepared)["content"])
     resumed = on_main_first(info, lambda: _find_checkpoint(run, folder, layout, fingerprint))
     # Only now: a run that is refused leaves the folder's records as they were.
@@ -73,12 +73,14 @@ def train(run: RunConfig, info: RankInfo) -> None:
     tracker = Tracker(run, plan.to_dict(), folder, info.is_main, steps, done, wandb_id)
     exit_code = 1
     try:
+        if parts.part.stage_layers:
+            tracker.note(f"layers of the pipeline's stages: {', '.join(map(str, parts.part.stage_layers))}")
         if resumed is not None:
             tracker.note(f"continuing {resumed} after step {done}")
         session = _Session(run, plan, info, parts, tracker, folder, layout, fingerprint)
         session.train(done, steps)
         if run.checkpoint.export:
-            hf.export(parts.model, tokenizer, folder / "export", info.rank)
+            hf.export(parts.part, tokenizer, folder / "export")
             barrier()
         exit_code = 0
     finally:
@@ -151,11 +153,10 @@ class _Throughput:
     """Tokens per second and MFU since the last metrics line."""
 
     def __init__(self, run: RunConfig, parts: Assembly, info: RankInfo) -> None:
-        from ds_train.models.load import matrix_parameters
         from ds_train.track.flops import flops_per_token
         from ds_train.track.peak import measure_peak_flops
 
-        parameters = matrix_parameters(parts.model)
+        parameters = parts.part.matrix_parameters
         self._flops_per_token = flops_per_token(parts.model.config, parameters, run.data.sequence_length)
         peak = run.track.peak_tflops
         rank_peak = measure_peak_flops(parts.model.dtype, parts.engine.device) if peak == "auto" else peak * 1e12
@@ -212,10 +213,14 @@ def _find_checkpoint(run: RunConfig, folder: Path, layout: dict[str, Any], finge
     return path
 
 
-def _layout_record(plan: RunPlan) -> dict[str, Any]:
+def _layout_record(run: RunConfig, plan: RunPlan) -> dict[str, Any]:
     """What must be equal for DeepSpeed's shards to be loaded."""
     return {
         "ranks": plan.layout.ranks,
+        "parallel.pipeline": plan.layout.pipe,
+        "parallel.tensor": plan.layout.tensor,
+        "parallel.sequence": plan.layout.sequence,
+        "parallel.stage_layers": run.parallel.stage_layers,
         "parallel.zero_stage": plan.zero_stage,
         "parallel.offload_optimizer": "offload_optimizer" in plan.deepspeed_json["zero_optimization"],
     }

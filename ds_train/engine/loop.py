@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +15,9 @@ from ds_train.data.batches import count_labels
 from ds_train.engine.build import Assembly
 from ds_train.engine.ranks import RankInfo, all_sum
 from ds_train.models.load import fold_seed
+from ds_train.models.tasks import Batch
 from ds_train.optim.build import set_learning_rate
+from ds_train.parallel.tensor import gradient_norm
 from ds_train.plan.make import RunPlan
 from ds_train.schedule.learning_rate import learning_rate_factor
 
@@ -63,34 +64,30 @@ def train_steps(
 ) -> Iterator[StepResult]:
     """Train steps `first` (counted from 0) to `steps` - 1, yielding after each. Collective."""
     tokens_per_step = run.batch.global_samples * run.data.sequence_length
+    place = plan.layout.coordinates(info.rank)
+    # Ranks that share a layer's matrices draw the same dropout.
+    seat = f"{place.pipe}/{place.data}/{place.sequence}"
+    # Of ranks that work on the same samples one counts them.
+    counting = int(place.pipe == place.sequence == place.tensor == 0)
+    replicas = plan.layout.data * plan.layout.sequence
     for step, batches in parts.data.train.steps(first, steps, run.data.workers):
         started = time.perf_counter()
         tokens = (step + 1) * tokens_per_step
         lr = run.optimizer.lr * learning_rate_factor(run.schedule, tokens, steps * tokens_per_step)
         set_learning_rate(parts.engine.optimizer, lr)
         # Dropout draws from a seed of its own at every step and rank, so there is no generator state to save.
-        torch.manual_seed(fold_seed(run.seed, "step", step, info.rank))
-        counts = all_sum(_counts(batches).to(parts.engine.device))
+        torch.manual_seed(fold_seed(run.seed, "step", step, seat))
+        counts = all_sum(counting * _counts(batches).to(parts.engine.device))
         labels, real_tokens = (int(count) for count in counts)
-        loss_sum = torch.zeros((), dtype=torch.float64, device=parts.engine.device)
-        norm = 0.0
-        # DeepSpeed divides by accumulation and data ranks; the loss is a mean over the global batch's labels.
-        weight = plan.batch.accumulation * plan.layout.data / max(1, labels)
-        for index, batch in enumerate(batches):
-            loss = parts.task.train_loss(parts.engine, _to(batch, parts.engine.device))
-            parts.engine.backward(loss * weight)
-            loss_sum += loss.detach()
-            if plan.zero_stage == 0 and index + 1 == len(batches):
-                norm = _gradient_norm(parts.engine.module)
-            parts.engine.step()
-        if plan.zero_stage > 0:
-            norm = float(parts.engine.get_global_grad_norm() or 0.0)
+        # DeepSpeed averages over accumulation and replicas; the loss is a mean over the global batch's labels.
+        weight = plan.batch.accumulation * replicas / max(1, labels)
+        loss_sum, norm = _update(parts, batches, weight, plan.zero_stage)
         yield StepResult(
             step=step + 1,
             tokens=tokens,
             real_tokens=real_tokens,
             labels=labels,
-            loss=float(all_sum(loss_sum)) / max(1, labels),
+            loss=float(all_sum(loss_sum * (place.tensor == 0))) / max(1, labels),
             lr=lr,
             grad_norm=norm,
             applied=parts.engine.was_step_applied(),
@@ -103,15 +100,43 @@ def evaluate(run: RunConfig, parts: Assembly, step: int) -> EvalResult | None:
     if parts.data.validation is None:
         return None
     started = time.perf_counter()
-    parts.engine.eval()
-    totals = torch.zeros(3, dtype=torch.float64, device=parts.engine.device)
-    for batch in parts.data.validation.eval(run.track.eval_samples):
-        totals += parts.task.scores(parts.engine, _to(batch, parts.engine.device))
-    parts.engine.train()
+    batches = parts.data.validation.eval(run.track.eval_samples)
+    totals = _scores(parts, batches) * (parts.part.mesh.place.tensor == 0)
     loss, correct, labels = all_sum(totals).tolist()
     return EvalResult(
         step, loss / max(1.0, labels), correct / max(1.0, labels), int(labels), time.perf_counter() - started
     )
+
+
+def _update(parts: Assembly, batches: Sequence[Batch], weight: float, zero_stage: int) -> tuple[Tensor, float]:
+    """One optimizer step: (summed loss of this rank's labels, norm of the whole gradient)."""
+    engine, part = parts.engine, parts.part
+    if part.pipeline is not None:
+        loss_sum = part.pipeline.train_step(engine, batches, weight)
+        return loss_sum, float(engine.get_global_grad_norm() or 0.0)
+    loss_sum = torch.zeros((), dtype=torch.float64, device=engine.device)
+    norm = 0.0
+    for index, batch in enumerate(batches):
+        loss = part.loss.train_loss(engine, _own(batch, parts))
+        engine.backward(loss * weight)
+        loss_sum += loss.detach()
+        if zero_stage == 0 and index + 1 == len(batches):
+            norm = gradient_norm(part.model, part.mesh.tensor)
+        engine.step()
+    return loss_sum, float(engine.get_global_grad_norm() or 0.0) if zero_stage > 0 else norm
+
+
+def _scores(parts: Assembly, batches: Iterator[dict[str, Tensor]]) -> Tensor:
+    """(loss, correct, labels) of this rank's share of the micro-batches, summed: (3,) fp64."""
+    engine, part = parts.engine, parts.part
+    if part.pipeline is not None:
+        return part.pipeline.evaluate(engine, list(batches))
+    engine.eval()
+    totals = torch.zeros(3, dtype=torch.float64, device=engine.device)
+    for batch in batches:
+        totals += part.loss.scores(engine, _own(batch, parts))
+    engine.train()
+    return totals
 
 
 def due(every: int | None, step: int) -> bool:
@@ -129,10 +154,7 @@ def _real_tokens(batch: Mapping[str, Tensor]) -> int:
     return int(mask.sum()) if mask is not None and mask.dim() == 2 else batch["input_ids"].numel()
 
 
-def _gradient_norm(module: torch.nn.Module) -> float:
-    gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
-    return float(torch.nn.utils.get_total_norm(gradients))
-
-
-def _to(batch: Mapping[str, Tensor], device: Any) -> dict[str, Tensor]:
-    return {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+def _own(batch: Batch, parts: Assembly) -> Batch:
+    """What this rank works on of a micro-batch of its data rank, on its device."""
+    batch = {key: value.to(parts.engine.device, non_blocking=True) for key, value in batch.items()}
+    return batch if parts.part.sequence is None else parts.part.sequence.share(batch)

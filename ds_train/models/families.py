@@ -126,10 +126,12 @@ def look_alike(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
         own = renamed.get(name, name)
         if isinstance(given.get(own), int) and not isinstance(given[own], bool):
             given[own] = size
-    # These change nothing but the comparison: dropout has no oracle.
+    # These change nothing but the comparison: dropout has no oracle, and weights near zero would hide differences.
     for name, value in given.items():
         if isinstance(value, float) and ("dropout" in name or "pdrop" in name):
             given[name] = 0.0
+        if isinstance(value, float) and name in ("initializer_range", "init_std"):
+            given[name] = 0.1
     given["rope_parameters"] = _small_rope(given.get("rope_parameters"), sizes)
     if given["rope_parameters"] is None:
         del given["rope_parameters"]

@@ -17,8 +17,9 @@ def check_packing(
 ) -> None:
     """Run one window of two documents and compare the second with the same document alone.
 
-    `forward` is the causal model in evaluation mode. Another first document must leave the second one's logits
-    exactly as they are, and they must equal those of the document by itself up to rounding.
+    `forward` is the causal model in evaluation mode. Another first document must leave the second one's logits as they
+    are (to 1e-6 of the largest in fp32, exactly in 16 bits), and they must equal those of the document by itself up to
+    rounding.
 
     Raises:
         UserError: the family's code ignores `position_ids`, or lets documents see each other.
@@ -37,10 +38,13 @@ def check_packing(
         return output.logits[0, -second:].float()
 
     packed = logits(tokens_T, positions_T)
-    if not torch.equal(packed, logits(other_T, positions_T)):
+    wide = next_dtype(packed, forward) == torch.float32
+    # A mixture's experts see other tokens beside these, and so round otherwise.
+    noise = 1e-6 * float(packed.abs().max()) if wide else 0.0
+    if not torch.allclose(packed, logits(other_T, positions_T), rtol=0.0, atol=noise):
         raise _refused(family, "its attention crosses from one document into the next")
     alone = logits(tokens_T[first:], positions_T[first:])
-    rounding = 1e-4 if next_dtype(packed, forward) == torch.float32 else 5e-2
+    rounding = 1e-4 if wide else 5e-2
     if not torch.allclose(packed, alone, rtol=rounding, atol=rounding * float(alone.abs().max())):
         raise _refused(family, "it ignores restarting position ids")
 

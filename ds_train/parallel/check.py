@@ -5,7 +5,6 @@ No family trains with a wrong loss: one whose code doesn't allow a cut is refuse
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,60 +15,106 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ds_train.config import RunConfig
 from ds_train.errors import UserError, first_line, user_error
 from ds_train.models.families import look_alike
-from ds_train.models.load import build_model, outline
+from ds_train.models.load import build_model
 from ds_train.models.loss import IGNORE_INDEX
+from ds_train.models.packing import check_packing
 from ds_train.models.tasks import Batch, TaskLoss
-from ds_train.parallel.pipeline import Stage, balance, cut_to_stage, find_cut, stage_bounds, stage_inputs
-from ds_train.parallel.tensor import Shard, cuts_vocabulary, shard_model, tensor_plan
+from ds_train.parallel.build import build_stages
+from ds_train.parallel.mesh import Mesh
+from ds_train.parallel.pipeline import Stage, stage_inputs
+from ds_train.parallel.sequence import SequenceParallel, leave_sequence
+from ds_train.parallel.tensor import Shard
 from ds_train.plan.topology import Layout
 
 _SAMPLES, _LENGTH, _LAYERS = 2, 12, 4
 _TOLERANCE = 1e-4  # fp32; what is computed in another order differs by about 1e-6
 
 
-def check_layout(run: RunConfig, config: PreTrainedConfig, layout: Layout, tensor_group: Any) -> None:
-    """Compare a look-alike of the model in `layout` (pipe and tensor) with the whole one. Collective over tensor ranks.
+def check_layout(run: RunConfig, config: PreTrainedConfig, layout: Layout, mesh: Mesh) -> None:
+    """Compare a look-alike of the model in `layout` with the whole one. Collective over all ranks.
 
     Raises:
-        UserError: the family can't be cut so, with the reason.
+        UserError: the family can't be cut so, with the reason; the same on every rank.
     """
-    key = "parallel.pipeline" if layout.pipe > 1 else "parallel.tensor"
-    value = layout.pipe if layout.pipe > 1 else layout.tensor
+    refusal: UserError | None = None
+    reason = None
     try:
-        reason = difference(run, config, layout, tensor_group)
-    except UserError:
-        raise
+        reason = difference(run, config, layout, mesh)
+    except UserError as error:
+        refusal = error
     except Exception as error:  # the code of any family may refuse in its own way
-        reason = first_line(error)
-    if reason is not None:
-        fix = "set it to 1; parallel.zero_stage=3 spreads any model over ranks"
-        raise user_error(key, f"{config.model_type} can't be cut so: {reason}", fix, value)
+        reason = first_line(error) or type(error).__name__
+    finally:
+        leave_sequence()
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, (reason, refusal))
+    for reason, refusal in found:
+        if refusal is not None:
+            raise refusal
+        if reason is not None:
+            degrees = {"pipeline": layout.pipe, "tensor": layout.tensor, "sequence": layout.sequence}
+            cuts = [f"parallel.{axis}" for axis, degree in degrees.items() if degree > 1]
+            fix = f"set {' and '.join(f'{cut}=1' for cut in cuts)}; parallel.zero_stage=3 spreads any model over ranks"
+            raise user_error(
+                cuts[0], f"{config.model_type} can't be cut so: {reason}", fix, degrees[cuts[0].split(".")[1]]
+            )
 
 
-def difference(run: RunConfig, config: PreTrainedConfig, layout: Layout, tensor_group: Any) -> str | None:
+def check_documents_apart(run: RunConfig, config: PreTrainedConfig, model: Any) -> None:
+    """Ask a look-alike, in fp32 on the CPU, whether packed documents stay apart; `model` itself if none can be made.
+
+    Raises:
+        UserError: they don't.
+    """
+    try:
+        run, small = _small(run, config, Layout(1, 1, 1, 1))
+        asked: Any = build_model(run, small, {}, 0).eval()
+    except (ValueError, UserError):
+        asked, small = model, config
+    check_packing(asked, small.get_text_config().vocab_size, config.model_type, asked.device)
+
+
+def difference(run: RunConfig, config: PreTrainedConfig, layout: Layout, mesh: Mesh) -> str | None:
     """What differs between the whole look-alike and the cut one, in a phrase; None if loss and gradients are equal.
 
     Raises:
         Exception: whatever the family's code raises when it is cut.
     """
-    model = run.model.model_copy(update={"path": None, "arch": config.model_type, "activation_checkpointing": False})
-    precision = run.precision.model_copy(update={"dtype": "fp32"})
-    run = run.model_copy(update={"model": model, "precision": precision})
-    small = look_alike(config, max(_LAYERS, layout.pipe))
-    small.use_cache = False
-    if run.task.kind == "sequence-classification":
-        small.num_labels = int(config.num_labels or 2)
+    leave_sequence()
+    run, small = _small(run, config, layout)
     whole = build_model(run, small, {}, 0)
     batch = _batch(run, small)
     expected = TaskLoss(whole).train_loss(whole, batch)
     expected.backward()
     gradients = {name: parameter.grad for name, parameter in whole.named_parameters() if parameter.grad is not None}
-    stages = _stages(run, small, layout, tensor_group)
-    loss = _chain(stages, batch)
-    if not bool(torch.isclose(loss, expected, rtol=_TOLERANCE)):
-        return f"its loss would be {loss.item():.6g} instead of {expected.item():.6g}"
+    stages = build_stages(run, small, layout, mesh.tensor)
+    if layout.pipe > 1:
+        with torch.no_grad():
+            if whole.get_output_embeddings().weight is whole.get_input_embeddings().weight:
+                stages[-1].shared_weight().copy_(stages[0].shared_weight())
+    loss = _chain(stages, SequenceParallel(mesh.sequence, whole).share(batch) if layout.sequence > 1 else batch)
     loss.backward()
-    return _different_gradient(whole, gradients, [stage.model for stage, _ in stages], tensor_group)
+    parts = [parameter for stage in stages for parameter in stage.parameters() if parameter.grad is not None]
+    total = loss.detach()
+    if layout.sequence > 1:
+        for tensor in [total, *(parameter.grad for parameter in parts)]:
+            dist.all_reduce(tensor, group=mesh.sequence)
+    if not bool(torch.isclose(total, expected, rtol=_TOLERANCE)):
+        return f"its loss would be {total.item():.6g} instead of {expected.item():.6g}"
+    return _different_gradient(whole, gradients, [stage.model for stage in stages], mesh.tensor)
+
+
+def _small(run: RunConfig, config: PreTrainedConfig, layout: Layout) -> tuple[RunConfig, PreTrainedConfig]:
+    """Recipe and config of a look-alike in fp32."""
+    model = run.model.model_copy(update={"path": None, "arch": config.model_type, "activation_checkpointing": False})
+    precision = run.precision.model_copy(update={"dtype": "fp32"})
+    parallel = run.parallel.model_copy(update={"stage_layers": None})
+    run = run.model_copy(update={"model": model, "precision": precision, "parallel": parallel})
+    small = look_alike(config, max(_LAYERS, layout.pipe))
+    small.use_cache = False
+    if run.task.kind == "sequence-classification":
+        small.num_labels = int(config.num_labels or 2)
+    return run, small
 
 
 def _batch(run: RunConfig, config: PreTrainedConfig) -> Batch:
@@ -91,41 +136,13 @@ def _batch(run: RunConfig, config: PreTrainedConfig) -> Batch:
     return {"input_ids": tokens_BT, "labels": labels_BT, "attention_mask": mask_BT}
 
 
-def _stages(
-    run: RunConfig, config: PreTrainedConfig, layout: Layout, tensor_group: Any
-) -> list[tuple[Stage, TaskLoss | None]]:
-    """Every stage of the look-alike in this process, sharded over the tensor ranks."""
-    sketch = outline(run, config)
-    plan = tensor_plan(sketch) if layout.tensor > 1 else {}
-    if layout.tensor > 1 and not plan:
-        raise ValueError("there is no tensor plan for it")
-    vocabulary = layout.tensor > 1 and cuts_vocabulary(sketch, plan, layout.tensor)
-    cut = find_cut(sketch) if layout.pipe > 1 else None
-    count = config.num_hidden_layers
-    sizes = balance([1.0] * count, 0.0, layout.pipe)
-    stages: list[tuple[Stage, TaskLoss | None]] = []
-    for first, stop in stage_bounds(sizes):
-        part = None if cut is None else partial(cut_to_stage, cut=cut, first=first, stop=stop)
-        model = build_model(run, config, {}, 0, part)
-        if layout.tensor > 1:
-            shard_model(model, plan, tensor_group, vocabulary)
-        stage = Stage(model) if cut is None else Stage(model, cut, first, stop)
-        stages.append((stage, TaskLoss(model, tensor_group if vocabulary else None) if stage.is_last else None))
-    if cut is not None and sketch.get_output_embeddings().weight is sketch.get_input_embeddings().weight:
-        with torch.no_grad():
-            stages[-1][0].shared_weight().copy_(stages[0][0].shared_weight())
-    return stages
-
-
-def _chain(stages: list[tuple[Stage, TaskLoss | None]], batch: Batch) -> Tensor:
+def _chain(stages: list[Stage], batch: Batch) -> Tensor:
     """The loss of the batch through all stages, differentiable to the first."""
     carried, names = stage_inputs(batch)
-    for stage, task in stages:
+    for stage in stages:
         stage.travellers = names
-        if task is not None:
-            return stage.loss(task, carried, batch["labels"])
         carried = stage(carried)
-    raise ValueError("there is no last stage")
+    return stages[-1].loss(carried, batch["labels"])
 
 
 def _different_gradient(

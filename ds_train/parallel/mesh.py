@@ -1,4 +1,4 @@
-"""Process groups of a layout without a pipeline, as the `mpu` object that DeepSpeed asks for them."""
+"""Process groups of a layout, as the `mpu` object that DeepSpeed asks for them where there is no pipeline."""
 
 from __future__ import annotations
 
@@ -12,15 +12,20 @@ Group = Any
 
 
 class Mesh:
-    """Groups of this rank along the data, sequence and tensor axes. Collective: every rank builds it.
+    """Groups of this rank along the axes. Collective: every rank builds it.
 
-    The method names are those that DeepSpeed looks for (utils/groups.py, utils/bwc.py). ZeRO shards and averages over
-    data and sequence ranks together; norms are summed over tensor ranks.
+    The method names are those that DeepSpeed looks for (utils/groups.py, utils/bwc.py). It takes sequence ranks for
+    data ranks: ZeRO shards and averages over both together. Told of them, its stage 3 divides gradients by another
+    number of ranks in one path (coalesced_collectives.py:124) than in the other (stage3.py:1878). Norms are summed
+    over tensor ranks.
     """
 
     def __init__(self, layout: Layout, rank: int) -> None:
+        self.layout = layout
         places = [layout.coordinates(other) for other in range(layout.ranks)]
         here = places[rank]
+        self.place = here
+        """Coordinates of this rank."""
 
         def group(*axes: str) -> Group:
             """The ranks that differ from this one along `axes` only."""
@@ -34,35 +39,26 @@ class Mesh:
                 mine = created if rank in ranks else mine
             return mine
 
-        self._data, self._tensor, self._sequence = group("data"), group("tensor"), group("sequence")
-        self._sharding = group("data", "sequence") if layout.sequence > 1 else self._data
+        self._tensor, self._sequence, self._sharding = group("tensor"), group("sequence"), group("data", "sequence")
 
-    def get_data_parallel_group(self) -> Group:
-        return self._data
+    @property
+    def tensor(self) -> Group:
+        """The ranks that hold the shards of one copy of a layer."""
+        return self._tensor
 
-    def get_data_parallel_world_size(self) -> int:
-        return dist.get_world_size(self._data)
-
-    def get_data_parallel_rank(self) -> int:
-        return dist.get_rank(self._data)
-
-    def get_sequence_data_parallel_group(self) -> Group:
-        return self._sharding
-
-    def get_sequence_data_parallel_world_size(self) -> int:
-        return dist.get_world_size(self._sharding)
-
-    def get_sequence_data_parallel_rank(self) -> int:
-        return dist.get_rank(self._sharding)
-
-    def get_sequence_parallel_group(self) -> Group:
+    @property
+    def sequence(self) -> Group:
+        """The ranks that share the tokens of a sample."""
         return self._sequence
 
-    def get_sequence_parallel_world_size(self) -> int:
-        return dist.get_world_size(self._sequence)
+    def get_data_parallel_group(self) -> Group:
+        return self._sharding
 
-    def get_sequence_parallel_rank(self) -> int:
-        return dist.get_rank(self._sequence)
+    def get_data_parallel_world_size(self) -> int:
+        return dist.get_world_size(self._sharding)
+
+    def get_data_parallel_rank(self) -> int:
+        return dist.get_rank(self._sharding)
 
     def get_model_parallel_group(self) -> Group:
         return self._tensor

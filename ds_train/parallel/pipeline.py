@@ -13,6 +13,8 @@ Shapes: B samples of a micro-batch, T tokens, D hidden.
 
 from __future__ import annotations
 
+import contextlib
+import io
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -149,8 +151,14 @@ class Stage(nn.Module):
     gives its input back, since the loss needs the labels as well: `loss` runs it.
     """
 
-    def __init__(self, model: PreTrainedModel, cut: Cut | None = None, first: int = 0, stop: int = 0) -> None:
-        """`model` cut to layers `first` to `stop` - 1; without `cut`, the only stage of a whole model."""
+    def __init__(
+        self, model: PreTrainedModel, cut: Cut | None = None, first: int = 0, stop: int = 0,
+        vocabulary_group: Any = None,
+    ) -> None:  # fmt: skip
+        """`model` cut to layers `first` to `stop` - 1; without `cut`, the only stage of a whole model.
+
+        `vocabulary_group`: the ranks that embedding and head are cut over; None where they are whole.
+        """
         super().__init__()
         self.model = model
         layers: Any = [] if cut is None else _layers(model, cut)
@@ -163,6 +171,7 @@ class Stage(nn.Module):
             module.role = "entrance"
         if not self.is_last:
             layers[stop].role = "exit"
+        self._task = TaskLoss(model, vocabulary_group) if self.is_last else None
 
     def forward(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         if self.is_last:
@@ -188,13 +197,20 @@ class Stage(nn.Module):
         batch = dict(zip(("input_ids", *self.travellers), inputs, strict=True))
         return batch if labels is None else {**batch, "labels": labels}
 
-    def loss(self, task: TaskLoss, inputs: tuple[Tensor, ...], labels: Tensor) -> Tensor:
-        """The last stage: summed loss of the micro-batch that arrived as `inputs`."""
-        return task.train_loss(self.call_with, self._as_batch(inputs, labels))
+    @property
+    def task(self) -> TaskLoss:
+        """The last stage's loss."""
+        if self._task is None:
+            raise ValueError("only the last stage has a loss")
+        return self._task
 
-    def scores(self, task: TaskLoss, inputs: tuple[Tensor, ...], labels: Tensor) -> Tensor:
+    def loss(self, inputs: tuple[Tensor, ...], labels: Tensor) -> Tensor:
+        """The last stage: summed loss of the micro-batch that arrived as `inputs`."""
+        return self.task.train_loss(self.call_with, self._as_batch(inputs, labels))
+
+    def scores(self, inputs: tuple[Tensor, ...], labels: Tensor) -> Tensor:
         """The last stage: what `TaskLoss.scores` gives, of the micro-batch that arrived as `inputs`."""
-        return task.scores(self.call_with, self._as_batch(inputs, labels))
+        return self.task.scores(self.call_with, self._as_batch(inputs, labels))
 
     def shared_weight(self) -> nn.Parameter:
         """The end stages' copy of a weight that embedding and head share."""
@@ -215,24 +231,70 @@ class Pipeline(PipelineModule):
     announced to it here, since they lie inside of the stages.
     """
 
-    def __init__(
-        self, build: Callable[[int], Stage], layout: Layout, loss: Callable[[Any, Any], Any], dynamic_shape: bool,
-        tied: bool,
-    ) -> None:  # fmt: skip
+    def __init__(self, build: Callable[[int], Stage], layout: Layout, dynamic_shape: bool, tied: bool) -> None:
+        """Collective over all ranks.
+
+        Args:
+            build: makes the stage of a number.
+            dynamic_shape: micro-batches of one step may differ in length.
+            tied: embedding and head share their weight.
+        """
         self._tied = tied
         topology = PipeModelDataParallelTopology(num_pp=layout.pipe, num_mp=layout.tensor, num_dp=layout.data)
-        super().__init__(
-            layers=[LayerSpec(_Built, build, stage) for stage in range(layout.pipe)],
-            topology=topology,
-            loss_fn=loss,
-            partition_method="uniform",
-            dynamic_shape=dynamic_shape,
-        )
+        # DeepSpeed prints its layers on stdout, which say nothing here.
+        with contextlib.redirect_stdout(io.StringIO()):
+            super().__init__(
+                layers=[LayerSpec(_Built, build, stage) for stage in range(layout.pipe)],
+                topology=topology,
+                loss_fn=self._loss,
+                partition_method="uniform",
+                dynamic_shape=dynamic_shape,
+            )
+        self._weight = 1.0
+        self._sum: Tensor | None = None
+        self._last_shape: torch.Size | None = None
 
     @property
     def stage(self) -> Stage:
         """This rank's stage."""
         return self.forward_funcs[0].stage
+
+    def train_step(self, engine: Any, batches: Sequence[Batch], weight: float) -> Tensor:
+        """One optimizer step of `engine`, DeepSpeed's around this pipeline. Collective.
+
+        Returns:
+            Summed loss of the micro-batches, fp64; 0 on stages other than the last.
+        """
+        self._weight = weight
+        self._sum = torch.zeros((), dtype=torch.float64, device=engine.device)
+        self._prepare(engine, batches)
+        engine.train_batch(_entries(batches))
+        return self._sum
+
+    def evaluate(self, engine: Any, batches: Sequence[Batch]) -> Tensor:
+        """What `TaskLoss.scores` gives, summed over the micro-batches; zeros on stages other than the last."""
+        self._prepare(engine, batches)
+        scores = engine.eval_batch(
+            _entries(batches), reduce_output=None, bcast_loss=False, num_micro_batches=len(batches)
+        )
+        nothing = torch.zeros(3, dtype=torch.float64, device=engine.device)
+        return torch.stack(scores).sum(0) if self.stage.is_last else nothing
+
+    def _prepare(self, engine: Any, batches: Sequence[Batch]) -> None:
+        self.stage.travellers = stage_inputs(batches[0])[1]
+        shape = batches[0]["input_ids"].shape
+        if shape != self._last_shape:
+            engine.reset_activation_shape()
+        self._last_shape = shape
+
+    def _loss(self, inputs: tuple[Tensor, ...], labels: Tensor) -> Tensor:
+        """What DeepSpeed asks the last stage for: the loss while training, the scores in evaluation."""
+        if not torch.is_grad_enabled():
+            return self.stage.scores(inputs, labels)
+        loss = self.stage.loss(inputs, labels)
+        if self._sum is not None:
+            self._sum += loss.detach()
+        return loss * self._weight
 
     def _index_tied_modules(self) -> dict[str, Any]:
         last = self.num_stages - 1
@@ -256,6 +318,11 @@ class Pipeline(PipelineModule):
 
     def get_tied_weights_and_groups(self) -> list[tuple[Tensor, Any]]:
         return [(comm["module"].weight, comm["group"]) for comm in self.tied_comms.values()]
+
+
+def _entries(batches: Sequence[Batch]) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:
+    """(inputs of the first stage, labels of the last) of each micro-batch."""
+    return ((stage_inputs(batch)[0], batch["labels"]) for batch in batches)
 
 
 class _Built(nn.Module):

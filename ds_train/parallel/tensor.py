@@ -17,7 +17,6 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ds_train.models.families import EXPERT_STYLES, FAMILIES, TENSOR_STYLES
-from ds_train.models.load import gathered
 from ds_train.models.tasks import plain_head
 
 Group = Any
@@ -95,7 +94,6 @@ def shard_model(model: PreTrainedModel, plan: dict[str, str], group: Group, voca
             for parameter in module.parameters():
                 _sum_gradients(parameter, group)
             continue
-        _whole_parameters(module)
         setattr(parent, name.rpartition(".")[2], _parallel(module, style, name, group))
         if style in ("colwise", "fused_colwise"):
             _divide_heads(parent, dist.get_world_size(group))
@@ -123,6 +121,19 @@ def gather_whole(parameter: Tensor, group: Group) -> Tensor:
     parts = [torch.empty_like(local) for _ in range(dist.get_world_size(group))]
     dist.all_gather(parts, local, group=group)
     return shard.join(parts)
+
+
+def gradient_norm(model: nn.Module, group: Group) -> float:
+    """L2 norm of the gradient of the whole model: shards count on every rank of `group`, whole parameters once."""
+    once = dist.get_rank(group) == 0
+    gradients = [
+        parameter.grad
+        for parameter in model.parameters()
+        if parameter.grad is not None and (once or hasattr(parameter, "tensor_shard"))
+    ]
+    square = torch.nn.utils.get_total_norm(gradients).square()
+    dist.all_reduce(square, group=group)
+    return float(square.sqrt())
 
 
 class _ColumnConv1D(nn.Module):
@@ -186,7 +197,6 @@ def _shard_vocabulary(model: PreTrainedModel, group: Group) -> None:
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     parallel_head = None
     if isinstance(head, nn.Linear):
-        _whole_parameters(head, also=[embedding] if isinstance(embedding, nn.Embedding) else [])
         tied = isinstance(embedding, nn.Embedding) and embedding.weight is head.weight
         parallel_head = autotp.VocabParallelLinear(head, group, name="lm_head")
         for parameter in parallel_head.parameters():
@@ -195,7 +205,6 @@ def _shard_vocabulary(model: PreTrainedModel, group: Group) -> None:
         if not tied:
             parallel_head = None
     if isinstance(embedding, nn.Embedding):
-        _whole_parameters(embedding)
         layer = autotp.VocabParallelEmbedding(embedding, group, tied_vocab_parallel_linear=parallel_head)
         layer.weight.tensor_shard = Shard(0)
         model.set_input_embeddings(layer)
@@ -253,19 +262,6 @@ def _divide_heads(module: nn.Module, ranks: int) -> None:
         value = getattr(module, name, None)
         if isinstance(value, int) and not isinstance(value, bool) and value % ranks == 0:
             setattr(module, name, value // ranks)
-
-
-def _whole_parameters(module: nn.Module, also: list[nn.Module] | None = None) -> None:
-    """Give `module` ordinary whole parameters where ZeRO-3 has partitioned them; modules `also` keep their ties."""
-    for name, parameter in list(module.named_parameters(recurse=False)):
-        if not hasattr(parameter, "ds_id"):
-            continue
-        with gathered([parameter]):
-            whole = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
-        for owner in [module, *(also or [])]:
-            for other, its in list(owner.named_parameters(recurse=False)):
-                if its is parameter and (owner is not module or other == name):
-                    setattr(owner, other, whole)
 
 
 def _before_experts(name: str) -> str | None:

@@ -83,8 +83,8 @@ def deepspeed_json(
     """
     precision = run.precision
     planned: dict[str, Any] = {
-        # DeepSpeed checks the triple against all ranks, not the data ranks (runtime/config.py:602).
-        "train_batch_size": batch.micro_samples * batch.accumulation * layout.ranks,
+        # Sequence ranks, which share samples, are data ranks to DeepSpeed (parallel/mesh.py).
+        "train_batch_size": batch.micro_samples * batch.accumulation * layout.data * layout.sequence,
         "train_micro_batch_size_per_gpu": batch.micro_samples,
         "gradient_accumulation_steps": batch.accumulation,
         # Left out it means 1.0 (runtime/constants.py:203).
@@ -102,6 +102,9 @@ def deepspeed_json(
         "timers": {"throughput": {"enabled": False, "synchronized": False}},
         "wall_clock_breakdown": False,
     }
+    if layout.pipe > 1:
+        # Sent whole: cut over tensor ranks, messages are as large and come with a gather (pipe/engine.py:732).
+        planned["pipeline"] = {"pipe_partitioned": False, "grad_partitioned": False}
     return _merged(planned, run.deepspeed)
 
 

@@ -6,6 +6,7 @@ Each comes from DeepSpeed's, torch's or transformers' source, or from a run that
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,6 +108,10 @@ _BELOW_3 = _at("parallel.zero_stage", 0, 1, 2)
 _FLASH = _at("model.attention", "flash_attention_2", "flash_attention_3")
 _CLASSIFIER = _at("task.kind", "sequence-classification")
 _PIPELINE = _above_one("parallel.pipeline")
+_TENSOR = _above_one("parallel.tensor")
+_SEQUENCE = _above_one("parallel.sequence")
+_HEADS = ("num_attention_heads", "num_key_value_heads")
+_CUT_BY_TENSOR = (*_HEADS, "hidden_size", "intermediate_size")
 # DeepSpeed's folders op_builder/{cpu,xpu,hpu} have no quantizer.
 _NO_QUANTIZER = _device("cpu", "xpu", "hpu")
 
@@ -203,6 +208,14 @@ def _divisors(number: int | None) -> str:
     return "one of " + ", ".join(str(value) for value in range(1, (number or 1) + 1) if (number or 1) % value == 0)
 
 
+def _common_divisors(facts: Facts, sizes: tuple[str, ...]) -> str:
+    return _divisors(math.gcd(*(_sizes(facts, name) or 0 for name in sizes)))
+
+
+def _sizes_in_words(facts: Facts, sizes: tuple[str, ...]) -> str:
+    return " and ".join(f"{name}={_sizes(facts, name)}" for name in sizes if _sizes(facts, name))
+
+
 def _sizes(facts: Facts, name: str) -> Any:
     return getattr(facts.size, name, None)
 
@@ -294,8 +307,18 @@ RULES: tuple[Rule | KeyRule, ...] = (
     ),
     # -- pipeline, tensor, sequence ------------------------------------------------------------------------------
     Rule(
-        "pipeline", "parallel.pipeline", _PIPELINE, "pipeline parallelism is not available in this version",
-        "set parallel.pipeline=1; parallel.zero_stage=3 spreads the model over ranks",
+        "pipeline-task", "parallel.pipeline", _all(_PIPELINE, _not(_at("task.kind", "causal-lm"))),
+        lambda f: f"models of {f.run.task.kind} aren't cut into stages",
+        "set parallel.pipeline=1; parallel.tensor or parallel.zero_stage=3 spread the model over ranks",
+    ),
+    Rule(
+        "pipeline-sequence", "parallel.sequence", _all(_PIPELINE, _SEQUENCE),
+        "DeepSpeed's pipelines know no sequence ranks (runtime/pipe/topology.py:234)",
+        "set parallel.sequence=1, or parallel.pipeline=1",
+    ),
+    Rule(
+        "pipeline-compile", "model.compile", _all(_at("model.compile", True), _any(_PIPELINE, _TENSOR, _SEQUENCE)),
+        "layers that exchange tensors with other ranks aren't compiled", "set model.compile=false",
     ),
     Rule(
         "pipeline-zero", "parallel.zero_stage", _all(_PIPELINE, _at("parallel.zero_stage", 2, 3)),
@@ -308,30 +331,53 @@ RULES: tuple[Rule | KeyRule, ...] = (
         lambda f: f"at most {_sizes(f, 'num_hidden_layers')}",
     ),
     Rule(
+        "stage-layers-pipeline", "parallel.stage_layers", _all(_given("parallel.stage_layers"), _not(_PIPELINE)),
+        "there is one stage only", "leave it out, or set parallel.pipeline above 1",
+    ),
+    Rule(
+        "stage-layers-count", "parallel.stage_layers",
+        lambda f: _PIPELINE(f) and f.run.parallel.stage_layers is not None
+        and len(f.run.parallel.stage_layers) != f.run.parallel.pipeline,
+        lambda f: f"it doesn't have a number for each of the {f.run.parallel.pipeline} stages",
+        lambda f: f"write {f.run.parallel.pipeline} numbers, or leave it out",
+    ),
+    Rule(
+        "stage-layers-sum", "parallel.stage_layers",
+        lambda f: f.run.parallel.stage_layers is not None and _sizes(f, "num_hidden_layers")
+        and sum(f.run.parallel.stage_layers) != _sizes(f, "num_hidden_layers"),
+        lambda f: f"the model has {_sizes(f, 'num_hidden_layers')} layers",
+        "let the numbers add up to that, or leave it out",
+    ),
+    Rule(
         "pipeline-tied", "precision.gradient_dtype", _pipeline_ties_diverge,
         "tied weights diverge between the stages of a pipeline (pipe/engine.py:283)",
         "set model.tie_word_embeddings=false, or precision.dtype=bf16 without offload",
     ),
     Rule(
-        "tensor", "parallel.tensor", _above_one("parallel.tensor"),
-        "tensor parallelism is not available in this version",
-        "set parallel.tensor=1; parallel.zero_stage=3 spreads the model over ranks",
+        "tensor-sizes", "parallel.tensor", _degree_does_not_divide("parallel.tensor", *_CUT_BY_TENSOR),
+        lambda f: f"it doesn't divide {_sizes_in_words(f, _CUT_BY_TENSOR)}",
+        lambda f: _common_divisors(f, _CUT_BY_TENSOR),
     ),
     Rule(
-        "tensor-heads", "parallel.tensor",
-        _degree_does_not_divide("parallel.tensor", "num_attention_heads", "num_key_value_heads"),
-        lambda f: f"it doesn't divide {_sizes(f, 'num_attention_heads')} heads and their key-value heads",
-        lambda f: _divisors(_sizes(f, "num_key_value_heads") or _sizes(f, "num_attention_heads")),
+        "tensor-offload", "parallel.tensor",
+        _all(_TENSOR, _not(_at("parallel.offload_params", "none"))),
+        "parameters of tensor ranks aren't offloaded in this version", "set parallel.offload_params=none",
     ),
     Rule(
-        "sequence", "parallel.sequence", _above_one("parallel.sequence"),
-        "sequence parallelism is not available in this version",
-        "set parallel.sequence=1; model.activation_checkpointing=true saves memory on long samples",
+        "sequence-task", "parallel.sequence", _all(_SEQUENCE, _not(_at("task.kind", "causal-lm"))),
+        lambda f: f"samples of {f.run.task.kind} aren't shared between ranks", "set parallel.sequence=1",
     ),
     Rule(
-        "sequence-heads", "parallel.sequence", _degree_does_not_divide("parallel.sequence", "num_attention_heads"),
-        lambda f: f"it doesn't divide the {_sizes(f, 'num_attention_heads')} heads (ulysses_sp.py:147)",
-        lambda f: _divisors(_sizes(f, "num_attention_heads")),
+        "sequence-attention", "model.attention", _all(_SEQUENCE, _not(_at("model.attention", "auto", "sdpa"))),
+        "tokens are exchanged around torch's scaled-dot-product attention", "set model.attention=sdpa",
+    ),
+    Rule(
+        "sequence-heads", "parallel.sequence",
+        lambda f: _SEQUENCE(f) and any(
+            (_sizes(f, name) or 0) % (f.run.parallel.sequence * f.run.parallel.tensor) for name in _HEADS
+        ),
+        lambda f: f"{'with the tensor ranks it' if _TENSOR(f) else 'it'} doesn't divide {_sizes_in_words(f, _HEADS)}",
+        lambda f: f"{'tensor x sequence ' if _TENSOR(f) else ''}{_common_divisors(f, _HEADS)}",
     ),
     Rule(
         "sequence-length", "data.sequence_length",

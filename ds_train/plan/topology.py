@@ -56,6 +56,10 @@ class Layout:
         pipe, data = divmod(rest, self.data)
         return Coordinates(pipe, data, sequence, tensor)
 
+    def rank(self, place: Coordinates) -> int:
+        """Rank at a place in the grid: the inverse of `coordinates`."""
+        return ((place.pipe * self.data + place.data) * self.sequence + place.sequence) * self.tensor + place.tensor
+
 
 @cache
 def processor_has_fp16() -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,10 +15,13 @@ from ds_train.parallel import check
 from ds_train.parallel.pipeline import balance
 from ds_train.plan.topology import Layout
 
+NO_GROUPS: Any = SimpleNamespace(tensor=None, sequence=None)
+"""The mesh of one process: a pipeline's cut is checked without any group."""
+
 
 def difference(arch: str, stages: int, **sections: object) -> str | None:
     run = RunConfig.model_validate({"model": {"arch": arch}, "schedule": {"steps": 1}, **sections})
-    return check.difference(run, AutoConfig.for_model(arch), Layout(stages, 1, 1, 1), None)
+    return check.difference(run, AutoConfig.for_model(arch), Layout(stages, 1, 1, 1), NO_GROUPS)
 
 
 @pytest.mark.parametrize("stages", [2, 4])

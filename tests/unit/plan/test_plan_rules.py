@@ -38,19 +38,34 @@ class Broken:
 STAGE3 = {"parallel.zero_stage": 3}
 CASES = [
     Broken("ranks", {"parallel.ranks": 8}, "parallel.ranks=8: the recipe is made for 8 ranks and 4 were started"),
-    Broken("layout-divides", {"parallel.tensor": 4}, "doesn't divide the 6 ranks", ("tensor",), ranks=6),
-    Broken("pipeline", {"parallel.pipeline": 2}, "set parallel.pipeline=1; parallel.zero_stage=3"),
-    Broken("pipeline-zero", {"parallel.pipeline": 2, "parallel.zero_stage": 2}, "zero_stage=1", ("pipeline",)),
-    Broken("pipeline-layers", {"parallel.pipeline": 4, "model.num_hidden_layers": 2}, "at most 2", ("pipeline",)),
+    Broken("layout-divides", {"parallel.tensor": 4}, "doesn't divide the 6 ranks", ranks=6),
+    Broken(
+        "pipeline-task", BERT | {"task.kind": "masked-lm", "parallel.pipeline": 2, "data.sequence_length": 64},
+        "masked-lm aren't cut into stages",
+    ),
+    Broken("pipeline-sequence", {"parallel.pipeline": 2, "parallel.sequence": 2}, "set parallel.sequence=1"),
+    Broken("pipeline-compile", {"parallel.tensor": 2, "model.compile": True}, "set model.compile=false"),
+    Broken("pipeline-zero", {"parallel.pipeline": 2, "parallel.zero_stage": 2}, "zero_stage=1"),
+    Broken("pipeline-layers", {"parallel.pipeline": 4, "model.num_hidden_layers": 2}, "at most 2"),
+    Broken("stage-layers-pipeline", {"parallel.stage_layers": [4]}, "leave it out, or set parallel.pipeline"),
+    Broken("stage-layers-count", {"parallel.pipeline": 2, "parallel.stage_layers": [1, 1, 2]}, "write 2 numbers"),
+    Broken("stage-layers-sum", {"parallel.pipeline": 2, "parallel.stage_layers": [1, 1]}, "add up to that"),
     Broken(
         "pipeline-tied", {"parallel.pipeline": 2, "model.tie_word_embeddings": True, "precision.dtype": "fp16"},
-        "tied weights diverge", ("pipeline",),
+        "tied weights diverge",
     ),
-    Broken("tensor", {"parallel.tensor": 2}, "not available"),
-    Broken("tensor-heads", {"parallel.tensor": 8}, "one of 1, 2, 4", ("tensor",), ranks=8),
-    Broken("sequence", {"parallel.sequence": 2}, "model.activation_checkpointing=true"),
-    Broken("sequence-heads", {"parallel.sequence": 16}, "one of 1, 2, 4, 8", ("sequence",), ranks=16),
-    Broken("sequence-length", {"parallel.sequence": 4, "data.sequence_length": 510}, "nearest: 512", ("sequence",)),
+    Broken("tensor-sizes", {"parallel.tensor": 8}, "num_key_value_heads=4 and hidden_size"),
+    Broken("tensor-offload", STAGE3 | {"parallel.tensor": 2, "parallel.offload_params": "cpu"}, "offload_params=none"),
+    Broken(
+        "sequence-task", BERT | {"task.kind": "masked-lm", "parallel.sequence": 2, "data.sequence_length": 64},
+        "masked-lm aren't shared",
+    ),
+    Broken("sequence-attention", {"parallel.sequence": 2, "model.attention": "eager"}, "set model.attention=sdpa"),
+    Broken("sequence-heads", {"parallel.sequence": 16}, "one of 1, 2, 4", ranks=16),
+    Broken(
+        "sequence-heads", {"parallel.sequence": 4, "parallel.tensor": 2}, "tensor x sequence one of 1, 2, 4", ranks=8
+    ),
+    Broken("sequence-length", {"parallel.sequence": 4, "data.sequence_length": 510}, "nearest: 512"),
     Broken("offload-stage", {"parallel.zero_stage": 0, "parallel.offload_optimizer": "cpu"}, "zero_stage=1 or more"),
     Broken(
         "offload-nvme-stage", {"parallel.offload_optimizer": "nvme", "parallel.nvme_path": "/tmp"},

@@ -1,0 +1,149 @@
+"""This rank's part of a model in any layout, ready for `deepspeed.initialize`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ds_train.config import RunConfig
+from ds_train.models.load import build_model, matrix_parameters, outline
+from ds_train.models.tasks import TaskLoss
+from ds_train.parallel.mesh import Group, Mesh
+from ds_train.parallel.pipeline import (
+    Pipeline,
+    Stage,
+    balance,
+    cut_to_stage,
+    find_cut,
+    layer_costs,
+    stage_bounds,
+)
+from ds_train.parallel.sequence import SequenceParallel
+from ds_train.parallel.tensor import cuts_vocabulary, shard_model, tensor_plan
+from ds_train.plan.make import RunPlan
+from ds_train.plan.topology import Layout
+
+
+@dataclass(frozen=True)
+class Part:
+    """What this rank holds of a model, and how it works with the others.
+
+    `model` is the transformers model (a stage's has stand-ins for what is elsewhere); `module` and `mpu` go to
+    `deepspeed.initialize`. `task` is None in a pipeline, where the last stage has it. `outline` is the whole model on
+    torch's meta device, or `model` itself where it is whole. `stage_layers` are the layers of each pipeline stage.
+    """
+
+    model: PreTrainedModel
+    module: nn.Module
+    mesh: Mesh
+    mpu: Any
+    outline: PreTrainedModel
+    matrix_parameters: int
+    task: TaskLoss | None = None
+    pipeline: Pipeline | None = None
+    sequence: SequenceParallel | None = None
+    stage_layers: tuple[int, ...] = ()
+
+    @property
+    def loss(self) -> TaskLoss:
+        """What `model` is trained on; a pipeline asks its last stage."""
+        if self.task is None:
+            raise ValueError("the loss of a pipeline is its last stage's")
+        return self.task
+
+
+def build_part(run: RunConfig, config: PreTrainedConfig, plan: RunPlan, mesh: Mesh) -> Part:
+    """Build this rank's part. Collective: every rank calls it with the same recipe and plan.
+
+    Raises:
+        UserError: whatever the model refuses.
+    """
+    layout = plan.layout
+    if layout.pipe > 1:
+        return _pipeline_part(run, config, layout, mesh)
+    if layout.tensor > 1:
+        sketch = outline(run, config)
+        cut = _Cutter(run, config, sketch, layout, mesh.tensor)
+        model = cut.whole()
+        task = TaskLoss(model, cut.vocabulary_group)
+    else:
+        sketch = model = build_model(run, config, plan.deepspeed_json, plan.zero_stage)
+        task = TaskLoss(model)
+    sequence = SequenceParallel(mesh.sequence, model) if layout.sequence > 1 else None
+    mpu = mesh if layout.tensor * layout.sequence > 1 else None
+    return Part(model, model, mesh, mpu, sketch, matrix_parameters(sketch), task, sequence=sequence)
+
+
+def build_stages(run: RunConfig, config: PreTrainedConfig, layout: Layout, group: Group) -> list[Stage]:
+    """Every stage of the model in this process, each sharded over the tensor ranks of `group`, balanced by count.
+
+    Raises:
+        ValueError: there is no plan to cut the model by.
+    """
+    sketch = outline(run, config)
+    cutter = _Cutter(run, config, sketch, layout, group)
+    if layout.pipe == 1:
+        return [Stage(cutter.whole(), vocabulary_group=cutter.vocabulary_group)]
+    cutter.sizes = balance([1.0] * config.num_hidden_layers, 0.0, layout.pipe)
+    return [cutter.stage(number) for number in range(layout.pipe)]
+
+
+class _Cutter:
+    """Makes parts of one model: pipeline stages, tensor shards, or both."""
+
+    def __init__(
+        self, run: RunConfig, config: PreTrainedConfig, sketch: PreTrainedModel, layout: Layout, group: Group
+    ) -> None:
+        self._run, self._config, self._group, self._layout = run, config, group, layout
+        self._plan = tensor_plan(sketch) if layout.tensor > 1 else {}
+        if layout.tensor > 1 and not self._plan:
+            raise ValueError("there is no tensor plan for it")
+        vocabulary = layout.tensor > 1 and cuts_vocabulary(sketch, self._plan, layout.tensor)
+        self.vocabulary_group = group if vocabulary else None
+        self.sizes: list[int] = []
+        self._cut = find_cut(sketch) if layout.pipe > 1 else None
+        if self._cut is not None:
+            chosen = run.parallel.stage_layers
+            costs = layer_costs(sketch, self._cut, run.data.sequence_length)
+            self.sizes = list(chosen) if chosen is not None else balance(*costs, layout.pipe)
+
+    def whole(self) -> PreTrainedModel:
+        """The whole model, sharded over the tensor ranks."""
+        return self._shard(None)
+
+    def stage(self, number: int) -> Stage:
+        """Pipeline stage `number`, sharded over the tensor ranks."""
+        assert self._cut is not None
+        first, stop = list(stage_bounds(self.sizes))[number]
+        model = self._shard(partial(cut_to_stage, cut=self._cut, first=first, stop=stop))
+        return Stage(model, self._cut, first, stop, self.vocabulary_group)
+
+    def _shard(self, cut: Callable[[PreTrainedModel], None] | None) -> PreTrainedModel:
+        # Never partitioned by ZeRO-3 while it is built: DeepSpeed does that to the shards, over their data ranks.
+        model = build_model(self._run, self._config, {}, 0, cut)
+        if self._layout.tensor > 1:
+            shard_model(model, self._plan, self._group, self.vocabulary_group is not None)
+        return model
+
+
+def _pipeline_part(run: RunConfig, config: PreTrainedConfig, layout: Layout, mesh: Mesh) -> Part:
+    sketch = outline(run, config)
+    cutter = _Cutter(run, config, sketch, layout, mesh.tensor)
+    head = sketch.get_output_embeddings()
+    tied = head is not None and head.weight is sketch.get_input_embeddings().weight
+    pipeline = Pipeline(cutter.stage, layout, dynamic_shape=not run.data.packing, tied=tied)
+    return Part(
+        pipeline.stage.model,
+        pipeline,
+        mesh,
+        None,
+        sketch,
+        matrix_parameters(sketch),
+        pipeline=pipeline,
+        stage_layers=tuple(cutter.sizes),
+    )

@@ -1,0 +1,136 @@
+"""The oracle of layouts: torch and transformers alone, the whole global batch in one forward pass, and its recipe."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
+
+from ds_train.config import load
+from ds_train.data.build import load_data
+from ds_train.data.prepare import prepare, prepared_tokenizer
+
+STEPS, GLOBAL, LENGTH, SEED, LR, DECAY, CLIP = 10, 8, 48, 3, 3e-3, 0.1, 0.5
+
+_SIZES = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64, "initializer_range": 0.1,
+}  # fmt: skip
+_MASKED = ("bert",)
+_OWN: dict[str, dict[str, Any]] = {
+    "gpt2": {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 64, "initializer_range": 0.1},
+    "gemma2": {"sliding_window": 16, "query_pre_attn_scalar": 8},
+    "mistral": {"sliding_window": 16},
+    "llama": {"tie_word_embeddings": True},
+    "qwen3": {"tie_word_embeddings": True},
+    "phi": {"num_key_value_heads": 4},
+}
+FAMILIES = (
+    "llama", "qwen2", "qwen3", "mistral", "gpt_neox", "gemma2", "phi", "olmo2", "starcoder2", "gpt2", "bert",
+)  # fmt: skip
+
+
+def write_corpus(folder: Path) -> Path:
+    """60 documents of uneven length, many of them shorter than a window."""
+    folder.mkdir(parents=True)
+    random = np.random.default_rng(5)
+    words = ["alpha", "be", "gamma ray", "d", "epsilon\n", "zeta zeta", "été"]
+    for index in range(60):
+        text = " ".join(random.choice(words, size=int(random.integers(1, 60))))
+        (folder / f"{index:03d}.txt").write_text(text, encoding="utf-8")
+    return folder
+
+
+def write_weights(folder: Path, family: str) -> Path:
+    """A small model of the family with random weights and no dropout, as a transformers folder."""
+    known = AutoConfig.for_model(family).to_dict()
+    sizes = _SIZES | _OWN.get(family, {})
+    sizes = {"vocab_size": 300, **{key: value for key, value in sizes.items() if key in known or family == "phi"}}
+    dropout = {key: 0.0 for key, value in known.items() if isinstance(value, float) and ("drop" in key)}
+    special = {key: known[key] if (known[key] or 0) < 300 else None for key in known if key.endswith("_token_id")}
+    config = AutoConfig.for_model(family, **special, **sizes, **dropout)
+    torch.manual_seed(7)
+    auto: Any = AutoModelForMaskedLM if family in _MASKED else AutoModelForCausalLM
+    model = auto.from_config(config)
+    with torch.no_grad():  # norms that are all ones and biases that are all zeros would hide mistakes
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    return folder
+
+
+def write_recipe(
+    folder: Path, name: str, corpus: Path, weights: Path, family: str, parallel: dict[str, Any], **sections: Any
+) -> Path:
+    """A recipe of `STEPS` steps; `sections` are merged over its own."""
+    recipe: dict[str, Any] = {
+        "name": name,
+        "seed": SEED,
+        "run_root": str(folder / "runs"),
+        "model": {"path": str(weights)},
+        "task": {"kind": "masked-lm" if family in _MASKED else "causal-lm"},
+        "data": {
+            "source": "text", "path": str(corpus), "tokenizer": "bytes", "sequence_length": LENGTH,
+            "cache_dir": str(folder / "cache"), "validation_fraction": 0.0,
+        },
+        "batch": {"global_samples": GLOBAL, "micro_samples": 1},
+        "parallel": parallel,
+        "precision": {"dtype": "fp32"},
+        "optimizer": {"lr": LR, "weight_decay": DECAY, "clip_norm": CLIP},
+        "schedule": {"steps": STEPS, "warmup_fraction": 0.0},
+        "checkpoint": {"save_final": False, "export": False},
+        "track": {"peak_tflops": 1.0, "progress": False},
+    }  # fmt: skip
+    for key, value in sections.items():
+        recipe[key] = recipe.get(key, {}) | value
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    return path
+
+
+def plain_loop(recipe: Path) -> list[tuple[float, float]]:
+    """(loss, gradient norm before clipping) of each step of a recipe that loads fp32 weights."""
+    run = load(str(recipe))
+    folder = prepare(run, progress=False)
+    data = load_data(
+        run, folder=folder, tokenizer=prepared_tokenizer(folder), data_rank=0, data_ranks=1, micro_samples=GLOBAL,
+        eval_micro_samples=1,
+    )  # fmt: skip
+    auto: Any = AutoModelForMaskedLM if run.task.kind == "masked-lm" else AutoModelForCausalLM
+    model = auto.from_pretrained(run.model.path, dtype=torch.float32, attn_implementation="eager")
+    model.config.use_cache = False
+    model.train()
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() <= 1]
+    groups = [{"params": matrices, "weight_decay": DECAY}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.95), eps=1e-8, foreach=False)
+    history = []
+    for step in range(STEPS):
+        (batch,) = data.train.step(step)
+        labels = batch.pop("labels")
+        if "attention_mask" in batch:  # transformers' eager attention adds its mask
+            batch["attention_mask"] = torch.where(batch["attention_mask"], 0.0, torch.finfo(torch.float32).min)
+        for group in optimizer.param_groups:
+            group["lr"] = LR * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * (step + 1) / STEPS)))
+        logits = model(**batch).logits
+        loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+        history.append((loss.item(), norm.item()))
+    return history
+
+
+def history_of(folder: Path, name: str) -> list[tuple[float, float]]:
+    """(loss, gradient norm) of each step that the run wrote."""
+    lines = (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    return [(record["loss"], record["grad_norm"]) for record in records if record["kind"] == "train"]
