@@ -47,14 +47,14 @@ CASES = [
     Broken("pipeline-compile", {"parallel.tensor": 2, "model.compile": True}, "set model.compile=false"),
     Broken("pipeline-zero", {"parallel.pipeline": 2, "parallel.zero_stage": 2}, "zero_stage=1"),
     Broken("pipeline-layers", {"parallel.pipeline": 4, "model.num_hidden_layers": 2}, "at most 2"),
-    Broken("stage-layers-pipeline", {"parallel.stage_layers": [4]}, "leave it out, or set parallel.pipeline"),
-    Broken("stage-layers-count", {"parallel.pipeline": 2, "parallel.stage_layers": [1, 1, 2]}, "write 2 numbers"),
+    Broken("stage-layers-pipeline", {"parallel.stage_layers": [8]}, "leave it out, or set parallel.pipeline"),
+    Broken("stage-layers-count", {"parallel.pipeline": 2, "parallel.stage_layers": [2, 2, 4]}, "write 2 numbers"),
     Broken("stage-layers-sum", {"parallel.pipeline": 2, "parallel.stage_layers": [1, 1]}, "add up to that"),
     Broken(
         "pipeline-tied", {"parallel.pipeline": 2, "model.tie_word_embeddings": True, "precision.dtype": "fp16"},
         "tied weights diverge",
     ),
-    Broken("tensor-sizes", {"parallel.tensor": 8}, "num_key_value_heads=4 and hidden_size"),
+    Broken("tensor-sizes", {"parallel.tensor": 8}, "num_key_value_heads=4 and hidden_size", ranks=8),
     Broken("tensor-offload", STAGE3 | {"parallel.tensor": 2, "parallel.offload_params": "cpu"}, "offload_params=none"),
     Broken(
         "sequence-task", BERT | {"task.kind": "masked-lm", "parallel.sequence": 2, "data.sequence_length": 64},
