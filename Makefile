@@ -42,9 +42,9 @@ format: install-dev
 test: lint
 	$(BIN)/pytest
 
-# Every layout of the loss table (minutes).
+# Every layout of every family of the loss table (an hour or more on 2 cores).
 parity: install-dev
-	$(BIN)/pytest tests/parity
+	$(BIN)/pytest tests/parity -m parity
 
 # Against Hugging Face Trainer on the same model and data (minutes).
 bench: install-dev
