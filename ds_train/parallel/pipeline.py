@@ -251,7 +251,8 @@ class Pipeline(PipelineModule):
                 dynamic_shape=dynamic_shape,
             )
         self._weight = 1.0
-        self._sum: Tensor | None = None
+        self._sums = torch.zeros(3)
+        """(loss, correct, labels) of the micro-batches of the last call; training fills the loss alone."""
         self._last_shape: torch.Size | None = None
 
     @property
@@ -266,19 +267,15 @@ class Pipeline(PipelineModule):
             Summed loss of the micro-batches, fp64; 0 on stages other than the last.
         """
         self._weight = weight
-        self._sum = torch.zeros((), dtype=torch.float64, device=engine.device)
         self._prepare(engine, batches)
         engine.train_batch(_entries(batches))
-        return self._sum
+        return self._sums[0]
 
     def evaluate(self, engine: Any, batches: Sequence[Batch]) -> Tensor:
         """What `TaskLoss.scores` gives, summed over the micro-batches; zeros on stages other than the last."""
         self._prepare(engine, batches)
-        scores = engine.eval_batch(
-            _entries(batches), reduce_output=None, bcast_loss=False, num_micro_batches=len(batches)
-        )
-        nothing = torch.zeros(3, dtype=torch.float64, device=engine.device)
-        return torch.stack(scores).sum(0) if self.stage.is_last else nothing
+        engine.eval_batch(_entries(batches), reduce_output=None, bcast_loss=False, num_micro_batches=len(batches))
+        return self._sums
 
     def _prepare(self, engine: Any, batches: Sequence[Batch]) -> None:
         self.stage.travellers = stage_inputs(batches[0])[1]
@@ -286,15 +283,22 @@ class Pipeline(PipelineModule):
         if shape != self._last_shape:
             engine.reset_activation_shape()
         self._last_shape = shape
+        self._sums = torch.zeros(3, dtype=torch.float64, device=engine.device)
 
     def _loss(self, inputs: tuple[Tensor, ...], labels: Tensor) -> Tensor:
-        """What DeepSpeed asks the last stage for: the loss while training, the scores in evaluation."""
+        """What DeepSpeed asks the last stage for, of each micro-batch."""
         if not torch.is_grad_enabled():
-            return self.stage.scores(inputs, labels)
+            scores = self.stage.scores(inputs, labels)
+            self._sums += scores
+            return scores[0]
         loss = self.stage.loss(inputs, labels)
-        if self._sum is not None:
-            self._sum += loss.detach()
+        self._sums[0] += loss.detach()
         return loss * self._weight
+
+    @torch.no_grad()
+    def _synchronize_tied_weights(self) -> None:
+        # Outside of no_grad, torch takes this broadcast for a part of the backward pass.
+        super()._synchronize_tied_weights()
 
     def _index_tied_modules(self) -> dict[str, Any]:
         last = self.num_stages - 1

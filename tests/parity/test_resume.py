@@ -22,6 +22,11 @@ LAYOUTS = {
     "zero2-cpu-bf16": ({"zero_stage": 2, "offload_optimizer": "cpu"}, "bf16"),
     "zero3-fp32": ({"zero_stage": 3}, "fp32"),
     "zero3-bf16": ({"zero_stage": 3}, "bf16"),
+    "pipeline-fp32": ({"pipeline": 2}, "fp32"),
+    "pipeline-bf16": ({"pipeline": 2}, "bf16"),
+    "tensor-zero0-fp32": ({"tensor": 2, "zero_stage": 0}, "fp32"),
+    "tensor-zero3-bf16": ({"tensor": 2, "zero_stage": 3}, "bf16"),
+    "sequence-zero2-fp32": ({"sequence": 2, "zero_stage": 2}, "fp32"),
 }
 
 
