@@ -31,7 +31,8 @@ def fp32_products_are_faster(device: Any, dtype: torch.dtype) -> bool:
 def use_fp32_products(model: PreTrainedModel) -> None:
     """Let the linear layers and scaled-dot-product attention of `model` widen their operands."""
     for module in model.modules():
-        if type(module) is nn.Linear:
+        # A head that gives the loss (models/tasks.py) has a forward of its own and widens by itself.
+        if type(module) is nn.Linear and "forward" not in vars(module):
             module.forward = partial(_linear, module)  # type: ignore[method-assign]
     ALL_ATTENTION_FUNCTIONS["sdpa"] = _attention
 

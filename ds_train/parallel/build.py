@@ -23,7 +23,7 @@ from ds_train.parallel.pipeline import (
     layer_costs,
     stage_bounds,
 )
-from ds_train.parallel.sequence import SequenceParallel
+from ds_train.parallel.sequence import SequenceParallel, leave_sequence
 from ds_train.parallel.tensor import cuts_vocabulary, shard_model, tensor_plan
 from ds_train.plan.make import RunPlan
 from ds_train.plan.topology import Layout
@@ -64,6 +64,7 @@ def build_part(run: RunConfig, config: PreTrainedConfig, plan: RunPlan, mesh: Me
         UserError: whatever the model refuses.
     """
     layout = plan.layout
+    leave_sequence()
     if layout.pipe > 1:
         return _pipeline_part(run, config, layout, mesh)
     if layout.tensor > 1:

@@ -30,8 +30,12 @@ from ds_train.models.families import FAMILIES
 from ds_train.models.tasks import Batch, TaskLoss
 from ds_train.plan.topology import Layout
 
-TRAVELLERS = ("position_ids", "attention_mask")
-"""Integer inputs that every stage needs; they travel with the hidden states."""
+TRAVELLERS = ("position_ids", "attention_mask", "labels")
+"""Integer tensors that go from stage to stage with the hidden states.
+
+Labels too, so that the last stage's forward pass gives the loss: DeepSpeed's hooks on what a forward pass returns must
+be the first of the backward pass, since its 16-bit optimizer clears gradients there (bf16_optimizer.py:500).
+"""
 
 
 @dataclass(frozen=True)
@@ -147,8 +151,8 @@ def cut_to_stage(model: PreTrainedModel, cut: Cut, first: int, stop: int) -> Non
 class Stage(nn.Module):
     """One stage: the model's outline, called with a tuple of tensors as DeepSpeed's pipeline wants it.
 
-    (tokens or hidden states, then the travellers that the batch has) -> (hidden states, travellers); the last stage
-    gives its input back, since the loss needs the labels as well: `loss` runs it.
+    (tokens or hidden states, then the travellers that the batch has) -> (hidden states, travellers). The last stage
+    gives the summed loss of the micro-batch, or, where no gradient is asked for, what `TaskLoss.scores` gives.
     """
 
     def __init__(
@@ -173,11 +177,14 @@ class Stage(nn.Module):
             layers[stop].role = "exit"
         self._task = TaskLoss(model, vocabulary_group) if self.is_last else None
 
-    def forward(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        if self.is_last:
-            return inputs
+    def forward(self, inputs: tuple[Tensor, ...]) -> Any:
+        batch = dict(zip(("input_ids", *self.travellers), inputs, strict=True))
+        if self._task is not None:
+            compute = self._task.train_loss if torch.is_grad_enabled() else self._task.scores
+            return compute(self.call_with, batch)
+        del batch["labels"]
         try:
-            self.call_with(**self._as_batch(inputs))
+            self.call_with(**batch)
         except _StageEnd as end:
             return end.hidden_BTD.contiguous(), *inputs[1:]
         raise RuntimeError("the model's forward never reached the next stage's layers")
@@ -192,25 +199,6 @@ class Stage(nn.Module):
             return self.model(inputs_embeds=input_ids.detach(), **others)
         finally:
             entrance.arriving = None
-
-    def _as_batch(self, inputs: tuple[Tensor, ...], labels: Tensor | None = None) -> dict[str, Tensor]:
-        batch = dict(zip(("input_ids", *self.travellers), inputs, strict=True))
-        return batch if labels is None else {**batch, "labels": labels}
-
-    @property
-    def task(self) -> TaskLoss:
-        """The last stage's loss."""
-        if self._task is None:
-            raise ValueError("only the last stage has a loss")
-        return self._task
-
-    def loss(self, inputs: tuple[Tensor, ...], labels: Tensor) -> Tensor:
-        """The last stage: summed loss of the micro-batch that arrived as `inputs`."""
-        return self.task.train_loss(self.call_with, self._as_batch(inputs, labels))
-
-    def scores(self, inputs: tuple[Tensor, ...], labels: Tensor) -> Tensor:
-        """The last stage: what `TaskLoss.scores` gives, of the micro-batch that arrived as `inputs`."""
-        return self.task.scores(self.call_with, self._as_batch(inputs, labels))
 
     def shared_weight(self) -> nn.Parameter:
         """The end stages' copy of a weight that embedding and head share."""
@@ -285,15 +273,13 @@ class Pipeline(PipelineModule):
         self._last_shape = shape
         self._sums = torch.zeros(3, dtype=torch.float64, device=engine.device)
 
-    def _loss(self, inputs: tuple[Tensor, ...], labels: Tensor) -> Tensor:
-        """What DeepSpeed asks the last stage for, of each micro-batch."""
+    def _loss(self, result: Tensor, _: Tensor) -> Tensor:
+        """What DeepSpeed takes for the loss of a micro-batch, from what the last stage gave."""
         if not torch.is_grad_enabled():
-            scores = self.stage.scores(inputs, labels)
-            self._sums += scores
-            return scores[0]
-        loss = self.stage.loss(inputs, labels)
-        self._sums[0] += loss.detach()
-        return loss * self._weight
+            self._sums += result
+            return result[0]
+        self._sums[0] += result.detach()
+        return result * self._weight
 
     @torch.no_grad()
     def _synchronize_tied_weights(self) -> None:
@@ -325,7 +311,7 @@ class Pipeline(PipelineModule):
 
 
 def _entries(batches: Sequence[Batch]) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:
-    """(inputs of the first stage, labels of the last) of each micro-batch."""
+    """(inputs of the first stage, what DeepSpeed hands to the loss) of each micro-batch."""
     return ((stage_inputs(batch)[0], batch["labels"]) for batch in batches)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from transformers import AutoConfig
 
 from ds_train.config import RunConfig
@@ -43,7 +44,11 @@ def test_a_wrong_cut_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_lost_gradient_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     forward = check.Stage.forward
-    monkeypatch.setattr(check.Stage, "forward", lambda self, inputs: tuple(t.detach() for t in forward(self, inputs)))
+
+    def torn(self: check.Stage, inputs: tuple[torch.Tensor, ...]) -> object:
+        return forward(self, tuple(tensor.detach() for tensor in inputs))
+
+    monkeypatch.setattr(check.Stage, "forward", torn)
     assert "would get no gradient" in str(difference("llama", 2))
 
 
