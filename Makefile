@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RANKS ?= 2
 RECIPE ?= ds_configs/quickstart.yaml
 
-.PHONY: install install-dev train test lint format parity bench clean
+.PHONY: install install-dev train test lint format parity families bench clean
 
 # torch comes first and alone: a later install would replace its CPU build by a CUDA one of several GB.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -45,6 +45,10 @@ test: lint
 # Every layout of every family of the loss table (an hour or more on 2 cores).
 parity: install-dev
 	$(BIN)/pytest tests/parity -m parity
+
+# docs/families.md: which model families train in a pipeline and with tensor ranks (half an hour on 2 cores).
+families: install-dev
+	$(BIN)/python benchmarks/families.py
 
 # Against Hugging Face Trainer on the same model and data (minutes).
 bench: install-dev

@@ -89,7 +89,7 @@ FAMILIES: dict[str, Family] = {
 
 # Sizes of a look-alike. Heads, groups and widths can be cut by 2 and 4.
 _SMALL = {
-    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "head_dim": 8, "max_position_embeddings": 64,
+    "vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "head_dim": 8, "max_position_embeddings": 64,
     "num_attention_heads": 4, "num_key_value_heads": 4, "moe_intermediate_size": 16,
     "shared_expert_intermediate_size": 16, "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4,
     "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "q_lora_rank": 16, "kv_lora_rank": 16,
@@ -98,7 +98,7 @@ _SMALL = {
     "word_embed_proj_dim": 32, "ffn_dim": 48, "n_inner": 48, "embedding_size": 32,
     "linear_num_key_heads": 4, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
     "num_global_key_value_heads": 2, "global_head_dim": 8, "hidden_size_per_layer_input": 8,
-    "vocab_size_per_layer_input": 96, "expert_ffn_hidden_size": 16, "ffn_hidden_size": 48, "index_head_dim": 8,
+    "vocab_size_per_layer_input": 320, "expert_ffn_hidden_size": 16, "ffn_hidden_size": 48, "index_head_dim": 8,
     "index_n_heads": 4, "index_topk": 32, "d_model": 32, "n_embd": 32,
 }  # fmt: skip
 
