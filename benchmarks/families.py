@@ -50,7 +50,8 @@ def families() -> list[str]:
     from ds_train.models.families import FAMILIES
 
     def planned(name: str) -> bool:
-        config: Any = CONFIG_MAPPING.get(name, None)
+        # Its `get` knows only what has been loaded.
+        config: Any = CONFIG_MAPPING[name] if name in CONFIG_MAPPING else None  # noqa: SIM401
         plans = ("base_model_pp_plan", "base_model_tp_plan")
         return config is not None and (name in FAMILIES or any(getattr(config, plan, None) for plan in plans))
 
@@ -224,9 +225,9 @@ def write_page(outcome: dict[str, dict[str, str]]) -> None:
         "# Model families in pipelines and tensor parallelism",
         "",
         f"Written by `make families` with {versions}:",
-        "every causal-LM family that has a pipeline or tensor plan, at tiny size, trained on CPU ranks and compared with a",
-        f"plain PyTorch loop ({STEPS} steps, fp32, relative {TOLERANCE:g}). What doesn't work is refused before training with",
-        "this reason.",
+        "every causal-LM family that has a pipeline or tensor plan, at tiny size, trained on CPU ranks and compared",
+        f"with a plain PyTorch loop ({STEPS} steps, fp32, relative {TOLERANCE:g}). What doesn't work is refused before",
+        "training with this reason.",
         "",
         "Works: " + ", ".join(f"{layout}: **{counts[layout]}** of {len(outcome)}" for layout in LAYOUTS) + ".",
         "",
@@ -236,6 +237,7 @@ def write_page(outcome: dict[str, dict[str, str]]) -> None:
     for family, row in sorted(outcome.items()):
         cells = [row[layout].replace("|", "\\|").replace("\n", " ") for layout in LAYOUTS]
         lines.append(f"| {family} | " + " | ".join(cells) + " |")
+    PAGE.parent.mkdir(exist_ok=True)
     PAGE.write_text("\n".join(lines) + "\n")
 
 
