@@ -19,7 +19,8 @@ class BatchSection(Section):
     """Samples per optimizer step, over all ranks. Must be a multiple of micro_samples x data ranks."""
 
     micro_samples: Positive | Auto = "auto"
-    """Samples per forward pass of one rank. `auto` takes the largest divisor of the rank's share up to 8."""
+    """Samples per forward pass of one rank. `auto` takes the largest divisor of the rank's share up to 8, in a
+    pipeline one that leaves at least four micro-batches a stage."""
 
     eval_micro_samples: Positive | Auto = "auto"
     """Samples per forward pass in evaluation. `auto` takes micro_samples."""

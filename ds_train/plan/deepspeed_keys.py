@@ -62,6 +62,11 @@ _OWN_OPTIMIZER = ("it needs DeepSpeedCPUAdam, and the optimizer here is torch's"
 _OWN_ORDER = ("the order of samples is a function of the seed and the position alone", "leave it out")
 _MASTER = ("the optimizer always keeps fp32 master weights and moments", "leave it out")
 
+_EXPERTS = (
+    "DeepSpeed's AutoEP fails with this transformers (it asks auto_ep_presets/base.py:326 for what isn't there)",
+    "leave it out; parallel.tensor and parallel.zero_stage=3 spread a mixture's weights",
+)
+
 REFUSED: dict[str, tuple[str, str]] = {
     "tensorboard": _MONITOR,
     "csv_monitor": _MONITOR,
@@ -78,8 +83,8 @@ REFUSED: dict[str, tuple[str, str]] = {
     "zero_optimization.offload_optimizer.super_offload": _OWN_OPTIMIZER,
     "zero_optimization.compute_grad_norm": ("every step reports the norm of its gradients", "leave it out"),
     "zero_optimization.legacy_stage1": ("its checkpoints and losses differ from stage 1's", "leave it out"),
-    "expert_parallel": ("expert parallelism is not available in this version", "leave it out"),
-    "use_data_before_expert_parallelism": ("expert parallelism is not available in this version", "leave it out"),
+    "expert_parallel": _EXPERTS,
+    "use_data_before_expert_parallelism": _EXPERTS,
     "hybrid_engine": ("it is an engine for reinforcement learning, not for this step loop", "leave it out"),
     "autotuning": ("it ends the run after a few profiled steps", "leave it out"),
     "checkpoint.load_universal": ("checkpoints here resume on the layout that wrote them", "leave it out"),

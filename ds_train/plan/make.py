@@ -17,6 +17,9 @@ from ds_train.plan.stage import effective_stage
 from ds_train.plan.topology import Cluster, Layout
 
 
+_MUCH_IDLE = 0.25
+
+
 @dataclass(frozen=True)
 class RunPlan:
     """What a run will do.
@@ -53,7 +56,7 @@ def make_plan(run: RunConfig, cluster: Cluster) -> RunPlan:
     problems = check(facts) + check_raw(run.deepspeed)
     data_ranks = max(1, cluster.ranks // facts.fixed_ranks)
     try:
-        batch = plan_batch(run.batch, data_ranks)
+        batch = plan_batch(run.batch, data_ranks, run.parallel.pipeline)
     except UserError as error:
         raise UserError(problems + error.problems) from None
     if problems:
@@ -61,10 +64,10 @@ def make_plan(run: RunConfig, cluster: Cluster) -> RunPlan:
     parallel = run.parallel
     layout = Layout(parallel.pipeline, data_ranks, parallel.sequence, parallel.tensor)
     json = deepspeed_json(run, layout, batch, cluster, facts.size)
-    return RunPlan(cluster, layout, batch, facts.stage, facts.size, json, _notes(facts))
+    return RunPlan(cluster, layout, batch, facts.stage, facts.size, json, _notes(facts, batch))
 
 
-def _notes(facts: Facts) -> tuple[str, ...]:
+def _notes(facts: Facts, batch: BatchPlan) -> tuple[str, ...]:
     """What the user should know although nothing is wrong."""
     notes = []
     _, promoted = effective_stage(facts.run)
@@ -73,6 +76,13 @@ def _notes(facts: Facts) -> tuple[str, ...]:
     partition, on_host = facts.run.parallel.secondary_partition, facts.cluster.ranks_per_host
     if partition > 1 and on_host % partition:
         notes.append(f"parallel.secondary_partition={partition} spans hosts of {on_host} ranks: its gathers cross them")
+    stages, micro_batches = facts.run.parallel.pipeline, batch.accumulation
+    idle = (stages - 1) / (micro_batches + stages - 1)
+    if idle > _MUCH_IDLE:
+        notes.append(
+            f"parallel.pipeline={stages}: with {micro_batches} micro-batches a step its ranks idle {idle:.0%} of the "
+            "time; raise batch.global_samples or lower batch.micro_samples"
+        )
     data = facts.run.data
     if facts.run.task.kind == "sequence-classification" and data.packing and "packing" in data.model_fields_set:
         notes.append("data.packing=True: samples of sequence-classification are padded, not packed")

@@ -213,6 +213,7 @@ def _common_divisors(facts: Facts, sizes: tuple[str, ...]) -> str:
 
 
 def _sizes_in_words(facts: Facts, sizes: tuple[str, ...]) -> str:
+    """The sizes that the model's degree of parallelism must divide, those that are known."""
     return " and ".join(f"{name}={_sizes(facts, name)}" for name in sizes if _sizes(facts, name))
 
 
@@ -301,9 +302,9 @@ RULES: tuple[Rule | KeyRule, ...] = (
         lambda f: f"start {f.run.parallel.ranks} with --num_accelerators, or set parallel.ranks=auto",
     ),
     Rule(
-        "layout-divides", "parallel", lambda f: f.cluster.ranks % f.fixed_ranks,
-        lambda f: f"pipeline x tensor x sequence = {f.fixed_ranks} doesn't divide the {f.cluster.ranks} ranks",
-        lambda f: f"start a multiple of {f.fixed_ranks} ranks", lambda f: f"{f.fixed_ranks} ranks a model",
+        "layout-divides", "parallel.pipeline x tensor x sequence", lambda f: f.cluster.ranks % f.fixed_ranks,
+        lambda f: f"it doesn't divide the {f.cluster.ranks} ranks",
+        lambda f: f"start a multiple of {f.fixed_ranks} ranks", lambda f: f.fixed_ranks,
     ),
     # -- pipeline, tensor, sequence ------------------------------------------------------------------------------
     Rule(

@@ -28,6 +28,13 @@ def test_auto_takes_the_largest_divisor_of_the_share_up_to_8(global_samples: int
     assert plan.eval_micro_samples == plan.micro_samples
 
 
+@pytest.mark.parametrize(
+    ("global_samples", "stages", "micro"), [(256, 2, 8), (64, 4, 4), (16, 2, 2), (8, 4, 1), (6, 2, 1)]
+)
+def test_auto_leaves_a_pipeline_four_micro_batches_a_stage(global_samples: int, stages: int, micro: int) -> None:
+    assert plan_batch(BatchSection(global_samples=global_samples), 1, stages).micro_samples == micro
+
+
 def test_given_sizes_are_taken() -> None:
     plan = plan_batch(BatchSection(global_samples=48, micro_samples=12, eval_micro_samples=5), 2)
     assert (plan.micro_samples, plan.eval_micro_samples, plan.accumulation) == (12, 5, 2)
@@ -60,3 +67,8 @@ def test_ranks_differ_in_tensor_first_and_in_pipe_last() -> None:
     for rank in (-1, 12):
         with pytest.raises(ValueError, match="outside"):
             layout.coordinates(rank)
+
+
+def test_ranks_and_places_are_inverse() -> None:
+    layout = Layout(pipe=2, data=3, sequence=2, tensor=2)
+    assert [layout.rank(layout.coordinates(rank)) for rank in range(layout.ranks)] == list(range(24))
