@@ -59,6 +59,8 @@ OWNED = {
     "tensor_parallel": "parallel.tensor",
     "sequence_parallel_size": "parallel.sequence",
     "pipeline": "parallel.pipeline",
+    "pipeline.pipe_partitioned": "parallel.pipeline",
+    "pipeline.grad_partitioned": "parallel.pipeline",
     "wandb": "track.wandb",
 }
 """DeepSpeed keys that the plan writes, or that would work against it, and the recipe key that is set instead."""
@@ -148,8 +150,10 @@ def _zero(run: RunConfig, cluster: Cluster, size: ModelSize | None) -> dict[str,
         "stage": stage,
         "contiguous_gradients": True,
         "reduce_scatter": True,
-        # Without streams there is nothing to overlap with, and a second bucket costs memory.
-        "overlap_comm": cluster.device != "cpu" and cluster.ranks > 1 if overlap == "auto" else overlap,
+        # Without streams there is nothing to overlap with, and a second bucket costs memory. Pipelines can't.
+        "overlap_comm": cluster.device != "cpu" and cluster.ranks > 1 and parallel.pipeline == 1
+        if overlap == "auto"
+        else overlap,
         "reduce_bucket_size": bucket,
         "allgather_bucket_size": bucket,
     }

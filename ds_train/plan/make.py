@@ -16,7 +16,6 @@ from ds_train.plan.rules import check
 from ds_train.plan.stage import effective_stage
 from ds_train.plan.topology import Cluster, Layout
 
-
 _MUCH_IDLE = 0.25
 
 

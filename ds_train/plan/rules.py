@@ -326,6 +326,11 @@ RULES: tuple[Rule | KeyRule, ...] = (
         "DeepSpeed's pipelines shard optimizer states only (pipe/engine.py:76)", "set parallel.zero_stage=1",
     ),
     Rule(
+        "pipeline-overlap", "parallel.overlap_communication",
+        _all(_PIPELINE, _at("parallel.overlap_communication", True)),
+        "DeepSpeed's pipelines reduce gradients after the last backward pass (engine.py:2661)", "set auto or false",
+    ),
+    Rule(
         "pipeline-layers", "parallel.pipeline",
         lambda f: f.size and f.size.num_hidden_layers and f.run.parallel.pipeline > f.size.num_hidden_layers,
         lambda f: f"the model has {_sizes(f, 'num_hidden_layers')} layers",

@@ -46,6 +46,11 @@ RECIPES: dict[str, tuple[dict[str, Any], Cluster]] = {
          "deepspeed.fp16.hysteresis": 4},
         Cluster(2, 2, "cuda"),
     ),
+    "pipeline_tensor": ({"parallel.pipeline": 2, "parallel.tensor": 2}, Cluster(8, 8, "cuda", here=False)),
+    "sequence_zero3": (
+        {"parallel.sequence": 2, "parallel.zero_stage": 3, "precision.gradient_dtype": "bf16"},
+        Cluster(8, 8, "cuda", here=False),
+    ),
 }  # fmt: skip
 
 
@@ -76,9 +81,12 @@ def test_deepspeed_reads_it_as_meant(name: str, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(
         config_module, "dist", SimpleNamespace(get_rank=lambda: 0, get_world_size=lambda: planned.cluster.ranks)
     )
-    config = config_module.DeepSpeedConfig(planned.deepspeed_json)
-    assert config.world_size == planned.cluster.ranks
-    assert config.train_batch_size == run.batch.global_samples
+    # As in training, DeepSpeed is told how many ranks average gradients.
+    replicas = planned.layout.data * planned.layout.sequence
+    mpu = SimpleNamespace(get_data_parallel_world_size=lambda: replicas)
+    config = config_module.DeepSpeedConfig(planned.deepspeed_json, mpu)
+    assert config.world_size == replicas
+    assert config.train_batch_size == run.batch.global_samples * planned.layout.sequence
     assert config.gradient_accumulation_steps == planned.batch.accumulation
     assert config.zero_config.stage == planned.zero_stage
     assert config.gradient_clipping == run.optimizer.clip_norm

@@ -46,6 +46,7 @@ CASES = [
     Broken("pipeline-sequence", {"parallel.pipeline": 2, "parallel.sequence": 2}, "set parallel.sequence=1"),
     Broken("pipeline-compile", {"parallel.tensor": 2, "model.compile": True}, "set model.compile=false"),
     Broken("pipeline-zero", {"parallel.pipeline": 2, "parallel.zero_stage": 2}, "zero_stage=1"),
+    Broken("pipeline-overlap", {"parallel.pipeline": 2, "parallel.overlap_communication": True}, "set auto or false"),
     Broken("pipeline-layers", {"parallel.pipeline": 4, "model.num_hidden_layers": 2}, "at most 2"),
     Broken("stage-layers-pipeline", {"parallel.stage_layers": [8]}, "leave it out, or set parallel.pipeline"),
     Broken("stage-layers-count", {"parallel.pipeline": 2, "parallel.stage_layers": [2, 2, 4]}, "write 2 numbers"),
