@@ -7,6 +7,7 @@ Names are relative to the base model, `*` stands for a layer's number.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -87,26 +88,30 @@ FAMILIES: dict[str, Family] = {
     }),
 }  # fmt: skip
 
-# Sizes of a look-alike. Heads, groups and widths can be cut by 2 and 4.
+# Sizes of a look-alike: those that ranks share, which can be cut by 2, and the others.
+_SHARED = {
+    "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 4,
+    "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16, "word_embed_proj_dim": 32, "ffn_dim": 48,
+    "n_inner": 48, "embedding_size": 32, "linear_num_key_heads": 4, "linear_num_value_heads": 4,
+    "num_global_key_value_heads": 2, "expert_ffn_hidden_size": 16, "ffn_hidden_size": 48, "index_n_heads": 4,
+    "d_model": 32, "n_embd": 32,
+}  # fmt: skip
 _SMALL = {
-    "vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "head_dim": 8, "max_position_embeddings": 64,
-    "num_attention_heads": 4, "num_key_value_heads": 4, "moe_intermediate_size": 16,
-    "shared_expert_intermediate_size": 16, "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4,
+    "head_dim": 8, "max_position_embeddings": 64, "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4,
     "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "q_lora_rank": 16, "kv_lora_rank": 16,
     "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "qk_head_dim": 16, "sliding_window": 6,
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "first_k_dense_replace": 1, "query_pre_attn_scalar": 8,
-    "word_embed_proj_dim": 32, "ffn_dim": 48, "n_inner": 48, "embedding_size": 32,
-    "linear_num_key_heads": 4, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
-    "num_global_key_value_heads": 2, "global_head_dim": 8, "hidden_size_per_layer_input": 8,
-    "vocab_size_per_layer_input": 320, "expert_ffn_hidden_size": 16, "ffn_hidden_size": 48, "index_head_dim": 8,
-    "index_n_heads": 4, "index_topk": 32, "d_model": 32, "n_embd": 32,
+    "linear_key_head_dim": 8, "linear_value_head_dim": 8, "global_head_dim": 8, "hidden_size_per_layer_input": 8,
+    "index_head_dim": 8, "index_topk": 32,
 }  # fmt: skip
+_VOCABULARY = 320  # holds a vocabulary of bytes
 
 
-def look_alike(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
+def look_alike(config: PreTrainedConfig, layers: int, ranks: int = 1) -> PreTrainedConfig:
     """A config of the same family and with the same switches as `config`, but of `layers` layers and tiny widths.
 
-    Whether keys and values share heads, weights are tied, and which kinds of layers alternate is kept.
+    Whether keys and values share heads, weights are tied, and which kinds of layers alternate is kept. Heads and widths
+    can be shared by `ranks` ranks, and the vocabulary if that of `config` can.
 
     Raises:
         ValueError: the family's config class refuses such sizes.
@@ -117,10 +122,14 @@ def look_alike(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
     chosen = _chosen_layers(given, config.num_hidden_layers, layers)
     for key, value in _per_layer(given, config.num_hidden_layers).items():
         given[key] = [value[index] for index in chosen]
+    factor = ranks // math.gcd(ranks, 2)
+    sizes = {name: size * factor for name, size in _SHARED.items()} | _SMALL | {"num_hidden_layers": layers}
     heads, groups = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
-    sizes = _SMALL | {"num_hidden_layers": layers}
     if groups is not None and groups != heads:
-        sizes["num_key_value_heads"] = 2
+        sizes["num_key_value_heads"] //= 2
+    even = config.get_text_config().vocab_size % ranks == 0
+    vocabulary = next(size for size in range(_VOCABULARY, 2 * _VOCABULARY) if (size % ranks == 0) == even)
+    sizes |= {"vocab_size": vocabulary, "vocab_size_per_layer_input": vocabulary}
     renamed = config.attribute_map
     for name, size in sizes.items():
         own = renamed.get(name, name)

@@ -110,7 +110,7 @@ def _small(run: RunConfig, config: PreTrainedConfig, layout: Layout) -> tuple[Ru
     precision = run.precision.model_copy(update={"dtype": "fp32"})
     parallel = run.parallel.model_copy(update={"stage_layers": None})
     run = run.model_copy(update={"model": model, "precision": precision, "parallel": parallel})
-    small = look_alike(config, max(_LAYERS, layout.pipe))
+    small = look_alike(config, max(_LAYERS, layout.pipe), layout.tensor * layout.sequence)
     small.use_cache = False
     if run.task.kind == "sequence-classification":
         small.num_labels = int(config.num_labels or 2)
