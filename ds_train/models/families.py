@@ -26,12 +26,16 @@ EXPERT_STYLES = frozenset({"packed_colwise", "packed_rowwise", "moe_tp_experts",
 
 @dataclass(frozen=True)
 class Family:
-    """How a family is cut: modules before the layers, the list of layers, modules after it; styles by module."""
+    """How a family is cut: modules before the layers, the list of layers, modules after it; styles by module.
+
+    `tuples`: its layers give a tuple that begins with the hidden states, where others give the hidden states.
+    """
 
     before: tuple[str, ...]
     layers: str
     after: tuple[str, ...]
     tensor: Mapping[str, str] = field(default_factory=dict)
+    tuples: bool = False
 
 
 _GPT2_TENSOR = {
@@ -44,8 +48,16 @@ _BERT_TENSOR = {
     "encoder.layer.*.intermediate.dense": "colwise", "encoder.layer.*.output.dense": "rowwise",
 }  # fmt: skip
 _BERT = Family((), "encoder.layer", (), _BERT_TENSOR)
+_LIKE_LLAMA = Family(("embed_tokens",), "layers", ("norm",))
 
 FAMILIES: dict[str, Family] = {
+    "granitemoe": _LIKE_LLAMA,
+    "granitemoe_swa": _LIKE_LLAMA,
+    "granitemoeshared": _LIKE_LLAMA,
+    "jamba": Family(("embed_tokens",), "layers", ("final_layernorm",)),
+    "nemotron_h": Family(("embeddings",), "layers", ("norm_f",)),
+    "olmoe": _LIKE_LLAMA,
+    "phimoe": _LIKE_LLAMA,
     "gpt2": Family(("wte", "wpe"), "h", ("ln_f",), _GPT2_TENSOR),
     "bert": _BERT,
     "roberta": _BERT,
@@ -65,6 +77,7 @@ FAMILIES: dict[str, Family] = {
         {
             "h.*.mlp.dense_h_to_4h": "colwise", "h.*.mlp.dense_4h_to_h": "rowwise",
         },
+        tuples=True,
     ),
     "gpt_neo": Family(
         ("wte", "wpe"), "h", ("ln_f",),
@@ -73,6 +86,7 @@ FAMILIES: dict[str, Family] = {
             "h.*.attn.attention.v_proj": "colwise", "h.*.attn.attention.out_proj": "rowwise",
             "h.*.mlp.c_fc": "colwise", "h.*.mlp.c_proj": "rowwise",
         },
+        tuples=True,
     ),
     "gptj": Family(
         ("wte",), "h", ("ln_f",),
@@ -80,12 +94,13 @@ FAMILIES: dict[str, Family] = {
             "h.*.attn.q_proj": "colwise", "h.*.attn.k_proj": "colwise", "h.*.attn.v_proj": "colwise",
             "h.*.attn.out_proj": "rowwise", "h.*.mlp.fc_in": "colwise", "h.*.mlp.fc_out": "rowwise",
         },
+        tuples=True,
     ),
-    "falcon": Family(("word_embeddings",), "h", ("ln_f",)),
+    "falcon": Family(("word_embeddings",), "h", ("ln_f",), tuples=True),
     "gpt_bigcode": Family(("wte", "wpe"), "h", ("ln_f",), {"h.*.mlp.c_fc": "colwise", "h.*.mlp.c_proj": "rowwise"}),
     "mpt": Family(("wte",), "blocks", ("norm_f",), {
         "blocks.*.ffn.up_proj": "colwise", "blocks.*.ffn.down_proj": "rowwise",
-    }),
+    }, tuples=True),
 }  # fmt: skip
 
 # Sizes of a look-alike: those that ranks share, which can be cut by 2, and the others.
@@ -102,7 +117,7 @@ _SMALL = {
     "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "qk_head_dim": 16, "sliding_window": 6,
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "first_k_dense_replace": 1, "query_pre_attn_scalar": 8,
     "linear_key_head_dim": 8, "linear_value_head_dim": 8, "global_head_dim": 8, "hidden_size_per_layer_input": 8,
-    "index_head_dim": 8, "index_topk": 32,
+    "index_head_dim": 8, "index_topk": 32, "rotary_dim": 4,
 }  # fmt: skip
 _VOCABULARY = 320  # holds a vocabulary of bytes
 

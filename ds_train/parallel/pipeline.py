@@ -143,9 +143,10 @@ def cut_to_stage(model: PreTrainedModel, cut: Cut, first: int, stop: int) -> Non
     if stop < len(layers):
         for name in cut.after:
             _replace(model, name)
+    family = FAMILIES.get(model.config.model_type)
     for index in range(len(layers)):
         if not first <= index < stop:
-            layers[index] = _Elsewhere(layers[index])
+            layers[index] = _Elsewhere(layers[index], gives_tuple=family is not None and family.tuples)
 
 
 class Stage(nn.Module):
@@ -337,8 +338,9 @@ class _StageEnd(Exception):
 class _Elsewhere(nn.Module):
     """Stands for a module of another stage: the plain attributes of the original, and none of its parameters."""
 
-    def __init__(self, original: nn.Module) -> None:
+    def __init__(self, original: nn.Module, gives_tuple: bool = False) -> None:
         super().__init__()
+        self._gives_tuple = gives_tuple
         for name, value in vars(original).items():
             if not name.startswith("_") and name != "training":
                 setattr(self, name, value)
@@ -355,7 +357,8 @@ class _Elsewhere(nn.Module):
             return torch.zeros(*given.shape, self._width, device=given.device, dtype=self._dtype)
         if self.role == "exit":
             raise _StageEnd(given)
-        return self.arriving if self.role == "entrance" else given
+        hidden_BTD = self.arriving if self.role == "entrance" else given
+        return (hidden_BTD,) if self._gives_tuple else hidden_BTD
 
 
 def _replace(model: nn.Module, name: str) -> None:
