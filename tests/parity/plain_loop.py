@@ -55,7 +55,7 @@ def write_weights(folder: Path, family: str, vocabulary: int = 300) -> Path:
         "vocab_size": vocabulary,
         **{key: value for key, value in sizes.items() if key in known or family == "phi"},
     }
-    dropout = {key: 0.0 for key, value in known.items() if isinstance(value, float) and ("drop" in key)}
+    dropout = {key: 0.0 for key, value in known.items() if isinstance(value, float) and "drop" in key}
     special = {key: known[key] if (known[key] or 0) < 300 else None for key in known if key.endswith("_token_id")}
     config = AutoConfig.for_model(family, **special, **sizes, **dropout)
     torch.manual_seed(7)
