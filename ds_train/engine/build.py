@@ -42,6 +42,7 @@ def assemble(run: RunConfig, plan: RunPlan, info: RankInfo, tokenizer: Any, prep
     """
     import deepspeed
     import torch
+    from deepspeed.accelerator import get_accelerator
 
     if info.device == "cuda" and run.precision.tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
@@ -58,7 +59,7 @@ def assemble(run: RunConfig, plan: RunPlan, info: RankInfo, tokenizer: Any, prep
     config = load_model_config(run, tokenizer)
     mesh = Mesh(layout, info.rank)
     if layout.ranks > layout.data:
-        check_layout(run, config, layout, mesh)
+        check_layout(run, config, layout, mesh, get_accelerator().current_device_name())
     part = build_part(run, config, plan, mesh)
     if fp32_products_are_faster(info.device, part.model.dtype):
         use_fp32_products(part.model)

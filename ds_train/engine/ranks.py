@@ -70,12 +70,15 @@ def meet(info: RankInfo) -> None:
     if info.ranks == 1:
         os.environ.setdefault("MASTER_PORT", "0")  # nobody else needs to know the port
     import deepspeed
+    from deepspeed.accelerator import get_accelerator
     from deepspeed.ops.op_builder.cpu.comm import ShareMemCommBuilder
     from deepspeed.utils import logger
 
     logger.setLevel("ERROR")
     # Its CPU collectives over shared memory take over a minute to compile and leave 66 MB a rank in /dev/shm.
     deepspeed.ops.__compatible_ops__[ShareMemCommBuilder.NAME] = False
+    # Before the first collective: groups of NCCL belong to a device.
+    get_accelerator().set_device(info.local_rank)
     deepspeed.init_distributed(timeout=MEETING_TIMEOUT, verbose=False)
 
 

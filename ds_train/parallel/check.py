@@ -5,6 +5,7 @@ No family trains with a wrong loss: one whose code doesn't allow a cut is refuse
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -27,11 +28,12 @@ from ds_train.parallel.tensor import Shard
 from ds_train.plan.topology import Layout
 
 _SAMPLES, _LENGTH, _LAYERS = 2, 12, 4
+_FLASH = ("flash_attention_2", "flash_attention_3")  # they compute in 16 bits only
 _TOLERANCE = 1e-4  # fp32; what is computed in another order differs by about 1e-6
 
 
-def check_layout(run: RunConfig, config: PreTrainedConfig, layout: Layout, mesh: Mesh) -> None:
-    """Compare a look-alike of the model in `layout` with the whole one. Collective over all ranks.
+def check_layout(run: RunConfig, config: PreTrainedConfig, layout: Layout, mesh: Mesh, device: str) -> None:
+    """Compare a look-alike of the model in `layout` with the whole one, on `device`. Collective over all ranks.
 
     Raises:
         UserError: the family can't be cut so, with the reason; the same on every rank.
@@ -39,7 +41,7 @@ def check_layout(run: RunConfig, config: PreTrainedConfig, layout: Layout, mesh:
     refusal: UserError | None = None
     reason = None
     try:
-        reason = difference(run, config, layout, mesh)
+        reason = difference(run, config, layout, mesh, device)
     except UserError as error:
         refusal = error
     except Exception as error:  # the code of any family may refuse in its own way
@@ -61,20 +63,22 @@ def check_layout(run: RunConfig, config: PreTrainedConfig, layout: Layout, mesh:
 
 
 def check_documents_apart(run: RunConfig, config: PreTrainedConfig, model: Any) -> None:
-    """Ask a look-alike, in fp32 on the CPU, whether packed documents stay apart; `model` itself if none can be made.
+    """Ask a look-alike, in fp32 on the CPU, whether packed documents stay apart.
+
+    `model` itself, in evaluation mode, is asked where none can be made, or attention needs a device.
 
     Raises:
         UserError: they don't.
     """
-    try:
-        run, small = _small(run, config, Layout(1, 1, 1, 1))
-        asked: Any = build_model(run, small, {}, 0).eval()
-    except (ValueError, UserError):
-        asked, small = model, config
+    asked, small = model, config
+    if run.model.attention not in _FLASH:
+        with contextlib.suppress(ValueError, UserError):
+            small_run, small_config = _small(run, config, Layout(1, 1, 1, 1))
+            asked, small = build_model(small_run, small_config, {}, 0).eval(), small_config
     check_packing(asked, small.get_text_config().vocab_size, config.model_type, asked.device)
 
 
-def difference(run: RunConfig, config: PreTrainedConfig, layout: Layout, mesh: Mesh) -> str | None:
+def difference(run: RunConfig, config: PreTrainedConfig, layout: Layout, mesh: Mesh, device: str = "cpu") -> str | None:
     """What differs between the whole look-alike and the cut one, in a phrase; None if loss and gradients are equal.
 
     Raises:
@@ -82,12 +86,13 @@ def difference(run: RunConfig, config: PreTrainedConfig, layout: Layout, mesh: M
     """
     leave_sequence()
     run, small = _small(run, config, layout)
-    whole = build_model(run, small, {}, 0)
-    batch = _batch(run, small)
+    whole: Any = build_model(run, small, {}, 0)
+    whole.to(device)
+    batch = {key: value.to(device) for key, value in _batch(run, small).items()}
     expected = TaskLoss(whole).train_loss(whole, batch)
     expected.backward()
     gradients = {name: parameter.grad for name, parameter in whole.named_parameters() if parameter.grad is not None}
-    stages = build_stages(run, small, layout, mesh.tensor)
+    stages = [stage.to(device) for stage in build_stages(run, small, layout, mesh.tensor)]
     if layout.pipe > 1:
         with torch.no_grad():
             if whole.get_output_embeddings().weight is whole.get_input_embeddings().weight:
@@ -106,7 +111,10 @@ def difference(run: RunConfig, config: PreTrainedConfig, layout: Layout, mesh: M
 
 def _small(run: RunConfig, config: PreTrainedConfig, layout: Layout) -> tuple[RunConfig, PreTrainedConfig]:
     """Recipe and config of a look-alike in fp32."""
-    model = run.model.model_copy(update={"path": None, "arch": config.model_type, "activation_checkpointing": False})
+    changes = {"path": None, "arch": config.model_type, "activation_checkpointing": False}
+    if run.model.attention in _FLASH:
+        changes["attention"] = "auto"
+    model = run.model.model_copy(update=changes)
     precision = run.precision.model_copy(update={"dtype": "fp32"})
     parallel = run.parallel.model_copy(update={"stage_layers": None})
     run = run.model_copy(update={"model": model, "precision": precision, "parallel": parallel})

@@ -39,16 +39,18 @@ class Mesh:
                 mine = created if rank in ranks else mine
             return mine
 
-        self._tensor, self._sequence, self._sharding = group("tensor"), group("sequence"), group("data", "sequence")
+        self._tensor = self._sequence = self._sharding = None
+        if layout.tensor * layout.sequence > 1:
+            self._tensor, self._sequence, self._sharding = group("tensor"), group("sequence"), group("data", "sequence")
 
     @property
     def tensor(self) -> Group:
-        """The ranks that hold the shards of one copy of a layer."""
+        """The ranks that hold the shards of one copy of a layer; None without tensor and sequence ranks."""
         return self._tensor
 
     @property
     def sequence(self) -> Group:
-        """The ranks that share the tokens of a sample."""
+        """The ranks that share the tokens of a sample; None without tensor and sequence ranks."""
         return self._sequence
 
     def get_data_parallel_group(self) -> Group:

@@ -124,14 +124,20 @@ def gather_whole(parameter: Tensor, group: Group) -> Tensor:
 
 
 def gradient_norm(model: nn.Module, group: Group) -> float:
-    """L2 norm of the gradient of the whole model: shards count on every rank of `group`, whole parameters once."""
-    once = dist.get_rank(group) == 0
+    """L2 norm of the gradient of the whole model: shards count on every rank of `group`, whole parameters once.
+
+    `group` is None where nothing is sharded.
+    """
+    once = group is None or dist.get_rank(group) == 0
     gradients = [
         parameter.grad
         for parameter in model.parameters()
         if parameter.grad is not None and (once or hasattr(parameter, "tensor_shard"))
     ]
-    square = torch.nn.utils.get_total_norm(gradients).square()
+    norm = torch.nn.utils.get_total_norm(gradients)
+    if group is None:
+        return float(norm)
+    square = norm.square()
     dist.all_reduce(square, group=group)
     return float(square.sqrt())
 
