@@ -1,4 +1,4 @@
-"""Masked language models and classifiers: the losses of a plain PyTorch loop, at every ZeRO stage."""
+"""Masked language models and classifiers: the losses of a plain PyTorch loop, at ZeRO stages and with tensor ranks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,12 @@ from ds_train.data.tokenizer import byte_tokenizer
 pytestmark = pytest.mark.parity
 
 STEPS, GLOBAL, LENGTH, SEED, LR = 8, 8, 32, 6, 2e-3
-LAYOUTS = {"zero0": 0, "zero2": 2, "zero3": 3}
+LAYOUTS = {
+    "zero0": {"zero_stage": 0},
+    "zero2": {"zero_stage": 2},
+    "zero3": {"zero_stage": 3},
+    "tensor2": {"tensor": 2},
+}
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +61,7 @@ def write_recipe(folder: Path, name: str, weights: Path, task: dict[str, Any], d
             "validation_fraction": 0.0,
         },
         "batch": {"global_samples": GLOBAL, "micro_samples": 2},
-        "parallel": {"zero_stage": LAYOUTS[name]},
+        "parallel": LAYOUTS[name],
         "precision": {"dtype": "fp32"},
         "optimizer": {"lr": LR, "weight_decay": 0.0, "clip_norm": 0.0, "betas": [0.9, 0.999]},
         "schedule": {"steps": STEPS, "kind": "constant", "warmup_fraction": 0.0},

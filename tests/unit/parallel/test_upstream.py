@@ -1,0 +1,41 @@
+"""What DeepSpeed does that we work around. When one of these fails, the workaround that it names can go."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+
+
+def test_the_16_bit_optimizer_clears_gradients_at_the_first_backward_hook() -> None:
+    """Why a pipeline's last stage computes the loss in its forward pass: parallel/pipeline.py, TRAVELLERS."""
+    from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+
+    assert "clear_lp_grads" in inspect.getsource(BF16_Optimizer.backward_prologue)
+
+
+def test_stage_3_averages_over_all_ranks_in_one_path_and_over_data_ranks_in_the_other() -> None:
+    """Why DeepSpeed isn't told of sequence ranks: parallel/mesh.py."""
+    from deepspeed.runtime.comm.coalesced_collectives import reduce_scatter_coalesced
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+
+    assert "div_(world_sz)" in inspect.getsource(reduce_scatter_coalesced)
+    averaging = "averaging_world_sz / float(self.sequence_parallel_size)"
+    assert averaging in inspect.getsource(DeepSpeedZeroOptimizer_Stage3)
+
+
+def test_pipeline_module_prints_its_layers() -> None:
+    """Why parallel/pipeline.py builds it with stdout redirected."""
+    from deepspeed.pipe import PipelineModule
+
+    assert "print(" in inspect.getsource(PipelineModule.__init__)
+
+
+def test_autoep_asks_transformers_for_what_is_not_there() -> None:
+    """Why `deepspeed.expert_parallel` is refused: plan/deepspeed_keys.py."""
+    from deepspeed.module_inject.auto_ep_presets import base
+    from transformers.utils import output_capturing
+
+    assert "registry.get(registry_key, _MISSING_REGISTRY_ENTRY)" in inspect.getsource(base)
+    with pytest.raises(TypeError):
+        output_capturing._CAN_RECORD_REGISTRY.get("a key", "a default")  # type: ignore[call-arg]
