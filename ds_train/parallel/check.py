@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ds_train.config import RunConfig
 from ds_train.errors import UserError, first_line, user_error
 from ds_train.models.families import look_alike
-from ds_train.models.load import build_model
+from ds_train.models.load import build_model, outline
 from ds_train.models.loss import IGNORE_INDEX
 from ds_train.models.packing import check_packing
 from ds_train.models.tasks import Batch, TaskLoss
@@ -28,6 +28,7 @@ from ds_train.parallel.tensor import Shard
 from ds_train.plan.topology import Layout
 
 _SAMPLES, _LENGTH, _LAYERS = 2, 12, 4
+_LARGEST = 50_000_000  # parameters of a look-alike; some have towers for pictures or sound beside their layers
 _FLASH = ("flash_attention_2", "flash_attention_3")  # they compute in 16 bits only
 _TOLERANCE = 1e-4  # fp32; what is computed in another order differs by about 1e-6
 
@@ -110,7 +111,11 @@ def difference(run: RunConfig, config: PreTrainedConfig, layout: Layout, mesh: M
 
 
 def _small(run: RunConfig, config: PreTrainedConfig, layout: Layout) -> tuple[RunConfig, PreTrainedConfig]:
-    """Recipe and config of a look-alike in fp32."""
+    """Recipe and config of a look-alike in fp32.
+
+    Raises:
+        ValueError: the family can't be made small.
+    """
     changes = {"path": None, "arch": config.model_type, "activation_checkpointing": False}
     if run.model.attention in _FLASH:
         changes["attention"] = "auto"
@@ -122,6 +127,9 @@ def _small(run: RunConfig, config: PreTrainedConfig, layout: Layout) -> tuple[Ru
     small.use_cache = False
     if run.task.kind == "sequence-classification":
         small.num_labels = int(config.num_labels or 2)
+    parameters = sum(parameter.numel() for parameter in outline(run, small).parameters())
+    if parameters > _LARGEST:
+        raise ValueError(f"no small look-alike can be made, {parameters / 1e6:,.0f} million parameters stay")
     return run, small
 
 
