@@ -150,9 +150,9 @@ def look_alike(config: PreTrainedConfig, layers: int, ranks: int = 1) -> PreTrai
         own = renamed.get(name, name)
         if isinstance(given.get(own), int) and not isinstance(given[own], bool):
             given[own] = size
-    # These change nothing but the comparison: dropout has no oracle, and weights near zero would hide differences.
+    # These change nothing but the comparison: noise has no oracle, and weights near zero would hide differences.
     for name, value in given.items():
-        if isinstance(value, float) and ("dropout" in name or "pdrop" in name):
+        if isinstance(value, float) and any(word in name for word in ("dropout", "pdrop", "jitter")):
             given[name] = 0.0
         if isinstance(value, float) and name in ("initializer_range", "init_std"):
             given[name] = 0.1
