@@ -2,14 +2,14 @@
 
 Each family that has a pipeline or tensor plan, in transformers or in our table, is trained at tiny size for a few steps
 through the whole product (weights from safetensors, real ranks) and compared with a plain PyTorch loop. The outcome is
-docs/families.md. `python benchmarks/families.py [FAMILY ...]` tries these alone and prints, without writing the page.
+docs/families.md. `python benchmarks/families.py FAMILY ...` tries these alone and renews their rows.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import subprocess
+import re
 import sys
 import tempfile
 import time
@@ -215,6 +215,13 @@ def read_answers(answers: Path, ranks: int) -> dict[str, str]:
     return found
 
 
+def read_page() -> dict[str, dict[str, str]]:
+    """The outcome that the page shows; empty where there is none."""
+    lines = PAGE.read_text().splitlines() if PAGE.exists() else []
+    rows = [re.split(r" (?<!\\)\| ", line.strip("| ")) for line in lines if line.startswith("| ")]
+    return {family: dict(zip(LAYOUTS, answers, strict=True)) for family, *answers in rows[1:]}
+
+
 def write_page(outcome: dict[str, dict[str, str]]) -> None:
     """docs/families.md: the counts and a row per family."""
     from importlib.metadata import version
@@ -235,7 +242,7 @@ def write_page(outcome: dict[str, dict[str, str]]) -> None:
         "|---|" + "---|" * len(LAYOUTS),
     ]  # fmt: skip
     for family, row in sorted(outcome.items()):
-        cells = [row[layout].replace("|", "\\|").replace("\n", " ") for layout in LAYOUTS]
+        cells = [re.sub(r"(?<!\\)\|", r"\|", row[layout].replace("\n", " ")) for layout in LAYOUTS]
         lines.append(f"| {family} | " + " | ".join(cells) + " |")
     PAGE.parent.mkdir(exist_ok=True)
     PAGE.write_text("\n".join(lines) + "\n")
@@ -270,9 +277,7 @@ def main(wanted: list[str]) -> int:
                 outcome[trial.family][trial.layout] = reason or verdict(trial, losses[trial.family])
     for family, row in outcome.items():
         print(family, row, flush=True)
-    if not wanted:
-        write_page(outcome)
-        subprocess.run(["git", "diff", "--stat", str(PAGE)], cwd=ROOT, check=False)
+    write_page(read_page() | outcome if wanted else outcome)
     return int(any("WRONG" in answer for row in outcome.values() for answer in row.values()))
 
 

@@ -38,7 +38,7 @@ SAMPLE = {
         "qwen2": Degrees(1, 2, 1, 2),
     },
     4: {
-        "llama": Degrees(2, 2, 1, 1), "gpt2": Degrees(4, 1, 1, 1), "qwen3": Degrees(1, 2, 1, 3),
+        "gpt2": Degrees(4, 1, 1, 1), "qwen3": Degrees(1, 2, 1, 3),
         "phi": Degrees(1, 2, 2, 2), "mistral": Degrees(1, 1, 2, 3), "gemma2": Degrees(2, 1, 1, 1),
         "bert": Degrees(1, 2, 1, 1),
     },
