@@ -48,6 +48,7 @@ def train(run: RunConfig, info: RankInfo) -> None:
     from ds_train.checkpoint import hf, native
     from ds_train.data.prepare import read_manifest
     from ds_train.engine.build import assemble
+    from ds_train.parallel.sequence import leave_sequence
     from ds_train.schedule.learning_rate import plan_length
     from ds_train.track.tracker import Tracker
 
@@ -85,6 +86,8 @@ def train(run: RunConfig, info: RankInfo) -> None:
         exit_code = 0
     finally:
         tracker.close(exit_code)
+        # What follows is rank 0's alone: no attention may wait for the others.
+        leave_sequence()
     if info.is_main:
         _farewell(run, folder)
 

@@ -370,6 +370,18 @@ RULES: tuple[Rule | KeyRule, ...] = (
         "parameters of tensor ranks aren't offloaded in this version", "set parallel.offload_params=none",
     ),
     Rule(
+        "tensor-secondary", "parallel.secondary_partition",
+        _all(_TENSOR, _above_one("parallel.secondary_partition")),
+        "DeepSpeed takes neighbouring ranks for copies of one another (utils/groups.py:941), which tensor ranks aren't",
+        "set parallel.secondary_partition=1, or parallel.tensor=1",
+    ),
+    Rule(
+        "tensor-quantized-gradients", "parallel.quantized_gradients",
+        _all(_TENSOR, _at("parallel.quantized_gradients", True)),
+        "between hosts DeepSpeed exchanges them over all ranks (stage3.py:1928), tensor ranks included",
+        "set parallel.quantized_gradients=false, or parallel.tensor=1",
+    ),
+    Rule(
         "sequence-task", "parallel.sequence", _all(_SEQUENCE, _not(_at("task.kind", "causal-lm"))),
         lambda f: f"samples of {f.run.task.kind} aren't shared between ranks", "set parallel.sequence=1",
     ),
@@ -549,6 +561,18 @@ RULES: tuple[Rule | KeyRule, ...] = (
     Rule(
         "attention-flash-dtype", "model.attention", _all(_FLASH, _at("precision.dtype", "fp32")),
         "flash attention computes in 16 bits only", "set precision.dtype=bf16, or model.attention=sdpa",
+    ),
+    Rule(
+        "attention-flash-packing", "model.attention",
+        lambda f: _FLASH(f) and f.run.data.packing and not _CLASSIFIER(f)
+        and (f.run.batch.micro_samples != 1 or f.run.batch.eval_micro_samples not in (1, "auto")),
+        "with more than one packed window at once it attends across documents "
+        "(transformers' modeling_flash_attention_utils.py:574)",
+        "set batch.micro_samples=1 and batch.eval_micro_samples=1, or model.attention=sdpa",
+    ),
+    Rule(
+        "pipeline-flash", "model.attention", _all(_FLASH, _any(_PIPELINE, _TENSOR)),
+        "a cut model can't be checked with it before training", "set model.attention=sdpa",
     ),
     Rule(
         "attention-flex-device", "model.attention", _all(_at("model.attention", "flex_attention"), _device("cpu")),

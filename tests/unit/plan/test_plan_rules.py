@@ -36,6 +36,7 @@ class Broken:
 
 
 STAGE3 = {"parallel.zero_stage": 3}
+FLASH = {"model.attention": "flash_attention_2", "batch.micro_samples": 1}
 CASES = [
     Broken("ranks", {"parallel.ranks": 8}, "parallel.ranks=8: the recipe is made for 8 ranks and 4 were started"),
     Broken("layout-divides", {"parallel.tensor": 4}, "doesn't divide the 6 ranks", ranks=6),
@@ -57,6 +58,24 @@ CASES = [
     ),
     Broken("tensor-sizes", {"parallel.tensor": 8}, "num_key_value_heads=4 and hidden_size", ranks=8),
     Broken("tensor-offload", STAGE3 | {"parallel.tensor": 2, "parallel.offload_params": "cpu"}, "offload_params=none"),
+    Broken(
+        "tensor-secondary", STAGE3 | {"parallel.tensor": 2, "parallel.secondary_partition": 2},
+        "set parallel.secondary_partition=1, or parallel.tensor=1",
+    ),
+    Broken(
+        "tensor-quantized-gradients", STAGE3 | {"parallel.tensor": 2, "parallel.quantized_gradients": True},
+        "set parallel.quantized_gradients=false, or parallel.tensor=1",
+    ),
+    Broken(
+        "attention-flash-packing", {"model.attention": "flash_attention_2", "precision.dtype": "bf16"},
+        "attends across documents",
+    ),
+    Broken(
+        "pipeline-flash",
+        {"model.attention": "flash_attention_2", "precision.dtype": "bf16", "parallel.tensor": 2,
+         "batch.micro_samples": 1},
+        "set model.attention=sdpa",
+    ),
     Broken(
         "sequence-task", BERT | {"task.kind": "masked-lm", "parallel.sequence": 2, "data.sequence_length": 64},
         "masked-lm aren't shared",
@@ -120,11 +139,11 @@ CASES = [
     Broken("positions", {"data.sequence_length": 2048}, "at most 1024, or raise model.max_position_embeddings"),
     Broken("vocabulary", {"model.vocab_size": 100}, "model.vocab_size=100: vocabulary mismatch: the tokenizer has 259"),
     Broken("vocabulary", {"model.vocab_size": 300, "data.train_vocabulary": 400}, "set model.vocab_size=400"),
-    Broken("attention-flash-device", {"model.attention": "flash_attention_2"}, "sdpa", device="cpu"),
-    Broken("attention-flash-dtype", {"model.attention": "flash_attention_2", "precision.dtype": "fp32"}, "16 bits"),
+    Broken("attention-flash-device", {**FLASH}, "sdpa", device="cpu"),
+    Broken("attention-flash-dtype", {**FLASH, "precision.dtype": "fp32"}, "16 bits"),
     Broken("attention-flex-device", {"model.attention": "flex_attention"}, "no backward", device="cpu"),
     Broken(
-        "attention-family", {"model": {"arch": "bloom"}, "model.attention": "flash_attention_2"}, "model.attention=auto"
+        "attention-family", {"model": {"arch": "bloom"}, **FLASH}, "model.attention=auto"
     ),
     Broken(
         "checkpointing-family",
@@ -168,7 +187,7 @@ CLEAN = [
         STAGE3 | {"parallel.offload_optimizer": "nvme", "parallel.nvme_path": "/tmp", "deepspeed.aio.block_size": 4096},
         2, "cuda",
     ),
-    ({"model.attention": "flash_attention_2", "model.activation_checkpointing": True}, 4, "cuda"),
+    ({**FLASH, "model.activation_checkpointing": True}, 4, "cuda"),
     (CLASSIFIER, 2, "cpu"),
     (BERT | {"task.kind": "masked-lm"}, 2, "cpu"),
     ({"model": {"path": "some/model"}, "data.tokenizer": "model"}, 2, "cpu"),
