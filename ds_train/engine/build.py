@@ -17,6 +17,7 @@ from ds_train.optim.build import build_optimizer
 from ds_train.parallel.build import Part, build_part
 from ds_train.parallel.check import check_documents_apart, check_layout
 from ds_train.parallel.mesh import Mesh
+from ds_train.parallel.sequence import leave_sequence
 from ds_train.plan.make import RunPlan
 
 
@@ -46,6 +47,8 @@ def assemble(run: RunConfig, plan: RunPlan, info: RankInfo, tokenizer: Any, prep
 
     if info.device == "cuda" and run.precision.tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
+    # Where the last model of this process had sequence ranks.
+    leave_sequence()
     layout = plan.layout
     data = load_data(
         run,

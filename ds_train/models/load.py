@@ -131,10 +131,15 @@ def initialize_weights(model: PreTrainedModel, seed: int, only: set[str] | None 
         model.tie_weights()
 
 
+def shares_embedding(model: PreTrainedModel) -> bool:
+    """Whether the head's weight is the input embedding's."""
+    head = model.get_output_embeddings()
+    return head is not None and head.weight is model.get_input_embeddings().weight
+
+
 def matrix_parameters(model: PreTrainedModel) -> int:
     """Parameters that take part in matrix products: all matrices but an input embedding that isn't the head too."""
-    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
-    tied = head is not None and head.weight is embedding
+    embedding, tied = model.get_input_embeddings().weight, shares_embedding(model)
     matrices = (parameter for parameter in model.parameters() if parameter is not embedding or tied)
     shapes = (getattr(parameter, "ds_shape", parameter.shape) for parameter in matrices)
     return sum(math.prod(shape) for shape in shapes if len(shape) > 1)

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ds_train.config import RunConfig
-from ds_train.models.load import build_model, matrix_parameters, outline
+from ds_train.models.load import build_model, matrix_parameters, outline, shares_embedding
 from ds_train.models.tasks import TaskLoss
 from ds_train.parallel.mesh import Group, Mesh
 from ds_train.parallel.pipeline import (
@@ -23,7 +23,7 @@ from ds_train.parallel.pipeline import (
     layer_costs,
     stage_bounds,
 )
-from ds_train.parallel.sequence import SequenceParallel, leave_sequence
+from ds_train.parallel.sequence import SequenceParallel
 from ds_train.parallel.tensor import cuts_vocabulary, shard_model, tensor_plan
 from ds_train.plan.make import RunPlan
 from ds_train.plan.topology import Layout
@@ -64,7 +64,6 @@ def build_part(run: RunConfig, config: PreTrainedConfig, plan: RunPlan, mesh: Me
         UserError: whatever the model refuses.
     """
     layout = plan.layout
-    leave_sequence()
     if layout.pipe > 1:
         return _pipeline_part(run, config, layout, mesh)
     if layout.tensor > 1:
@@ -135,9 +134,7 @@ class _Cutter:
 def _pipeline_part(run: RunConfig, config: PreTrainedConfig, layout: Layout, mesh: Mesh) -> Part:
     sketch = outline(run, config)
     cutter = _Cutter(run, config, sketch, layout, mesh.tensor)
-    head = sketch.get_output_embeddings()
-    tied = head is not None and head.weight is sketch.get_input_embeddings().weight
-    pipeline = Pipeline(cutter.stage, layout, dynamic_shape=not run.data.packing, tied=tied)
+    pipeline = Pipeline(cutter.stage, layout, dynamic_shape=not run.data.packing, tied=shares_embedding(sketch))
     return Part(
         pipeline.stage.model,
         pipeline,

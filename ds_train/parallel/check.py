@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ds_train.config import RunConfig
 from ds_train.errors import UserError, first_line, user_error
 from ds_train.models.families import look_alike
-from ds_train.models.load import build_model, outline
+from ds_train.models.load import build_model, outline, shares_embedding
 from ds_train.models.loss import IGNORE_INDEX
 from ds_train.models.packing import check_packing
 from ds_train.models.tasks import Batch, TaskLoss
@@ -86,7 +86,6 @@ def difference(run: RunConfig, config: PreTrainedConfig, layout: Layout, mesh: M
     Raises:
         Exception: whatever the family's code raises when it is cut.
     """
-    leave_sequence()
     run, small = _small(run, config, layout)
     whole: Any = build_model(run, small, {}, 0)
     whole.to(device)
@@ -98,10 +97,9 @@ def difference(run: RunConfig, config: PreTrainedConfig, layout: Layout, mesh: M
     expected.backward()
     gradients = {name: parameter.grad for name, parameter in whole.named_parameters() if parameter.grad is not None}
     stages = [stage.to(device) for stage in build_stages(run, small, layout, mesh.tensor)]
-    if layout.pipe > 1:
+    if layout.pipe > 1 and shares_embedding(whole):
         with torch.no_grad():
-            if whole.get_output_embeddings().weight is whole.get_input_embeddings().weight:
-                stages[-1].shared_weight().copy_(stages[0].shared_weight())
+            stages[-1].shared_weight().copy_(stages[0].shared_weight())
     loss = _chain(stages, SequenceParallel(mesh.sequence, whole).share(batch) if layout.sequence > 1 else batch)
     loss.backward()
     parts = [parameter for stage in stages for parameter in stage.parameters() if parameter.grad is not None]
@@ -131,10 +129,7 @@ def _small(run: RunConfig, config: PreTrainedConfig, layout: Layout) -> tuple[Ru
     Raises:
         ValueError: the family can't be made small.
     """
-    changes = {"path": None, "arch": config.model_type, "activation_checkpointing": False}
-    if run.model.attention in _FLASH:
-        changes["attention"] = "auto"
-    model = run.model.model_copy(update=changes)
+    model = run.model.model_copy(update={"path": None, "arch": config.model_type, "activation_checkpointing": False})
     precision = run.precision.model_copy(update={"dtype": "fp32"})
     parallel = run.parallel.model_copy(update={"stage_layers": None})
     run = run.model_copy(update={"model": model, "precision": precision, "parallel": parallel})

@@ -318,7 +318,7 @@ RULES: tuple[Rule | KeyRule, ...] = (
         "set parallel.sequence=1, or parallel.pipeline=1",
     ),
     Rule(
-        "pipeline-compile", "model.compile", _all(_at("model.compile", True), _any(_PIPELINE, _TENSOR, _SEQUENCE)),
+        "cut-compile", "model.compile", _all(_at("model.compile", True), _any(_PIPELINE, _TENSOR, _SEQUENCE)),
         "layers that exchange tensors with other ranks aren't compiled", "set model.compile=false",
     ),
     Rule(
@@ -571,7 +571,7 @@ RULES: tuple[Rule | KeyRule, ...] = (
         "set batch.micro_samples=1 and batch.eval_micro_samples=1, or model.attention=sdpa",
     ),
     Rule(
-        "pipeline-flash", "model.attention", _all(_FLASH, _any(_PIPELINE, _TENSOR)),
+        "cut-flash", "model.attention", _all(_FLASH, _any(_PIPELINE, _TENSOR)),
         "a cut model can't be checked with it before training", "set model.attention=sdpa",
     ),
     Rule(

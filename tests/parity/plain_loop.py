@@ -50,11 +50,8 @@ def write_corpus(folder: Path) -> Path:
 def write_weights(folder: Path, family: str, vocabulary: int = 300) -> Path:
     """A small model of the family with random weights and no dropout, as a transformers folder."""
     known = AutoConfig.for_model(family).to_dict()
-    sizes = _SIZES | _OWN.get(family, {})
-    sizes = {
-        "vocab_size": vocabulary,
-        **{key: value for key, value in sizes.items() if key in known or family == "phi"},
-    }
+    wanted = _SIZES | _OWN.get(family, {})
+    sizes = {key: value for key, value in wanted.items() if key in known} | {"vocab_size": vocabulary}
     dropout = {key: 0.0 for key, value in known.items() if isinstance(value, float) and "drop" in key}
     special = {key: known[key] if (known[key] or 0) < 300 else None for key in known if key.endswith("_token_id")}
     config = AutoConfig.for_model(family, **special, **sizes, **dropout)

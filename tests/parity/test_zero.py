@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import yaml
+from plain_loop import CLIP, DECAY, GLOBAL, LENGTH, LR, SEED, history_of, write_corpus, write_recipe
 from ranks import run_ranks
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -19,7 +18,7 @@ from ds_train.data.order import Order
 
 pytestmark = pytest.mark.parity
 
-STEPS, GLOBAL, LENGTH, SEED, LR, DECAY, CLIP = 20, 8, 48, 3, 3e-3, 0.1, 0.5
+STEPS = 20
 EOS = 256
 LAYOUTS = {
     "zero0": {"zero_stage": 0},
@@ -33,14 +32,7 @@ LAYOUTS = {
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """60 documents of uneven length, many of them shorter than a window."""
-    folder = tmp_path_factory.mktemp("corpus")
-    random = np.random.default_rng(5)
-    words = ["alpha", "be", "gamma ray", "d", "epsilon\n", "zeta zeta", "été"]
-    for index in range(60):
-        text = " ".join(random.choice(words, size=int(random.integers(1, 60))))
-        (folder / f"{index:03d}.txt").write_text(text, encoding="utf-8")
-    return folder
+    return write_corpus(tmp_path_factory.mktemp("parity") / "corpus")
 
 
 @pytest.fixture(scope="module")
@@ -99,35 +91,11 @@ def plain_loop(corpus: Path, weights: Path, dtype: torch.dtype = torch.float32) 
     return history
 
 
-def write_recipe(
+def zero_recipe(
     folder: Path, name: str, corpus: Path, weights: Path, dtype: str, parallel: dict[str, Any], **model: Any
 ) -> Path:
-    recipe = {
-        "name": name,
-        "seed": SEED,
-        "run_root": str(folder / "runs"),
-        "model": {"path": str(weights), **model},
-        "data": {
-            "source": "text", "path": str(corpus), "tokenizer": "bytes", "sequence_length": LENGTH,
-            "cache_dir": str(folder / "cache"), "validation_fraction": 0.0,
-        },
-        "batch": {"global_samples": GLOBAL, "micro_samples": 1},
-        "parallel": parallel,
-        "precision": {"dtype": dtype},
-        "optimizer": {"lr": LR, "weight_decay": DECAY, "clip_norm": CLIP},
-        "schedule": {"steps": STEPS, "warmup_fraction": 0.0},
-        "checkpoint": {"save_final": False, "export": False},
-        "track": {"peak_tflops": 1.0, "progress": False},
-    }  # fmt: skip
-    path = folder / f"{name}.yaml"
-    path.write_text(yaml.safe_dump(recipe))
-    return path
-
-
-def history_of(folder: Path, name: str) -> list[tuple[float, float]]:
-    lines = (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()
-    records = [json.loads(line) for line in lines]
-    return [(record["loss"], record["grad_norm"]) for record in records if record["kind"] == "train"]
+    sections = {"precision": {"dtype": dtype}, "model": model, "schedule": {"steps": STEPS}}
+    return write_recipe(folder, name, corpus, weights, "llama", parallel, **sections)
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +107,7 @@ def reference(corpus: Path, weights: Path) -> list[tuple[float, float]]:
 def test_fp32_losses_equal_a_plain_loop(
     ranks: int, corpus: Path, weights: Path, reference: list[tuple[float, float]], tmp_path: Path
 ) -> None:
-    recipes = [write_recipe(tmp_path, name, corpus, weights, "fp32", layout) for name, layout in LAYOUTS.items()]
+    recipes = [zero_recipe(tmp_path, name, corpus, weights, "fp32", layout) for name, layout in LAYOUTS.items()]
     run_ranks(ranks, ["tests/parity/train_many.py", *map(str, recipes)], timeout_s=600).check()
     assert reference[0][0] > 1.1 * reference[-1][0], "the reference doesn't learn, so it shows nothing"
     for name in LAYOUTS:
@@ -153,9 +121,7 @@ def test_what_saves_memory_or_time_changes_no_loss(
     if feature == "compile" and shutil.which("g++") is None:
         pytest.skip("torch.compile needs a C++ compiler")
     names = ["zero2", "zero3"]
-    recipes = [
-        write_recipe(tmp_path, name, corpus, weights, "fp32", LAYOUTS[name], **{feature: True}) for name in names
-    ]
+    recipes = [zero_recipe(tmp_path, name, corpus, weights, "fp32", LAYOUTS[name], **{feature: True}) for name in names]
     run_ranks(2, ["tests/parity/train_many.py", *map(str, recipes)], timeout_s=600).check()
     for name in names:
         np.testing.assert_allclose(history_of(tmp_path, name), reference, rtol=1e-5, err_msg=name)
@@ -163,7 +129,7 @@ def test_what_saves_memory_or_time_changes_no_loss(
 
 def test_bf16_losses_follow_a_plain_loop(corpus: Path, weights: Path, tmp_path: Path) -> None:
     names = ["zero1", "zero2", "zero3", "zero2-cpu"]
-    recipes = [write_recipe(tmp_path, name, corpus, weights, "bf16", LAYOUTS[name]) for name in names]
+    recipes = [zero_recipe(tmp_path, name, corpus, weights, "bf16", LAYOUTS[name]) for name in names]
     run_ranks(2, ["tests/parity/train_many.py", *map(str, recipes)], timeout_s=600).check()
     losses = [loss for loss, _ in plain_loop(corpus, weights, torch.bfloat16)]
     for name in names:

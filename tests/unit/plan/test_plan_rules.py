@@ -45,7 +45,7 @@ CASES = [
         "masked-lm aren't cut into stages",
     ),
     Broken("pipeline-sequence", {"parallel.pipeline": 2, "parallel.sequence": 2}, "set parallel.sequence=1"),
-    Broken("pipeline-compile", {"parallel.tensor": 2, "model.compile": True}, "set model.compile=false"),
+    Broken("cut-compile", {"parallel.tensor": 2, "model.compile": True}, "set model.compile=false"),
     Broken("pipeline-zero", {"parallel.pipeline": 2, "parallel.zero_stage": 2}, "zero_stage=1"),
     Broken("pipeline-overlap", {"parallel.pipeline": 2, "parallel.overlap_communication": True}, "set auto or false"),
     Broken("pipeline-layers", {"parallel.pipeline": 4, "model.num_hidden_layers": 2}, "at most 2"),
@@ -71,7 +71,7 @@ CASES = [
         "attends across documents",
     ),
     Broken(
-        "pipeline-flash",
+        "cut-flash",
         {"model.attention": "flash_attention_2", "precision.dtype": "bf16", "parallel.tensor": 2,
          "batch.micro_samples": 1},
         "set model.attention=sdpa",
