@@ -18,7 +18,7 @@ from ds_train.parallel.build import Part, build_part
 from ds_train.parallel.check import check_documents_apart, check_layout
 from ds_train.parallel.mesh import Mesh
 from ds_train.parallel.sequence import leave_sequence
-from ds_train.plan.make import RunPlan
+from ds_train.plan.make import RunPlan, make_plan
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,9 @@ def assemble(run: RunConfig, plan: RunPlan, info: RankInfo, tokenizer: Any, prep
         eval_micro_samples=plan.batch.eval_micro_samples,
     )
     config = load_model_config(run, tokenizer)
+    if plan.size is None:
+        # A hub model's sizes are known only now that its config is on this machine.
+        make_plan(run, plan.cluster)
     mesh = Mesh(layout, info.rank)
     if layout.ranks > layout.data:
         check_layout(run, config, layout, mesh, get_accelerator().current_device_name())

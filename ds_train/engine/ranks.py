@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -27,7 +28,7 @@ _M_MMAP_THRESHOLD = -3  # glibc's malloc.h
 _LARGE_BLOCK_BYTES = 4 * 2**20
 
 _FAREWELL_S = 20.0
-"""How long a rank with nothing to say waits for rank 0 to say it, before it ends by itself."""
+"""How long a rank waits for rank 0 to say what is wrong, before it says it and ends by itself."""
 
 
 @dataclass(frozen=True)
@@ -132,18 +133,20 @@ def on_main_first(info: RankInfo, work: Callable[[], Result]) -> Result:
 
 
 def run_to_exit_code(body: Callable[[RankInfo], None]) -> int:
-    """Run `body` with this process's place. Rank 0 alone prints a `UserError`, a line per problem; exit code 2.
+    """Run `body` with this process's place. A `UserError` is printed by rank 0, a line per problem; exit code 2.
 
-    The launcher kills every rank as soon as one ends badly, so ranks that have nothing to say wait for rank 0's words.
+    The launcher kills every rank as soon as one ends badly, so the others leave the word to rank 0 first. One that is
+    still there after a while has met what rank 0 hasn't (a file that this host lacks, say), and tells it.
     """
     try:
         body(rank_info())
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
-            for problem in error.problems:
-                print(f"error: {problem}", file=sys.stderr, flush=True)
-        else:
+        rank = os.environ.get("RANK", "0")
+        if rank != "0":
             time.sleep(_FAREWELL_S)
+        here = "" if rank == "0" else f" (rank {rank} on {socket.gethostname()})"
+        for problem in error.problems:
+            print(f"error{here}: {problem}", file=sys.stderr, flush=True)
         return EXIT_CODE
     finally:
         if "torch" in sys.modules:

@@ -95,7 +95,7 @@ def build_model(
             raise user_error(
                 "model.activation_checkpointing", f"{type(model).__name__} has no support for it", "set false"
             )
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     model.train()
     return model
 

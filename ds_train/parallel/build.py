@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ds_train.config import RunConfig
+from ds_train.errors import UserError, first_line, user_error
 from ds_train.models.load import build_model, matrix_parameters, outline, shares_embedding
 from ds_train.models.tasks import TaskLoss
 from ds_train.parallel.mesh import Group, Mesh
@@ -64,19 +65,33 @@ def build_part(run: RunConfig, config: PreTrainedConfig, plan: RunPlan, mesh: Me
         UserError: whatever the model refuses.
     """
     layout = plan.layout
-    if layout.pipe > 1:
-        return _pipeline_part(run, config, layout, mesh)
-    if layout.tensor > 1:
-        sketch = outline(run, config)
-        cut = _Cutter(run, config, sketch, layout, mesh.tensor)
-        model = cut.whole()
-        task = TaskLoss(model, cut.vocabulary_group)
-    else:
-        sketch = model = build_model(run, config, plan.deepspeed_json, plan.zero_stage)
-        task = TaskLoss(model)
-    sequence = SequenceParallel(mesh.sequence, model) if layout.sequence > 1 else None
+    try:
+        if layout.pipe > 1:
+            return _pipeline_part(run, config, layout, mesh)
+        if layout.tensor > 1:
+            sketch = outline(run, config)
+            cut = _Cutter(run, config, sketch, layout, mesh.tensor)
+            model = cut.whole()
+            task = TaskLoss(model, cut.vocabulary_group)
+        else:
+            sketch = model = build_model(run, config, plan.deepspeed_json, plan.zero_stage)
+            task = TaskLoss(model)
+        sequence = SequenceParallel(mesh.sequence, model) if layout.sequence > 1 else None
+    except ValueError as error:
+        raise cannot_cut(config, layout, first_line(error)) from error
     mpu = mesh if layout.tensor * layout.sequence > 1 else None
     return Part(model, model, mesh, mpu, sketch, matrix_parameters(sketch), task, sequence=sequence)
+
+
+def cannot_cut(config: PreTrainedConfig, layout: Layout, reason: str) -> UserError:
+    """The refusal of a layout by a model, or by what its family's code does."""
+    degrees = {"pipeline": layout.pipe, "tensor": layout.tensor, "sequence": layout.sequence}
+    cuts = [axis for axis, degree in degrees.items() if degree > 1]
+    if not cuts:
+        return user_error("model", f"{config.model_type}: {reason}")
+    whole = " and ".join(f"parallel.{axis}=1" for axis in cuts)
+    fix = f"set {whole}; parallel.zero_stage=3 spreads any model over ranks"
+    return user_error(f"parallel.{cuts[0]}", f"{config.model_type} can't be cut so: {reason}", fix, degrees[cuts[0]])
 
 
 def build_stages(run: RunConfig, config: PreTrainedConfig, layout: Layout, group: Group) -> list[Stage]:

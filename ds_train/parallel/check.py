@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ds_train.config import RunConfig
-from ds_train.errors import UserError, first_line, user_error
+from ds_train.errors import UserError, first_line
 from ds_train.models.families import look_alike
 from ds_train.models.load import build_model, outline, shares_embedding
 from ds_train.models.loss import IGNORE_INDEX
 from ds_train.models.packing import check_packing
 from ds_train.models.tasks import Batch, TaskLoss
-from ds_train.parallel.build import build_stages
+from ds_train.parallel.build import build_stages, cannot_cut
 from ds_train.parallel.mesh import Mesh
 from ds_train.parallel.pipeline import Stage, stage_inputs
 from ds_train.parallel.sequence import SequenceParallel, leave_sequence
@@ -56,12 +56,7 @@ def check_layout(run: RunConfig, config: PreTrainedConfig, layout: Layout, mesh:
         if refusal is not None:
             raise refusal
         if reason is not None:
-            degrees = {"pipeline": layout.pipe, "tensor": layout.tensor, "sequence": layout.sequence}
-            cuts = [f"parallel.{axis}" for axis, degree in degrees.items() if degree > 1]
-            fix = f"set {' and '.join(f'{cut}=1' for cut in cuts)}; parallel.zero_stage=3 spreads any model over ranks"
-            raise user_error(
-                cuts[0], f"{config.model_type} can't be cut so: {reason}", fix, degrees[cuts[0].split(".")[1]]
-            )
+            raise cannot_cut(config, layout, reason)
 
 
 def check_documents_apart(run: RunConfig, config: PreTrainedConfig, model: Any) -> None:
@@ -86,6 +81,8 @@ def difference(run: RunConfig, config: PreTrainedConfig, layout: Layout, mesh: M
     Raises:
         Exception: whatever the family's code raises when it is cut.
     """
+    if getattr(config, "layerdrop", 0.0):
+        return "its layerdrop leaves out layers at random, other ones on other ranks; 0 turns it off"
     run, small = _small(run, config, layout)
     whole: Any = build_model(run, small, {}, 0)
     whole.to(device)
@@ -116,7 +113,8 @@ def difference(run: RunConfig, config: PreTrainedConfig, layout: Layout, mesh: M
 def _is_random(task: TaskLoss, model: Any, batch: Batch) -> bool:
     """Whether a training pass without dropout gives another loss under another seed (routers that sample)."""
     losses = []
-    with torch.random.fork_rng():
+    on_device = [] if model.device.type == "cpu" else [model.device]
+    with torch.random.fork_rng(on_device, device_type=model.device.type):
         for seed in range(_SEEDS):
             torch.manual_seed(seed)
             losses.append(task.train_loss(model, batch))

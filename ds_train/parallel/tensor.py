@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ds_train.models.families import EXPERT_STYLES, FAMILIES, TENSOR_STYLES
@@ -98,6 +99,8 @@ def shard_model(model: PreTrainedModel, plan: dict[str, str], group: Group, voca
         if style in ("colwise", "fused_colwise"):
             _divide_heads(parent, dist.get_world_size(group))
     _shard_bare_parameters(model, plan, group)
+    if _drops(model.config):
+        _separate_dropout(model, dist.get_rank(group))
     if vocabulary:
         _shard_vocabulary(model, group)
 
@@ -152,9 +155,9 @@ class _ColumnConv1D(nn.Module):
         _shard_parameter(self.bias, Shard(0, parts), group)
 
     def forward(self, hidden_BTD: Tensor) -> Tensor:
-        from deepspeed.module_inject.layers import ColumnParallel
-
-        return ColumnParallel.apply(self._group, hidden_BTD) @ self.weight + self.bias
+        hidden_BTD = hidden_BTD.view_as(hidden_BTD)  # whatever else reads the original isn't sharded
+        _sum_gradients(hidden_BTD, self._group)
+        return hidden_BTD @ self.weight + self.bias
 
 
 class _RowConv1D(nn.Module):
@@ -169,6 +172,66 @@ class _RowConv1D(nn.Module):
         from deepspeed.module_inject.layers import RowParallel
 
         return RowParallel.apply(self._group, hidden_BTD @ self.weight, False) + self.bias
+
+
+class _OwnRandomness:
+    """Random numbers of this tensor rank alone, between `enter` and `leave`; outside all tensor ranks draw the same.
+
+    The numbers follow from the shared generator, so a recomputed layer draws them again.
+    """
+
+    def __init__(self, rank: int) -> None:
+        self._rank = rank
+        self._shared: tuple[Tensor, Tensor] | None = None
+
+    def forget(self, *_: Any) -> None:
+        """Recomputation may stop between `enter` and `leave`, and brings the generators back itself."""
+        self._shared = None
+
+    def enter(self, module: nn.Module, *_: Any) -> None:
+        if self._shared is not None or not module.training:
+            return
+        seed = int(torch.randint(2**62, ()))
+        self._shared = torch.get_rng_state(), get_accelerator().get_rng_state()
+        torch.manual_seed(seed + self._rank)
+
+    def leave(self, *_: Any) -> None:
+        if self._shared is None:
+            return
+        on_host, on_device = self._shared
+        get_accelerator().set_rng_state(on_device)
+        torch.set_rng_state(on_host)
+        self._shared = None
+
+
+def _drops(config: PreTrainedConfig) -> bool:
+    """Whether the config asks for dropout of any kind."""
+    keys = config.get_text_config().to_dict().items()
+    return any("drop" in key and isinstance(value, float) and value > 0 for key, value in keys)
+
+
+def _separate_dropout(model: nn.Module, rank: int) -> None:
+    """Each rank drops out its own heads and channels: between a layer cut along its outputs and one along its inputs.
+
+    With the same numbers everywhere, head 0 of every rank would lose the same scores.
+    """
+    from deepspeed.module_inject import layers as autotp
+
+    randomness = _OwnRandomness(rank)
+    for module in model.modules():
+        children = list(module.children())
+        if any(_gives_shards(child) for child in children):
+            module.register_forward_pre_hook(randomness.forget)
+        if _gives_shards(module):
+            module.register_forward_hook(randomness.enter)
+        elif type(module) in (_RowConv1D, autotp.LinearAllreduce):
+            module.register_forward_pre_hook(randomness.leave)
+
+
+def _gives_shards(module: nn.Module) -> bool:
+    from deepspeed.module_inject import layers as autotp
+
+    return isinstance(module, _ColumnConv1D) or (type(module) is autotp.LinearLayer and not module.gather_output)
 
 
 def _parallel(module: nn.Module, style: str, name: str, group: Group) -> Any:
@@ -237,24 +300,29 @@ def _shard_parameter(parameter: nn.Parameter, shard: Shard, group: Group) -> Non
     parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
 
 
-def _sum_gradients(parameter: nn.Parameter, group: Group) -> None:
-    """For a whole parameter that works on sharded activations: each rank sees only its part of the gradient."""
+def _sum_gradients(tensor: Tensor, group: Group) -> None:
+    """For what is whole on every rank but works on sharded activations: each rank sees only its part of the gradient.
+
+    Not DeepSpeed's `ColumnParallel`: it sums a copy of a gradient that isn't contiguous (module_inject/layers.py:313).
+    """
 
     def summed(gradient: Tensor) -> Tensor:
-        gradient = gradient.contiguous()
-        dist.all_reduce(gradient, group=group)
-        return gradient
+        whole = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(whole, group=group)
+        return whole
 
-    parameter.register_hook(summed)
+    if tensor.requires_grad:
+        tensor.register_hook(summed)
 
 
 def _sum_rotary_gradients(module: nn.Module, rotary: int, group: Group) -> None:
     """The rotary part of a latent projection goes to every head, so its gradient is summed over the ranks."""
-    from deepspeed.module_inject.layers import ColumnParallel
 
     def hook(_: nn.Module, __: Any, output: Tensor) -> Tensor:
         latent, keys = output.split([output.shape[-1] - rotary, rotary], dim=-1)
-        return torch.cat([latent, ColumnParallel.apply(group, keys)], dim=-1)
+        keys = keys.contiguous()  # a tensor of its own: the hook isn't the other part's
+        _sum_gradients(keys, group)
+        return torch.cat([latent, keys], dim=-1)
 
     module.register_forward_hook(hook)
 

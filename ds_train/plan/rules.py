@@ -357,7 +357,7 @@ RULES: tuple[Rule | KeyRule, ...] = (
     Rule(
         "pipeline-tied", "precision.gradient_dtype", _pipeline_ties_diverge,
         "tied weights diverge between the stages of a pipeline (pipe/engine.py:283)",
-        "set model.tie_word_embeddings=false, or precision.dtype=bf16 without offload",
+        lambda f: f"set precision.gradient_dtype={f.run.precision.dtype}, or model.tie_word_embeddings=false",
     ),
     Rule(
         "tensor-sizes", "parallel.tensor", _degree_does_not_divide("parallel.tensor", *_CUT_BY_TENSOR),

@@ -13,6 +13,8 @@ from plain_loop import write_corpus, write_recipe, write_weights
 from ranks import run_ranks
 from transformers import AutoModelForCausalLM
 
+from ds_train.plan.topology import processor_has_fp16
+
 pytestmark = pytest.mark.parity
 
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
@@ -27,7 +29,18 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"data": {"packing": False}, "model": {"activation_checkpointing": True}},
     ),
     "bf16": ("llama", {"pipeline": 2, "tensor": 2}, {"precision": {"dtype": "bf16"}}),
+    "bf16-offload-tied": (
+        "gpt2", {"pipeline": 2, "tensor": 2, "offload_optimizer": "cpu"}, {"precision": {"dtype": "bf16", "gradient_dtype": "bf16"}},
+    ),
+    "adagrad": (
+        "llama", {"pipeline": 2, "tensor": 2}, {"optimizer": {"kind": "adagrad", "weight_decay": 0.0}},
+    ),
+    "sgd": ("llama", {"tensor": 2, "zero_stage": 2}, {"optimizer": {"kind": "sgd", "lr": 0.03}}),
 }  # fmt: skip
+
+if processor_has_fp16():
+    fp16 = {"dtype": "fp16", "loss_scale": 1024.0, "gradient_dtype": "fp16"}
+    CASES["fp16-tied"] = ("gpt2", {"pipeline": 2, "tensor": 2}, {"precision": fp16})
 
 
 def records(folder: Path, name: str) -> list[dict[str, Any]]:
@@ -56,6 +69,7 @@ def test_a_run_is_the_same_in_every_layout(tmp_path: Path) -> None:
             "batch": {"micro_samples": 2, "eval_micro_samples": 3},
             "model": sections.get("model", {}),
             "precision": sections.get("precision", {}),
+            "optimizer": sections.get("optimizer", {}),
         }
         for ranks, parallel in (("one", {}), ("four", layout)):
             recipe = write_recipe(tmp_path, f"{name}-{ranks}", corpus, weights, family, parallel, **more)
@@ -77,3 +91,20 @@ def test_a_run_is_the_same_in_every_layout(tmp_path: Path) -> None:
         # Not weights: a key's bias has no gradient but rounding, which Adam blows up.
         logits, expected_logits = exported_logits(tmp_path, f"{name}-four"), exported_logits(tmp_path, f"{name}-one")
         torch.testing.assert_close(logits, expected_logits, rtol=0, atol=10 * tolerance)
+
+
+def test_tensor_ranks_drop_out_different_heads_and_the_same_hidden_states(tmp_path: Path) -> None:
+    corpus, weights = write_corpus(tmp_path / "corpus"), tmp_path / "gpt2"
+    write_weights(weights, "gpt2")
+    model = {"path": str(weights), "attention": "eager", "attn_pdrop": 0.2, "resid_pdrop": 0.2, "embd_pdrop": 0.2}
+    recipe = write_recipe(tmp_path, "dropout", corpus, weights, "gpt2", {"tensor": 2}, model=model)
+    ended = run_ranks(2, ["tests/parity/dropout_of_ranks.py", str(recipe)]).check()
+    lines = [line for output in ended.outputs for line in output.splitlines() if line.startswith("RANK ")]
+    rows = [json.loads(line.removeprefix("RANK ")) for line in lines]
+    of = {(recomputed, rank): (loss, gradient, seen) for recomputed, rank, loss, gradient, seen in rows}
+    (loss, gradient, first), (other_loss, other_gradient, second) = of[False, 0], of[False, 1]
+    assert (loss, gradient) == pytest.approx((other_loss, other_gradient), rel=1e-6)
+    assert first["resid_dropout"] == second["resid_dropout"]
+    assert not set(first["attn_dropout"]) & set(second["attn_dropout"])
+    for rank in range(2):  # recomputed layers drop out the same
+        assert of[True, rank][:2] == pytest.approx(of[False, rank][:2], rel=1e-6)
