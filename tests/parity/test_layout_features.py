@@ -30,7 +30,8 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     ),
     "bf16": ("llama", {"pipeline": 2, "tensor": 2}, {"precision": {"dtype": "bf16"}}),
     "bf16-offload-tied": (
-        "gpt2", {"pipeline": 2, "tensor": 2, "offload_optimizer": "cpu"}, {"precision": {"dtype": "bf16", "gradient_dtype": "bf16"}},
+        "gpt2", {"pipeline": 2, "tensor": 2, "offload_optimizer": "cpu"},
+        {"precision": {"dtype": "bf16", "gradient_dtype": "bf16"}},
     ),
     "adagrad": (
         "llama", {"pipeline": 2, "tensor": 2}, {"optimizer": {"kind": "adagrad", "weight_decay": 0.0}},
