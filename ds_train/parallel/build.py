@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
+import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -28,6 +29,8 @@ from ds_train.parallel.sequence import SequenceParallel
 from ds_train.parallel.tensor import cuts_vocabulary, shard_model, tensor_plan
 from ds_train.plan.make import RunPlan
 from ds_train.plan.topology import Layout
+
+Built = TypeVar("Built")
 
 
 @dataclass(frozen=True)
@@ -67,11 +70,11 @@ def build_part(run: RunConfig, config: PreTrainedConfig, plan: RunPlan, mesh: Me
     layout = plan.layout
     try:
         if layout.pipe > 1:
-            return _pipeline_part(run, config, layout, mesh)
+            return _pipeline_part(run, config, plan, mesh)
         if layout.tensor > 1:
             sketch = outline(run, config)
             cut = _Cutter(run, config, sketch, layout, mesh.tensor)
-            model = cut.whole()
+            model = _in_turn(plan, cut.whole)
             task = TaskLoss(model, cut.vocabulary_group)
         else:
             sketch = model = build_model(run, config, plan.deepspeed_json, plan.zero_stage)
@@ -146,10 +149,26 @@ class _Cutter:
         return model
 
 
-def _pipeline_part(run: RunConfig, config: PreTrainedConfig, layout: Layout, mesh: Mesh) -> Part:
+def _in_turn(plan: RunPlan, build: Callable[[], Built]) -> Built:
+    """Run `build` on one rank of each host after the other. Collective.
+
+    A tensor rank holds all that is cut until it has cut it: few hosts have the memory for all their ranks at once.
+    """
+    turns = plan.cluster.ranks_per_host if plan.layout.tensor > 1 else 1
+    own = dist.get_rank() % turns
+    for _ in range(own):
+        dist.barrier()
+    built = build()
+    for _ in range(own + 1, turns):
+        dist.barrier()
+    return built
+
+
+def _pipeline_part(run: RunConfig, config: PreTrainedConfig, plan: RunPlan, mesh: Mesh) -> Part:
     sketch = outline(run, config)
-    cutter = _Cutter(run, config, sketch, layout, mesh.tensor)
-    pipeline = Pipeline(cutter.stage, layout, dynamic_shape=not run.data.packing, tied=shares_embedding(sketch))
+    cutter = _Cutter(run, config, sketch, plan.layout, mesh.tensor)
+    stage = _in_turn(plan, lambda: cutter.stage(mesh.place.pipe))
+    pipeline = Pipeline(stage, plan.layout, dynamic_shape=not run.data.packing, tied=shares_embedding(sketch))
     return Part(
         pipeline.stage.model,
         pipeline,

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -220,11 +220,11 @@ class Pipeline(PipelineModule):
     announced to it here, since they lie inside of the stages.
     """
 
-    def __init__(self, build: Callable[[int], Stage], layout: Layout, dynamic_shape: bool, tied: bool) -> None:
+    def __init__(self, stage: Stage, layout: Layout, dynamic_shape: bool, tied: bool) -> None:
         """Collective over all ranks.
 
         Args:
-            build: makes the stage of a number.
+            stage: this rank's.
             dynamic_shape: micro-batches of one step may differ in length.
             tied: embedding and head share their weight.
         """
@@ -233,7 +233,7 @@ class Pipeline(PipelineModule):
         # DeepSpeed prints its layers on stdout, which say nothing here.
         with contextlib.redirect_stdout(io.StringIO()):
             super().__init__(
-                layers=[LayerSpec(_Built, build, stage) for stage in range(layout.pipe)],
+                layers=[LayerSpec(_Layer, stage) for _ in range(layout.pipe)],
                 topology=topology,
                 loss_fn=self._loss,
                 partition_method="uniform",
@@ -316,12 +316,12 @@ def _entries(batches: Sequence[Batch]) -> Iterator[tuple[tuple[Tensor, ...], Ten
     return ((stage_inputs(batch)[0], batch["labels"]) for batch in batches)
 
 
-class _Built(nn.Module):
-    """What a LayerSpec builds: the stage under the name `stage`."""
+class _Layer(nn.Module):
+    """What DeepSpeed takes for a layer: the stage under the name `stage`. A rank builds its own alone."""
 
-    def __init__(self, build: Callable[[int], Stage], number: int) -> None:
+    def __init__(self, stage: Stage) -> None:
         super().__init__()
-        self.stage = build(number)
+        self.stage = stage
 
     def forward(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return self.stage(inputs)
