@@ -148,15 +148,16 @@ def _batch(run: RunConfig, config: PreTrainedConfig) -> Batch:
     tokens_BT = torch.randint(3, vocabulary, (_SAMPLES, _LENGTH), generator=draw)
     labels_BT = torch.randint(3, vocabulary, (_SAMPLES, _LENGTH), generator=draw)
     labels_BT[:, ::5] = IGNORE_INDEX
-    if run.task.kind == "sequence-classification":
-        labels_B = torch.randint(0, int(config.num_labels or 2), (_SAMPLES,), generator=draw)
-        return {"input_ids": tokens_BT, "labels": labels_B, "attention_mask": torch.ones_like(tokens_BT)}
     if run.data.packing and run.task.kind == "causal-lm":
         positions_BT = torch.cat([torch.arange(5), torch.arange(_LENGTH - 5)]).expand(_SAMPLES, -1)
         return {"input_ids": tokens_BT, "labels": labels_BT, "position_ids": positions_BT.contiguous()}
     mask_BT = torch.ones_like(tokens_BT)
     mask_BT[1, -3:] = 0
+    tokens_BT[1, -3:] = int(getattr(config, "pad_token_id", None) or 0)
     labels_BT[1, -3:] = IGNORE_INDEX
+    if run.task.kind == "sequence-classification":
+        labels_B = torch.randint(0, int(config.num_labels or 2), (_SAMPLES,), generator=draw)
+        return {"input_ids": tokens_BT, "labels": labels_B, "attention_mask": mask_BT}
     return {"input_ids": tokens_BT, "labels": labels_BT, "attention_mask": mask_BT}
 
 
