@@ -12,6 +12,7 @@ from ds_train.config import RunConfig
 from ds_train.data.build import DataBundle, load_data
 from ds_train.engine.ranks import RankInfo
 from ds_train.models.cpu_products import fp32_products_are_faster, use_fp32_products
+from ds_train.models.lean import use_lean_layers
 from ds_train.models.load import load_model_config
 from ds_train.optim.build import build_optimizer
 from ds_train.parallel.build import Part, build_part
@@ -69,6 +70,8 @@ def assemble(run: RunConfig, plan: RunPlan, info: RankInfo, tokenizer: Any, prep
     part = build_part(run, config, plan, mesh)
     if fp32_products_are_faster(info.device, part.model.dtype):
         use_fp32_products(part.model)
+    if run.model.lean_activations and not run.model.activation_checkpointing and not run.model.compile:
+        use_lean_layers(part.model)
     # DeepSpeed keeps the groups of the last engine of this process.
     deepspeed.utils.groups.mpu = None
     engine, *_ = deepspeed.initialize(

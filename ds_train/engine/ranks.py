@@ -25,7 +25,7 @@ MEETING_TIMEOUT = timedelta(hours=4)
 """How long ranks wait for one another: rank 0 may be tokenizing the data while the others wait."""
 
 _M_MMAP_THRESHOLD = -3  # glibc's malloc.h
-_LARGE_BLOCK_BYTES = 4 * 2**20
+_LARGE_BLOCK_BYTES = 2**20
 
 _FAREWELL_S = 20.0
 """How long a rank waits for rank 0 to say what is wrong, before it says it and ends by itself."""
