@@ -74,6 +74,7 @@ def train(run: RunConfig, info: RankInfo) -> None:
     tracker = Tracker(run, plan.to_dict(), folder, info.is_main, steps, done, wandb_id)
     exit_code = 1
     try:
+        tracker.note(f"optimizer kernel: {parts.kernel}")
         if parts.part.stage_layers:
             tracker.note(f"layers of the pipeline's stages: {', '.join(map(str, parts.part.stage_layers))}")
         if resumed is not None:

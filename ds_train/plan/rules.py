@@ -193,7 +193,8 @@ def _nothing_held_out(facts: Facts) -> bool:
 
 def _uneven_adagrad(facts: Facts) -> bool:
     optimizer = facts.run.optimizer
-    return optimizer.kind == "adagrad" and optimizer.weight_decay > 0 and not optimizer.decay_all
+    torchs = optimizer.kind == "adagrad" and optimizer.kernel != "fused"
+    return torchs and optimizer.weight_decay > 0 and not optimizer.decay_all
 
 
 def _pipeline_ties_diverge(facts: Facts) -> bool:
@@ -487,7 +488,17 @@ RULES: tuple[Rule | KeyRule, ...] = (
     Rule(
         "adagrad-groups", "optimizer.weight_decay", _uneven_adagrad,
         "ZeRO rebuilds Adagrad with one group (stage_1_and_2.py:946), so norms and biases can't be left out of decay",
-        "set optimizer.weight_decay=0, or optimizer.decay_all=true",
+        "set optimizer.weight_decay=0, optimizer.decay_all=true, or optimizer.kernel=fused",
+    ),
+    Rule(
+        "kernel-kind", "optimizer.kernel", _all(_at("optimizer.kernel", "fused"), _at("optimizer.kind", "sgd")),
+        "there is no fused kernel for sgd", "set optimizer.kernel=auto",
+    ),
+    Rule(
+        "kernel-device", "optimizer.kernel",
+        _all(_at("optimizer.kernel", "fused"), _not(_device("cpu")), _at("parallel.offload_optimizer", "none")),
+        "the fused kernels run where the optimizer's states are on the CPU",
+        "set parallel.offload_optimizer=cpu, or optimizer.kernel=auto",
     ),
     Rule(
         "wsd-overlap", "schedule.decay_fraction",

@@ -16,7 +16,8 @@ def global_norm(tensors: Iterable[Tensor]) -> float:
     given = [tensor.detach() for tensor in tensors]
     library = cpu_library()
     if not isinstance(library, CpuLibrary) or any(not fits(tensor) for tensor in given):
-        return math.sqrt(sum(float(tensor.double().square().sum()) for tensor in given))
+        norms = [torch.linalg.vector_norm(tensor, dtype=torch.float64) for tensor in given]
+        return float(torch.stack(norms).norm()) if norms else 0.0
     return math.sqrt(
         library.sum_of_squares(records([tensor.contiguous() for tensor in given]), torch.get_num_threads())
     )
