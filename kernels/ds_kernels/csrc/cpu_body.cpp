@@ -5,30 +5,15 @@
 #include "cpu_body.h"
 
 #include <stdlib.h>
-#include <string.h>
 
 #include "opt_math.h"
 
 namespace DSK_ISA {
 namespace {
 
-constexpr int64_t kChunk = 1024;       // elements that are converted at a time
-constexpr int64_t kLanes = 16;         // elements of a vector, and partial sums of a norm
-constexpr int64_t kAhead = 256;        // elements that are prefetched ahead: 1 KiB
-constexpr int64_t kNormBlock = 16384;  // elements whose squares are summed before anything else is
-
-float from_f16(uint16_t bits) {
-  _Float16 half;
-  memcpy(&half, &bits, 2);
-  return (float)half;
-}
-
-uint16_t to_f16(float value) {
-  _Float16 half = (_Float16)value;
-  uint16_t bits;
-  memcpy(&bits, &half, 2);
-  return value != value ? 0x7E00u : bits;
-}
+constexpr int64_t kChunk = 1024;  // elements that are converted at a time
+constexpr int64_t kLanes = 16;   // elements of a vector
+constexpr int64_t kAhead = 256;  // elements that are prefetched ahead: 1 KiB
 
 // `n` elements as fp32: where they are, or converted into `buffer`.
 const float *load(const void *from, int32_t type, int64_t at, int64_t n, float *buffer) {
@@ -38,7 +23,7 @@ const float *load(const void *from, int32_t type, int64_t at, int64_t n, float *
 #pragma omp simd
     for (int64_t i = 0; i < n; i++) buffer[i] = dsk_from_bf16(bits[i]);
   } else {
-    for (int64_t i = 0; i < n; i++) buffer[i] = from_f16(bits[i]);
+    for (int64_t i = 0; i < n; i++) buffer[i] = dsk_from_f16(bits[i]);
   }
   return buffer;
 }
@@ -50,7 +35,7 @@ void store(const float *values, void *to, int32_t type, int64_t at, int64_t n) {
 #pragma omp simd
     for (int64_t i = 0; i < n; i++) bits[i] = dsk_to_bf16(values[i]);
   } else {
-    for (int64_t i = 0; i < n; i++) bits[i] = to_f16(values[i]);
+    for (int64_t i = 0; i < n; i++) bits[i] = dsk_to_f16(values[i]);
   }
 }
 
@@ -117,30 +102,35 @@ void update(const dsk_tensor &t, const dsk_args &a, int64_t at, int64_t n) {
   }
 }
 
-// Sum of squares of at most kNormBlock elements. Squares of fp32 are exact in double, the order of the sum is fixed.
+// Sum of squares of at most DSK_NORM_BLOCK elements.
 double squares(const void *x, int32_t type, int64_t at, int64_t n) {
+  static_assert(kChunk % DSK_NORM_LANES == 0, "a chunk begins with the first sum");
   alignas(64) float buffer[kChunk];
-  alignas(64) double lanes[kLanes] = {0};
+  alignas(64) double lanes[DSK_NORM_LANES] = {0};
   for (int64_t stop = at + n; at < stop; at += kChunk) {
     int64_t count = stop - at < kChunk ? stop - at : kChunk;
     const float *values = load(x, type, at, count, buffer);
-    int64_t whole = count / kLanes * kLanes;
-    for (int64_t i = 0; i < whole; i += kLanes) {
-      if (type == DSK_F32) __builtin_prefetch(values + i + kAhead, 0);
+    if (count == kChunk) {  // four elements of each sum at a time, in their order
+      for (int64_t lane = 0; lane < DSK_NORM_LANES; lane += kLanes) {
+        for (int64_t row = 0; row < kChunk; row += DSK_NORM_LANES)
+          __builtin_prefetch(values + row + lane + kChunk, 0);
 #pragma omp simd
-      for (int64_t lane = 0; lane < kLanes; lane++) {
-        double value = values[i + lane];
-        lanes[lane] += value * value;
+        for (int64_t i = lane; i < lane + kLanes; i++) {
+          double sum = lanes[i];
+          for (int64_t row = 0; row < kChunk; row += DSK_NORM_LANES) sum += dsk_square(values[row + i]);
+          lanes[i] = sum;
+        }
       }
+    } else {
+      for (int64_t i = 0; i < count; i++) lanes[i % DSK_NORM_LANES] += dsk_square(values[i]);
     }
-    for (int64_t i = whole; i < count; i++) lanes[i - whole] += (double)values[i] * (double)values[i];
   }
-  double sum = 0;
-  for (int64_t lane = 0; lane < kLanes; lane++) sum += lanes[lane];
-  return sum;
+  for (int64_t half = DSK_NORM_LANES / 2; half > 0; half /= 2)
+    for (int64_t lane = 0; lane < half; lane++) lanes[lane] += lanes[lane + half];
+  return lanes[0];
 }
 
-int64_t blocks_of(int64_t n) { return (n + kNormBlock - 1) / kNormBlock; }
+int64_t blocks_of(int64_t n) { return (n + DSK_NORM_BLOCK - 1) / DSK_NORM_BLOCK; }
 
 }  // namespace
 
@@ -148,7 +138,7 @@ void step(const dsk_tensor *tensors, int64_t count, const dsk_args *args, int32_
   int64_t total = 0;
   for (int64_t k = 0; k < count; k++) total += tensors[k].n;
   // Few elements aren't worth waking threads for.
-  int64_t parts = total / kNormBlock + 1 < threads ? total / kNormBlock + 1 : threads;
+  int64_t parts = total / DSK_NORM_BLOCK + 1 < threads ? total / DSK_NORM_BLOCK + 1 : threads;
 #pragma omp parallel for num_threads((int)parts) schedule(static, 1) if (parts > 1)
   for (int64_t part = 0; part < parts; part++) {
     int64_t first = total * part / parts / kLanes * kLanes;
@@ -172,8 +162,8 @@ double sum_of_squares(const dsk_tensor *tensors, int64_t count, int32_t threads)
     for (int64_t k = 0, begin = 0; k < count && begin < stop; begin += blocks_of(tensors[k].n), k++) {
       int64_t last = begin + blocks_of(tensors[k].n) < stop ? begin + blocks_of(tensors[k].n) : stop;
       for (int64_t block = first > begin ? first : begin; block < last; block++) {
-        int64_t at = (block - begin) * kNormBlock;
-        int64_t n = tensors[k].n - at < kNormBlock ? tensors[k].n - at : kNormBlock;
+        int64_t at = (block - begin) * DSK_NORM_BLOCK;
+        int64_t n = tensors[k].n - at < DSK_NORM_BLOCK ? tensors[k].n - at : DSK_NORM_BLOCK;
         sums[block] = squares(tensors[k].g, tensors[k].g_type, at, n);
       }
     }

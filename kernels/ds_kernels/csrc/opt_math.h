@@ -6,6 +6,12 @@
 
 #include <stdint.h>
 
+#if defined(__CUDACC__)
+#include <cuda_fp16.h>
+#else
+#include <string.h>
+#endif
+
 #if defined(__CUDA_ARCH__)
 #define DSK_FMA(a, b, c) __fmaf_rn((a), (b), (c))
 #define DSK_MUL(a, b) __fmul_rn((a), (b))
@@ -80,6 +86,27 @@ DSK_FN uint16_t dsk_to_bf16(float value) {
   return (word.u & 0x7FFFFFFFu) > 0x7F800000u ? 0x7FC0u : (uint16_t)rounded;
 }
 
+DSK_FN float dsk_from_f16(uint16_t bits) {
+#if defined(__CUDACC__)
+  return __half2float(__ushort_as_half(bits));
+#else
+  _Float16 half;
+  memcpy(&half, &bits, 2);
+  return (float)half;
+#endif
+}
+
+DSK_FN uint16_t dsk_to_f16(float value) {
+  uint16_t bits;
+#if defined(__CUDACC__)
+  bits = __half_as_ushort(__float2half_rn(value));
+#else
+  _Float16 half = (_Float16)value;
+  memcpy(&bits, &half, 2);
+#endif
+  return value != value ? (uint16_t)0x7E00u : bits;
+}
+
 // A hash of (seed, place): the same number wherever the element is computed.
 DSK_FN uint32_t dsk_random(uint64_t seed, uint64_t place) {
   uint32_t x = (uint32_t)place * 0x9E3779B9u + (uint32_t)seed;
@@ -125,3 +152,13 @@ DSK_FN void dsk_adagrad(const dsk_args &a, float &p, float g, float &sum) {
   sum = DSK_FMA(g, g, sum);
   p = DSK_FMA(-a.rate, DSK_DIV(g, DSK_ADD(DSK_SQRT(sum), a.eps)), p);
 }
+
+// -- the norm ---------------------------------------------------------------------------------------------------------
+
+// Squares are summed in blocks of DSK_NORM_BLOCK elements by DSK_NORM_LANES sums each, element i of a block by sum
+// i % lanes. Those are added in halves (lane + lane + half), the blocks of all tensors in their order. Squares of fp32
+// are exact in double, so only that order decides the bits.
+#define DSK_NORM_BLOCK 16384
+#define DSK_NORM_LANES 256
+
+DSK_FN double dsk_square(float value) { return (double)value * (double)value; }
