@@ -12,6 +12,17 @@ Auto = Literal["auto"]
 Positive = Annotated[int, Field(ge=1)]
 
 
+def settled(value: int | str) -> int:
+    """A number that may have been `auto`, after the planner has chosen it.
+
+    Raises:
+        ValueError: it still is `auto`.
+    """
+    if isinstance(value, str):
+        raise ValueError("a field that says `auto` was read before the planner had chosen it")
+    return value
+
+
 class BatchSection(Section):
     """The global batch is what the optimizer sees: it is the same at every number of ranks."""
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ds_train.models.families import EXPERT_STYLES, FAMILIES, TENSOR_STYLES
 from ds_train.models.tasks import plain_head
+from ds_train.plan.families import EXPERT_STYLES, FAMILIES, TENSOR_STYLES
 
 Group = Any
 

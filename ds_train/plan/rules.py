@@ -333,7 +333,7 @@ RULES: tuple[Rule | KeyRule, ...] = (
     ),
     Rule(
         "pipeline-layers", "parallel.pipeline",
-        lambda f: f.size and f.size.num_hidden_layers and f.run.parallel.pipeline > f.size.num_hidden_layers,
+        lambda f: f.size and f.size.num_hidden_layers and f.pipeline > f.size.num_hidden_layers,
         lambda f: f"the model has {_sizes(f, 'num_hidden_layers')} layers",
         lambda f: f"at most {_sizes(f, 'num_hidden_layers')}",
     ),
@@ -393,16 +393,16 @@ RULES: tuple[Rule | KeyRule, ...] = (
     Rule(
         "sequence-heads", "parallel.sequence",
         lambda f: _SEQUENCE(f) and any(
-            (_sizes(f, name) or 0) % (f.run.parallel.sequence * f.run.parallel.tensor) for name in _HEADS
+            (_sizes(f, name) or 0) % (f.sequence * f.tensor) for name in _HEADS
         ),
         lambda f: f"{'with the tensor ranks it' if _TENSOR(f) else 'it'} doesn't divide {_sizes_in_words(f, _HEADS)}",
         lambda f: f"{'tensor x sequence ' if _TENSOR(f) else ''}{_common_divisors(f, _HEADS)}",
     ),
     Rule(
         "sequence-length", "data.sequence_length",
-        lambda f: f.run.data.sequence_length % f.run.parallel.sequence,
+        lambda f: f.run.data.sequence_length % f.sequence,
         lambda f: f"parallel.sequence={f.run.parallel.sequence} doesn't divide it (ulysses_sp.py:470)",
-        lambda f: f"nearest: {-(-f.run.data.sequence_length // f.run.parallel.sequence) * f.run.parallel.sequence}",
+        lambda f: f"nearest: {-(-f.run.data.sequence_length // f.sequence) * f.sequence}",
     ),
     # -- ZeRO, offload, ZeRO++ -----------------------------------------------------------------------------------
     Rule(
