@@ -113,6 +113,37 @@ def plan(
 
 
 @app.command()
+def calibrate(
+    ranks: Annotated[
+        str, typer.Option(help="Numbers of ranks to measure, such as 1,2,4; every power of two that fits without it.")
+    ] = "",
+    device: Annotated[str, typer.Option(help="Kind of device; this machine's own without it.")] = "",
+) -> None:
+    """Measure this machine (products, memory, collectives) for the plans that are made on it. Takes a minute."""
+    from ds_train.engine.calibrate import calibrate as measure
+    from ds_train.engine.calibrate import default_counts, device_here
+    from ds_train.plan.hardware import store_calibration
+
+    kind = device_here(device)
+    try:
+        counts = sorted({int(count) for count in ranks.split(",")}) if ranks else default_counts(kind)
+    except ValueError:
+        raise user_error("--ranks", "not a list of numbers", "write 1,2,4", ranks) from None
+    if counts[0] < 1:
+        raise user_error("--ranks", "there is at least one rank", "write 1,2,4", ranks)
+    measured = measure(kind, counts, lambda text: print(text, file=sys.stderr))
+    for count, total in measured.totals.items():
+        share = 1 / int(count)
+        print(
+            f"{count} rank{'s' if count != '1' else ''}, each: "
+            f"fp32 {total['flops_fp32'] * share / 1e9:,.0f} GFLOP/s, bf16 {total['flops_bf16'] * share / 1e9:,.0f}, "
+            f"memory {total['memory_bytes_per_second'] * share / 1e9:.1f} GB/s"
+            + (f", link {total['link_bytes_per_second'] * share / 1e9:.2f} GB/s" if count != "1" else "")
+        )
+    print(store_calibration(measured))
+
+
+@app.command()
 def prepare(recipe: Recipe, overrides: Overrides = None) -> None:
     """Tokenize the recipe's data once, before a run; every later run reuses it."""
     run = load(recipe, overrides or [])

@@ -174,7 +174,10 @@ class Activations:
         if by_hand:  # torch's CPU kernel has no dropout: scores, mask and product exist, queries and keys are scaled
             kept += scores * 3 * width + (query + key) * width
         elif work.attention == "eager":
-            kept += scores * (width + (4 if width < 4 else 0) + (2 * width if self._attention_dropout else 0))
+            # The softmax is fp32, what it gives in 16 bits is kept too, by the product or by dropout's output.
+            kept += scores * (4 + (width if width < 4 else 0))
+            if self._attention_dropout:
+                kept += scores * ((width if work.device == "cpu" else 1) + (width if width == 4 else 0))
         return kept / work.tensor
 
     def _feed_forward(self, kind: tuple[tuple[str, tuple[int, ...], str], ...], width: int) -> float:
