@@ -1,7 +1,7 @@
 """The planner beside published tables: memory per ZeRO stage, and step times of large runs.
 
-Nothing is measured here, and nothing was fitted to these tables. Theirs is what the source prints, ours what
-plan/memory.py and plan/throughput.py say of the same model, layout and device. `python benchmarks/planner_published.py`.
+Nothing is measured here, and nothing was fitted to these tables. Theirs is what the source prints, ours what the
+planner says of the same model, layout and device. `python benchmarks/planner_published.py`.
 """
 
 from __future__ import annotations

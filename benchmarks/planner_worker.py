@@ -50,6 +50,28 @@ def storages(values: Iterable[Any]) -> dict[int, int]:
     return found
 
 
+def covered(values: Iterable[Any]) -> int:
+    """Bytes under all tensors of nested dictionaries and lists, those of views that overlap once."""
+    import torch
+
+    spans: list[tuple[int, int]] = []
+
+    def walk(value: Any) -> None:
+        if isinstance(value, torch.Tensor) and value.numel() > 1:
+            spans.append((value.data_ptr(), value.data_ptr() + value.numel() * value.element_size()))
+        elif isinstance(value, (dict, list, tuple)):
+            for inner in value.values() if isinstance(value, dict) else value:
+                walk(inner)
+
+    for value in values:
+        walk(value)
+    total = end = 0
+    for start, stop in sorted(spans):
+        total += max(0, stop - max(start, end))
+        end = max(end, stop)
+    return total
+
+
 def parameters(engine: Any, model: Any) -> dict[int, int]:
     """Storages of the weights that the model computes with, or of this rank's partitions of them."""
     found = storages(getattr(parameter, "ds_tensor", parameter.data) for parameter in model.parameters())
@@ -57,16 +79,16 @@ def parameters(engine: Any, model: Any) -> dict[int, int]:
     return found | storages(getattr(engine.optimizer, name, []) for name in names)
 
 
-def gradients(engine: Any, model: Any) -> dict[int, int]:
-    """Storages of gradients, in whichever place DeepSpeed's optimizer of the stage keeps them."""
+def gradients(engine: Any, model: Any) -> int:
+    """Bytes of gradients, in whichever place DeepSpeed's optimizer of the stage keeps them."""
     optimizer = engine.optimizer
     inner = getattr(optimizer, "optimizer", optimizer)
-    found = storages(getattr(p, name, None) for p in model.parameters() for name in ("grad", "grad_accum"))
     names = ("averaged_gradients", "fp32_groups_gradients_flat", "grad_partitions_flat_buffer",
              "accumulated_grads_in_cpu")  # fmt: skip
-    found |= storages(getattr(optimizer, name, None) for name in names)
-    found |= storages(p.grad for group in inner.param_groups for p in group["params"])
-    return found | storages(p.grad for p in getattr(optimizer, "fp32_partitioned_groups_flat", []))
+    found = [getattr(optimizer, name, None) for name in names]
+    found += [getattr(p, name, None) for p in model.parameters() for name in ("grad", "grad_accum")]
+    found += [p.grad for group in inner.param_groups for p in group["params"]]
+    return covered(found + [p.grad for p in getattr(optimizer, "fp32_partitioned_groups_flat", [])])
 
 
 def states(engine: Any, model: Any) -> dict[int, int]:
@@ -110,7 +132,7 @@ def one(recipe: str) -> dict[str, Any]:
         def wrapper(*arguments: Any, **options: Any) -> Any:
             done = work(*arguments, **options)
             if reading[0]:
-                held["gradients"] = max(held["gradients"], sum(gradients(engine, model).values()))
+                held["gradients"] = max(held["gradients"], gradients(engine, model))
             return done
 
         return wrapper

@@ -95,6 +95,12 @@ class Activations:
             return kept, 0.0
         return float(work.tokens * self._hidden * work.dtype_bytes * (share.stop - share.first)), largest
 
+    def drawn(self, share: Share, work: Work) -> float:
+        """Random numbers that dropout draws in a forward pass over a stage's layers of one micro-batch."""
+        scores = self._heads * work.length if self._attention_dropout and self._by_hand(work) else 0
+        each = scores / work.tensor + 2 * self._hidden * min(1, self._dropouts)
+        return (share.stop - share.first) * work.tokens * each
+
     def loss(self, share: Share, work: Work) -> float:
         """Bytes of the final norm, head and loss on the stage that has the head."""
         if not share.has_head:
@@ -170,15 +176,19 @@ class Activations:
         if any("q_norm" in name or "k_norm" in name for name, _, _ in kind):
             kept += 2 * (query + key) * width
         scores = self._heads * work.length
-        by_hand = work.device == "cpu" and self._attention_dropout and work.attention != "eager"
-        if by_hand:  # torch's CPU kernel has no dropout: scores, mask and product exist, queries and keys are scaled
-            kept += scores * 3 * width + (query + key) * width
+        if self._by_hand(work):
+            # torch's CPU kernel has no dropout: scores, mask and product exist in fp32, queries and keys are scaled.
+            kept += scores * 3 * 4 + (query + key) * width
         elif work.attention == "eager":
             # The softmax is fp32, what it gives in 16 bits is kept too, by the product or by dropout's output.
             kept += scores * (4 + (width if width < 4 else 0))
             if self._attention_dropout:
                 kept += scores * ((width if work.device == "cpu" else 1) + (width if width == 4 else 0))
         return kept / work.tensor
+
+    def _by_hand(self, work: Work) -> bool:
+        """Whether scaled-dot-product attention falls back to plain products: on CPUs, with dropout."""
+        return work.device == "cpu" and self._attention_dropout and work.attention != "eager"
 
     def _feed_forward(self, kind: tuple[tuple[str, tuple[int, ...], str], ...], width: int) -> float:
         """Bytes per token of the dense feed-forward, before tensor ranks share it."""

@@ -25,13 +25,20 @@ _MOMENTS = {"adamw": 2, "adam": 2, "adagrad": 1, "sgd": 1}
 # Gradients that DeepSpeed copies side by side for one all-reduce (engine.py: buffered_allreduce_fallback).
 _ALL_REDUCE_ELEMENTS = 500_000_000
 
-_RUNTIME_BYTES = {"cpu": 70 * 2**20}
 _RUNTIME_ON_DEVICES = 1.5 * 2**30
-"""Driver context, libraries' workspaces and communicators of a device; what a CPU process takes after its imports."""
+"""Driver context, libraries' workspaces and communicators of a device."""
 
-_MARGIN = {"cpu": 0.10}
-_MARGIN_ON_DEVICES = 0.06
-"""Share of what comes and goes within a step that allocators lose to gaps."""
+_GAPS_ON_DEVICES = 0.06
+"""Share of what comes and goes within a step that a device's caching allocator loses to gaps."""
+
+_RUNTIME_ON_CPU = 60 * 2**20
+"""What a CPU process takes after its imports beside tensors."""
+
+# The C library's heap on CPUs. Blocks of less than _MAPPED_BYTES (engine/ranks.py) live in it, and what they leave is
+# neither given back nor large enough for the flat buffers of reductions and updates. Shares of what comes and goes
+# within a step, fitted to the Llama's layouts of benchmarks/planner.py.
+_MAPPED_BYTES = 4 * 2**20
+_GAPS, _GAPS_OF_LARGE, _GAPS_OF_TENSOR_RANKS, _GATHERED_BETWEEN = 0.40, 0.10, 0.45, 1.75
 
 
 @dataclass(frozen=True)
@@ -146,26 +153,40 @@ class MemoryModel:
         loss = self.activations.loss(share, work)
         within = activations + loss + states.gathered + states.buckets
         after = max(states.reduction, states.step)
-        device = {
+        steady = {
             "parameters": states.parameters,
             "gradients": states.gradients,
             "optimizer": states.optimizer,
             "buffers": states.buffers,
         }
-        if within >= after:
-            device |= {
-                "activations": activations, "logits and loss": loss, "gathered": states.gathered,
-                "buckets": states.buckets,
-            }  # fmt: skip
-        else:
-            device |= {"reduction and update": after}
-        transient = max(within, after) + states.gradients
-        margin = _MARGIN.get(self._device, _MARGIN_ON_DEVICES) * transient
-        device |= {"margin": margin, "runtime": _RUNTIME_BYTES.get(self._device, _RUNTIME_ON_DEVICES)}
-        host = dict(states.host)
+        passing = {
+            "activations": activations,
+            "logits and loss": loss,
+            "gathered": states.gathered,
+            "buckets": states.buckets,
+        }
+        update = {"reduction and update": after}
         if self._device == "cpu":
-            device, host = _added(device, host), {}
-        return RankMemory(number, _whole(device), _whole(host))
+            gaps = self._heap_gaps(share, choice, work, within)
+            one = _added(steady | passing | update | {"gaps": gaps, "runtime": _RUNTIME_ON_CPU}, states.host)
+            return RankMemory(number, _whole(one))
+        larger = passing if within >= after else update
+        gaps = _GAPS_ON_DEVICES * (max(within, after) + states.gradients)
+        device = steady | larger | {"gaps": gaps, "runtime": _RUNTIME_ON_DEVICES}
+        return RankMemory(number, _whole(device), _whole(states.host))
+
+    def _heap_gaps(self, share: Share, choice: Choice, work: Work, within: float) -> float:
+        """Bytes that a CPU rank's heap holds and doesn't use at the peak."""
+        if work.tokens * self.activations.hidden * self.width >= _MAPPED_BYTES:
+            return _GAPS_OF_LARGE * within
+        gaps = _GAPS * within
+        if choice.stage == 3:
+            # Gathered anew in each pass, they come to lie between activations.
+            pieces = (piece.elements * count for piece, count in share.pieces if piece.elements * 4 < _MAPPED_BYTES)
+            gaps += _GATHERED_BETWEEN * 4 * sum(pieces)
+        elif choice.layout.tensor > 1:
+            gaps += _GAPS_OF_TENSOR_RANKS * within
+        return gaps
 
     def _states(self, share: Share, choice: Choice) -> _States:
         if choice.stage == 3:

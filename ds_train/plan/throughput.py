@@ -19,6 +19,10 @@ from ds_train.plan.topology import Cluster
 _TRAFFIC_PER_KEPT_BYTE = 4.0
 # Operations of a layer's forward and backward pass, each with the least time of one.
 _OPERATIONS_OF_LAYER = 110
+# Seconds of a random number of torch's CPU generator, which draws one after the other.
+_DRAW_ON_CPU_S = 8e-9
+# Operations that the hooks of ZeRO-3 take for a module in each pass.
+_OPERATIONS_OF_HOOKS = 100
 # Share of the gradients' exchange that can hide behind the backward pass, where devices have streams.
 _HIDDEN_SHARE = 0.7
 _NEAREST_INT8 = 0.5
@@ -105,9 +109,14 @@ class TimeModel:
         products = flops / self._flops
         kept, _ = model.activations.layers(share, work)
         traffic = kept * _TRAFFIC_PER_KEPT_BYTE * again / 3 + 3 * model.activations.loss(share, work)
+        if self._hardware.device == "cpu":
+            # Without matrix units 16-bit operands are widened (models/cpu_products.py); conversions cost as much.
+            traffic *= 4 / self._width
         # Weights are read in each pass, their gradients written and added.
         traffic += share.elements * self._width * (again + 2)
         memory = traffic / self._hardware.memory_bytes_per_second
+        if self._hardware.device == "cpu":
+            memory += model.activations.drawn(share, work) * (2 if choice.checkpointing else 1) * _DRAW_ON_CPU_S
         memory += layers * _OPERATIONS_OF_LAYER * again / 3 * self._hardware.kernel_s
         message = work.tokens * model.activations.hidden * self._width
         tensor = sequence = 0.0
@@ -153,6 +162,8 @@ class TimeModel:
             weights / link.bytes_per_second + weights / near.bytes_per_second + gradients / link.bytes_per_second
             + 3 * latency
         )  # fmt: skip
+        if self._hardware.device == "cpu":  # nothing runs beside DeepSpeed's own hooks
+            micro += 3 * modules * _OPERATIONS_OF_HOOKS * self._hardware.kernel_s
         return self._visible(micro * choice.accumulation, backward * 1.5, choice)
 
     def _visible(self, exchange: float, compute: float, choice: Choice) -> float:
