@@ -45,6 +45,8 @@ def train(run: RunConfig, info: RankInfo) -> None:
     if info.is_main:
         for note in plan.notes:
             print(note, flush=True)
+        if plan.predicted is not None:
+            print(f"predicted: {plan.predicted.summary}", flush=True)
     if info.device == "cpu":
         return_freed_memory()
     # Below this line torch is imported; everything above answers in well under a second.

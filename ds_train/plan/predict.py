@@ -42,6 +42,15 @@ class Prediction:
         """Why it doesn't fit, as "needs 91.3 GiB of 80.0"; None where it does, or no limit is known."""
         return shortage(self.worst, self.limit_bytes, self.host_limit_bytes)
 
+    @property
+    def summary(self) -> str:
+        """Peak and step time in a phrase."""
+        host = self.worst.host_bytes
+        parts = [f"{self.worst.device_bytes / GIB:.2f} GiB a rank at its peak"]
+        parts += [f"{host / GIB:.2f} GiB of host memory"] if host else []
+        parts += [f"{self.step.seconds:.3g} s a step on {self.hardware}"] if self.step else []
+        return ", ".join(parts)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         return {
