@@ -31,7 +31,8 @@ class BatchSection(Section):
 
     micro_samples: Positive | Auto = "auto"
     """Samples per forward pass of one rank. `auto` takes the largest divisor of the rank's share up to 8, in a
-    pipeline one that leaves at least four micro-batches a stage."""
+    pipeline one that leaves at least four micro-batches a stage; where a field of `parallel` or
+    model.activation_checkpointing says `auto`, the planner chooses it with them."""
 
     eval_micro_samples: Positive | Auto = "auto"
     """Samples per forward pass in evaluation. `auto` takes micro_samples."""

@@ -70,7 +70,7 @@ class Choice:
 class RankMemory:
     """Peak of the ranks of one pipeline stage: bytes by item on the device and in host memory.
 
-    `resident` items are there from the first step on, the others within a step. On CPU ranks, device and host are one.
+    The items add up to the peak. On CPU ranks device and host are one, and `host` is empty.
     """
 
     stage: int

@@ -129,11 +129,12 @@ class _Asked:
         base = Facts(settle(run, _plain(run)), cluster)
         predictor = Predictor.of(base)
         if predictor is None:
-            raise user_error(
-                auto_fields(run)[0] if auto_fields(run) else "model",
-                "the planner needs the model's sizes, which aren't known on this machine, or its code isn't understood",
-                "write the value, or give model.path as a local folder with a config.json", "auto",
-            )  # fmt: skip
+            reason = "the planner needs the model's sizes, which aren't known here, or its code isn't understood"
+            fix = "give model.path as a local folder with a config.json"
+            keys = auto_fields(run)
+            if not keys:
+                raise user_error("model", reason, fix)
+            raise user_error(keys[0], reason, f"write the value, or {fix}", "auto")
         if predictor.time is None:
             raise user_error(
                 "--cluster", f"the figures of this {cluster.device} device aren't known",
@@ -147,6 +148,8 @@ class _Asked:
 
     def problems(self) -> list[Problem]:
         """Why nothing can run."""
+        if not self.short and not self._forbidden:  # no layout of so many ranks has the explicit degrees
+            return check(self._base)
         if not self.short:
             # What every layout breaks is wrong with the recipe itself.
             common = [set(map(str, problems)) for problems in self._forbidden.values()]

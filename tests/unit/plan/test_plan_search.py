@@ -96,6 +96,11 @@ def test_a_recipe_that_is_wrong_in_every_layout_says_that() -> None:
     assert [problem.key for problem in caught.value.problems] == ["precision.loss_scale"]
 
 
+def test_degrees_that_no_layout_has_are_the_rules_to_refuse() -> None:
+    with pytest.raises(UserError, match=r"parallel.pipeline x tensor x sequence=3: it doesn't divide the 8 ranks"):
+        make_plan(recipe(AUTO | {"parallel.pipeline": 3}), cluster_of("1x8:H100"))
+
+
 def test_unknown_sizes_refuse_auto() -> None:
     gone = dict.fromkeys(
         ("model.arch", "model.hidden_size", "model.intermediate_size", "model.num_hidden_layers",
