@@ -50,7 +50,7 @@ parity: install-dev
 families: install-dev
 	$(BIN)/python benchmarks/families.py
 
-# Predicted bytes and step times against running engines, and against published tables (20 minutes on 2 cores).
+# Predicted bytes and step times against running engines, and against published tables (half an hour on 2 cores).
 planner: install-dev
 	$(BIN)/python benchmarks/planner_published.py
 	$(BIN)/python benchmarks/planner.py
