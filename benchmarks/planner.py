@@ -2,7 +2,8 @@
 
 Small layouts of two models are trained, each in fresh processes; what the engine holds is read from its tensors, the
 peak from the kernel, beside what the plan said before. Figures of the machine come from `ds-train calibrate`, which
-runs first. Constants of plan/memory.py that describe the C library's heap are fitted to the Llama's layouts, not GPT-2's. `python benchmarks/planner.py [--only NAME ...] [--rounds 2]`.
+runs first. Constants of plan/memory.py that describe the C library's heap are fitted to the Llama's layouts, not to
+GPT-2's. `python benchmarks/planner.py [--only NAME ...] [--rounds 2]`.
 """
 
 from __future__ import annotations
