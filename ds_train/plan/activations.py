@@ -15,6 +15,7 @@ from typing import Any
 from ds_train.plan.model_size import is_gated
 from ds_train.plan.outline import Outline, Parameter
 from ds_train.plan.shares import Share, Shares
+from ds_train.plan.transformers_keys import modeling_source
 
 CHUNK_LOGITS = 2 * 2**20
 """Logits that the fused head and loss hold at once (models/loss.py)."""
@@ -26,6 +27,9 @@ _KEPT_BY_KERNELS = 2.0
 _DROPOUTS = ("resid_pdrop", "hidden_dropout_prob", "hidden_dropout", "dropout", "residual_dropout")
 _ATTENTION_DROPOUTS = ("attn_pdrop", "attention_probs_dropout_prob", "attention_dropout")
 _FLASH = ("flash_attention_2", "flash_attention_3", "flex_attention")
+# What lean layers are taken by (models/lean.py), as a family's modeling file has it.
+_LEAN_NORM = "return self.weight * hidden_states.to(input_dtype)"
+_LEAN_GATED = "self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))"
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,7 @@ class Work:
     device: str
     attention: str
     packed: bool
+    lean: bool = False
 
     @property
     def tokens(self) -> int:
@@ -155,7 +160,8 @@ class Activations:
             if len(shape) == 1 and name.endswith("weight") and shape[0] == hidden and "orm" in owner + name:
                 if "RMS" in owner or "Rms" in owner:
                     # Written out in Python, in fp32: its input, what is normed, and the output.
-                    per_token += hidden * (3 * width if width == 4 else 4 + 2 * width)
+                    normed = 0 if self._is_lean(_LEAN_NORM, work) else 4 if width == 2 else width
+                    per_token += hidden * (normed + 2 * width)
                 else:
                     per_token += 2 * hidden * width
             elif len(shape) == 1 and shape[0] == hidden and name.startswith(("ln_", "ln.")) and name.endswith("weight"):
@@ -163,7 +169,7 @@ class Activations:
         attends = any("att" in name for name, _, _ in kind)
         if attends:
             per_token += self._attention(kind, work)
-        per_token += self._feed_forward(kind, width) / work.tensor
+        per_token += self._feed_forward(kind, work) / work.tensor
         per_token += self._experts(kind, width)
         mask = width if work.device == "cpu" else 1
         per_token += 2 * hidden * mask * min(1, self._dropouts)
@@ -190,7 +196,7 @@ class Activations:
         """Whether scaled-dot-product attention falls back to plain products: on CPUs, with dropout."""
         return work.device == "cpu" and self._attention_dropout and work.attention != "eager"
 
-    def _feed_forward(self, kind: tuple[tuple[str, tuple[int, ...], str], ...], width: int) -> float:
+    def _feed_forward(self, kind: tuple[tuple[str, tuple[int, ...], str], ...], work: Work) -> float:
         """Bytes per token of the dense feed-forward, before tensor ranks share it."""
         wide = 0
         for name, shape, owner in kind:
@@ -202,7 +208,12 @@ class Activations:
                     continue
                 elif inputs == self._hidden and name.endswith("gate.weight"):
                     wide += outputs
-        return self._by_function(wide) * width
+        # Lean ones keep gate and up alone.
+        kept = wide if self._is_lean(_LEAN_GATED, work) else self._by_function(wide)
+        return kept * work.dtype_bytes
+
+    def _is_lean(self, code: str, work: Work) -> bool:
+        return work.lean and code in modeling_source(self._arch)
 
     def _experts(self, kind: tuple[tuple[str, tuple[int, ...], str], ...], width: int) -> float:
         """Bytes per token of a mixture's experts, which every tensor rank has whole."""

@@ -10,6 +10,7 @@ from typing import get_args
 from ds_train.config.load import nearest
 from ds_train.errors import user_error
 from ds_train.plan.hardware import TABLE
+from ds_train.plan.hostfile import read_hostfile
 from ds_train.plan.topology import Cluster, Device
 
 _WRITTEN = re.compile(r"(?:(\d+)x)?(\d+)(?::([\w-]+))?")
@@ -23,7 +24,7 @@ def cluster_of(text: str) -> Cluster:
         UserError: it is neither.
     """
     if Path(text).expanduser().is_file():
-        return _of_hostfile(Path(text).expanduser())
+        return cluster_of_hosts(read_hostfile(Path(text).expanduser()))
     written = _WRITTEN.fullmatch(text)
     if written is None:
         raise user_error("--cluster", "neither a cluster nor a hostfile", _EXAMPLE, text)
@@ -54,12 +55,6 @@ def cluster_of_hosts(hosts: Sequence[tuple[str, int]], kind: str | None = None) 
         raise user_error("--cluster", f"hosts differ in their slots: {found}", "give each host as many slots")
     device = TABLE[kind].device if kind is not None else _device_here()
     return Cluster(len(hosts) * slots[0], slots[0], device, here=False, kind=kind)
-
-
-def _of_hostfile(path: Path) -> Cluster:
-    from ds_train.plan.hostfile import read_hostfile  # type: ignore[import-not-found, unused-ignore]
-
-    return cluster_of_hosts(list(read_hostfile(path)))
 
 
 def _device_here() -> Device:

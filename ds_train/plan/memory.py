@@ -37,7 +37,7 @@ _RUNTIME_ON_CPU = 60 * 2**20
 # The C library's heap on CPUs. Blocks of less than _MAPPED_BYTES (engine/ranks.py) live in it, and what they leave is
 # neither given back nor large enough for the flat buffers of reductions and updates. Shares of what comes and goes
 # within a step, fitted to the Llama's layouts of benchmarks/planner.py.
-_MAPPED_BYTES = 4 * 2**20
+_MAPPED_BYTES = 2**20
 _GAPS, _GAPS_OF_LARGE, _GAPS_OF_TENSOR_RANKS, _GATHERED_BETWEEN = 0.40, 0.10, 0.45, 1.75
 
 
@@ -123,6 +123,7 @@ class MemoryModel:
         return Work(
             choice.micro_samples, run.data.sequence_length, layout.tensor, layout.sequence, self.width,
             choice.checkpointing, self._device, "sdpa" if attention == "auto" else attention, run.data.packing,
+            run.model.lean_activations and not choice.checkpointing and not run.model.compile,
         )  # fmt: skip
 
     def accumulation_width(self, choice: Choice) -> int:

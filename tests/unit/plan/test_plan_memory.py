@@ -105,7 +105,13 @@ def test_checkpointing_keeps_a_hidden_state_a_layer() -> None:
     (share,) = memory.shares.stages(1, 1)
     kept, again = memory.activations.stage(share, memory.work(Choice(Layout(1, 1, 1, 1), 1, 2, 4, checkpointing=True)))
     assert kept == 12 * 2 * 1024 * 1024 * 2
-    assert again == pytest.approx(activations("cuda", {}, 1) / 12)
+    assert again == pytest.approx(activations("cuda", {"model.lean_activations": False}, 1) / 12)
+
+
+def test_lean_layers_keep_neither_what_is_normed_in_fp32_nor_the_gated_product() -> None:
+    less = activations("cuda", {"model.lean_activations": False}, 1) - activations("cuda", {}, 1)
+    hidden, wide = WIDE["model.hidden_size"], WIDE["model.intermediate_size"]
+    assert less == pytest.approx(12 * 2 * 1024 * (2 * hidden * 4 + 2 * wide * 2))
 
 
 @pytest.mark.parametrize("accumulation", [1, 2, 8])
