@@ -117,12 +117,12 @@ double squares(const void *x, int32_t type, int64_t at, int64_t n) {
 #pragma omp simd
         for (int64_t i = lane; i < lane + kLanes; i++) {
           double sum = lanes[i];
-          for (int64_t row = 0; row < kChunk; row += DSK_NORM_LANES) sum += dsk_square(values[row + i]);
+          for (int64_t row = 0; row < kChunk; row += DSK_NORM_LANES) sum = dsk_add_square(sum, values[row + i]);
           lanes[i] = sum;
         }
       }
     } else {
-      for (int64_t i = 0; i < count; i++) lanes[i % DSK_NORM_LANES] += dsk_square(values[i]);
+      for (int64_t i = 0; i < count; i++) lanes[i % DSK_NORM_LANES] = dsk_add_square(lanes[i % DSK_NORM_LANES], values[i]);
     }
   }
   for (int64_t half = DSK_NORM_LANES / 2; half > 0; half /= 2)

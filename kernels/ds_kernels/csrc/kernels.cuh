@@ -207,7 +207,7 @@ __global__ void __launch_bounds__(kThreads, 4)
     int64_t to = from + kListChunk < tensors[k].n ? from + kListChunk : tensors[k].n;
     double sum = 0;
     for (int64_t at = from + threadIdx.x; at < to; at += kThreads)
-      sum += dsk_square(dsk_load1(tensors[k].g, tensors[k].g_type, at));
+      sum = dsk_add_square(sum, dsk_load1(tensors[k].g, tensors[k].g_type, at));
     lanes[threadIdx.x] = sum;
     __syncthreads();
     for (int half = kThreads / 2; half >= 32; half /= 2) {
