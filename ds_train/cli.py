@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ds_train import __version__
-from ds_train.config import load
+from ds_train.config import RunConfig, load
 from ds_train.errors import EXIT_CODE, UserError, user_error
 
 # Heavy libraries are imported inside commands: `schema` and `plan` answer without torch.
@@ -67,6 +68,8 @@ def plan(
     ] = None,
     device: Annotated[str, typer.Option(help="Kind of device: cpu, cuda, xpu, hpu, npu.")] = "cpu",
     as_json: AsJson = False,
+    plot: Annotated[bool, typer.Option("--plot", help="Draw every schedule of the recipe, here and as a PNG.")] = False,
+    plot_file: Annotated[Path | None, typer.Option(help="The PNG; NAME-curves.png here without it.")] = None,
 ) -> None:
     """What a launch would do: layout, batch, DeepSpeed's configuration, or every reason why not. Starts nothing."""
     from typing import cast, get_args
@@ -107,7 +110,20 @@ def plan(
         table.add_row("note", note)
     console = Console()
     console.print(table)
+    if plot:
+        _plot_curves(run, plot_file or Path(f"{run.name}-curves.png"))
     console.print(Syntax(json.dumps(made.deepspeed_json, indent=2), "json", background_color="default"))
+
+
+def _plot_curves(run: RunConfig, path: Path) -> None:
+    from ds_train.schedule.curves import recipe_curves
+    from ds_train.track.plot import save_curves, sketch
+
+    found = recipe_curves(run)
+    for curve in found.curves:
+        print("\n".join(sketch(curve.name, curve.values)))
+    print(f"over {found.axis}, up to {found.tokens[-1]:,.10g}; drawn in {path.resolve()}")
+    save_curves(path, found.axis, found.tokens, [(curve.name, curve.values) for curve in found.curves])
 
 
 @app.command()

@@ -76,7 +76,7 @@ def assemble(run: RunConfig, plan: RunPlan, info: RankInfo, tokenizer: Any, prep
     deepspeed.utils.groups.mpu = None
     engine, *_ = deepspeed.initialize(
         model=part.module,
-        optimizer=build_optimizer(part.model, run.optimizer),
+        optimizer=build_optimizer(part.model, run.optimizer, part.outline),
         config=plan.deepspeed_json,
         mpu=part.mpu,
     )

@@ -196,6 +196,35 @@ def _uneven_adagrad(facts: Facts) -> bool:
     return optimizer.kind == "adagrad" and optimizer.weight_decay > 0 and not optimizer.decay_all
 
 
+_SCHEDULE_KEYS = {
+    "decay_fraction": ("wsd",),
+    "final_ratio": ("cosine", "linear", "cosine-restarts", "wsd", "polynomial", "one-cycle"),
+    "power": ("polynomial",),
+    "cycles": ("cosine-restarts",),
+    "cycle_growth": ("cosine-restarts",),
+    "cycle_peak": ("cosine-restarts",),
+    "milestones": ("step",),
+    "step_factor": ("step",),
+}
+"""Keys of `schedule` that only some kinds read."""
+
+
+def _unread_schedule_keys(facts: Facts) -> dict[str, Any]:
+    """Those that have another value than their default; a resolved recipe writes every default out."""
+    schedule = facts.run.schedule
+    fields = type(schedule).model_fields
+    return {
+        f"schedule.{key}": getattr(schedule, key)
+        for key, kinds in _SCHEDULE_KEYS.items()
+        if schedule.kind not in kinds and getattr(schedule, key) != fields[key].default
+    }
+
+
+def _between_ends(facts: Facts) -> float:
+    """Share of the run between warm-up and cool-down."""
+    return round(1 - facts.run.schedule.warmup_fraction - facts.run.schedule.cooldown_fraction, 9)
+
+
 def _pipeline_ties_diverge(facts: Facts) -> bool:
     precision = facts.run.precision
     offload = facts.run.parallel.offload_optimizer != "none"
@@ -490,10 +519,35 @@ RULES: tuple[Rule | KeyRule, ...] = (
         "set optimizer.weight_decay=0, or optimizer.decay_all=true",
     ),
     Rule(
-        "wsd-overlap", "schedule.decay_fraction",
-        lambda f: f.run.schedule.kind == "wsd" and f.run.schedule.warmup_fraction + f.run.schedule.decay_fraction > 1,
+        "lr-factors", "optimizer.lr_factors",
+        lambda f: f.run.optimizer.lr_factors and f.run.optimizer.kind == "adagrad",
+        "ZeRO rebuilds Adagrad with one group (stage_1_and_2.py:946)", "leave it out, or set optimizer.kind=adamw",
+    ),
+    Rule(
+        "schedule-overlap", "schedule.cooldown_fraction",
+        lambda f: _between_ends(f) < 0,
         lambda f: f"with warmup_fraction={f.run.schedule.warmup_fraction:g} it is longer than the run",
         lambda f: f"at most {1 - f.run.schedule.warmup_fraction:g}",
+    ),
+    Rule(
+        "wsd-overlap", "schedule.decay_fraction",
+        lambda f: f.run.schedule.kind == "wsd" and f.run.schedule.decay_fraction > _between_ends(f),
+        lambda f: f"warm-up and cool-down leave {_between_ends(f):g} of the run to it",
+        lambda f: f"at most {_between_ends(f):g}",
+    ),
+    Rule(
+        "inverse-sqrt-warmup", "schedule.warmup_fraction",
+        _all(_at("schedule.kind", "inverse-sqrt"), _at("schedule.warmup_fraction", 0.0)),
+        "inverse-sqrt falls from the end of warm-up, and there is none", "set it above 0",
+    ),
+    KeyRule(
+        "schedule-unread", _unread_schedule_keys, lambda f, _: f"schedule.kind={f.run.schedule.kind} doesn't read it",
+        lambda _, key: f"leave it out, or set schedule.kind={_SCHEDULE_KEYS[key.removeprefix('schedule.')][0]}",
+    ),
+    Rule(
+        "cooldown-unread", "schedule.cooldown_ratio",
+        lambda f: f.run.schedule.cooldown_ratio > 0 and f.run.schedule.cooldown_fraction == 0,
+        "there is no cool-down", "set schedule.cooldown_fraction above 0, or leave it out",
     ),
     Rule(
         "sample-task", "track.sample_prompt", _all(_given("track.sample_prompt"), _not(_at("task.kind", "causal-lm"))),

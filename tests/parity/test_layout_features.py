@@ -36,6 +36,10 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "adagrad": (
         "llama", {"pipeline": 2, "tensor": 2}, {"optimizer": {"kind": "adagrad", "weight_decay": 0.0}},
     ),
+    "lr-factors-tied": (
+        "llama", {"pipeline": 2, "tensor": 2},
+        {"optimizer": {"lr_factors": {"*embed_tokens*": 0.2, "*.0.mlp.*": 3.0, "*norm*": 0.5}}},
+    ),
     "sgd": ("llama", {"tensor": 2, "zero_stage": 2}, {"optimizer": {"kind": "sgd", "lr": 0.03}}),
 }  # fmt: skip
 

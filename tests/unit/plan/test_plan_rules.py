@@ -119,6 +119,22 @@ CASES = [
         "wsd-overlap", {"schedule.kind": "wsd", "schedule.decay_fraction": 0.8, "schedule.warmup_fraction": 0.3},
         "at most 0.7",
     ),
+    Broken(
+        "schedule-overlap", {"schedule.cooldown_fraction": 0.8, "schedule.warmup_fraction": 0.3},
+        "it is longer than the run. Fix: at most 0.7",
+    ),
+    Broken(
+        "inverse-sqrt-warmup", {"schedule.kind": "inverse-sqrt", "schedule.warmup_fraction": 0.0},
+        "falls from the end of warm-up",
+    ),
+    Broken("schedule-unread", {"schedule.cycles": 3}, "or set schedule.kind=cosine-restarts"),
+    Broken("schedule-unread", {"schedule.kind": "step", "schedule.final_ratio": 0.0}, "kind=step doesn't read it"),
+    Broken("cooldown-unread", {"schedule.cooldown_ratio": 0.1}, "there is no cool-down"),
+    Broken(
+        "lr-factors",
+        {"optimizer.kind": "adagrad", "optimizer.weight_decay": 0.0, "optimizer.lr_factors": {"*embed*": 0.1}},
+        "with one group",
+    ),
     Broken("sample-task", BERT | {"task.kind": "masked-lm", "track.sample_prompt": "x"}, "leave it out"),
     Broken("sample-export", {"checkpoint.export": False, "track.sample_prompt": "x"}, "checkpoint.export=true"),
     Broken("eval-data", {"track.eval_every_steps": 5, "data.validation_fraction": 0}, "data.validation_fraction above"),

@@ -1,0 +1,48 @@
+"""Every schedule of a recipe as curves over its tokens, for people to look at before a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ds_train.config import RunConfig
+from ds_train.schedule.learning_rate import learning_rate_factor
+
+POINTS = 400
+_ANY_STEPS = 1000
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What one schedule does along a run: `values[i]` holds at place i of the run's `Curves.tokens`."""
+
+    name: str
+    values: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Curves:
+    """All curves of a recipe over `tokens` consumed; over the share of the run where only data say its length."""
+
+    tokens: tuple[float, ...]
+    axis: str
+    curves: tuple[Curve, ...]
+
+
+def recipe_curves(run: RunConfig, points: int = POINTS) -> Curves:
+    """The curves of `run` at `points` places, the last at its end."""
+    total, known = _total_tokens(run)
+    tokens = [max(1, total * (point + 1) // points) for point in range(points)]
+    base = [run.optimizer.lr * learning_rate_factor(run.schedule, place, total) for place in tokens]
+    curves = [Curve("learning rate", tuple(base))]
+    for pattern, factor in run.optimizer.lr_factors.items():
+        curves.append(Curve(f"learning rate of {pattern}", tuple(factor * value for value in base)))
+    places = tuple(float(place) if known else place / total for place in tokens)
+    return Curves(places, "tokens" if known else "share of the run", tuple(curves))
+
+
+def _total_tokens(run: RunConfig) -> tuple[int, bool]:
+    """Tokens of the run, and whether the recipe alone says them: epochs are known once the data are."""
+    per_step = run.batch.global_samples * run.data.sequence_length
+    if run.schedule.tokens is not None:
+        return run.schedule.tokens, True
+    return (run.schedule.steps or _ANY_STEPS) * per_step, run.schedule.steps is not None
