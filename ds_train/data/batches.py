@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ds_train.data.order import Order
-from ds_train.data.samples import IGNORE_INDEX, MaskedSamples, Sample, Samples
+from ds_train.data.samples import IGNORE_INDEX, MaskedSamples, Sample, Samples, restarting_positions
 
 Item = TypeVar("Item")
 
@@ -29,15 +29,22 @@ class Collator:
     input_ids (B, T) and labels (B, T), or (B,) for classification, all int64; position_ids (B, T) where samples are
     packed; attention_mask (B, T) where they are padded. With `block_mask`, for encoders, packed documents are kept
     apart by a boolean attention_mask (B, 1, T, T) where any window has more than one; causal models go by position ids.
+    With `padding_free` samples lie end to end in one row (1, their tokens), with position_ids, as packed ones.
     """
 
-    def __init__(self, pad_token: int, length: int, block_mask: bool) -> None:
+    def __init__(self, pad_token: int, length: int, block_mask: bool, padding_free: bool = False) -> None:
         self._pad_token, self._length, self._block_mask = pad_token, length, block_mask
+        self._padding_free = padding_free
 
     def __call__(self, samples: list[Sample]) -> dict[str, Tensor]:
         """The micro-batch of `samples`; padded ones as long as their longest, in multiples of 8."""
         if "position_ids" in samples[0]:
             batch = {key: torch.from_numpy(np.stack([sample[key] for sample in samples])) for key in samples[0]}
+            if self._block_mask:
+                self._separate(batch)
+            return batch
+        if self._padding_free:
+            batch = self._one_row(samples)
             if self._block_mask:
                 self._separate(batch)
             return batch
@@ -57,6 +64,17 @@ class Collator:
             else:
                 labels[row] = int(sample["labels"])
         return {"input_ids": input_ids, "labels": labels, "attention_mask": attention_mask}
+
+    def _one_row(self, samples: list[Sample]) -> dict[str, Tensor]:
+        sizes = [len(sample["input_ids"]) for sample in samples]
+        missing = -sum(sizes) % _PAD_MULTIPLE
+        filling = {"input_ids": self._pad_token, "labels": IGNORE_INDEX}
+        row = {
+            key: np.concatenate([*(sample[key] for sample in samples), np.full(missing, value, dtype=np.int64)])
+            for key, value in filling.items()
+        }
+        row["position_ids"] = restarting_positions(sizes, missing)
+        return {key: torch.from_numpy(value)[None] for key, value in row.items()}
 
     def _separate(self, batch: dict[str, Tensor]) -> None:
         document_BT = (batch["position_ids"] == 0).cumsum(1)
@@ -85,7 +103,7 @@ class Batches:
             raise ValueError(f"{self._global} samples can't be dealt to {self._ranks} ranks by {self._micro}")
         places = np.arange(step * self._global, (step + 1) * self._global).reshape(-1, self._ranks, self._micro)
         mine = places[:, self._rank]
-        return [self._micro_batch(*row) for row in zip(self._order.index(mine), mine, strict=True)]
+        return [self._collate(self._take(*row)) for row in zip(self._order.index(mine), mine, strict=True)]
 
     def steps(self, first: int, stop: int, workers: int) -> Iterator[tuple[int, list[dict[str, Tensor]]]]:
         """(step, micro-batches) of steps `first` to `stop` - 1, loaded ahead by a thread where `workers` is above 0."""
@@ -105,20 +123,24 @@ class Batches:
         for start in range(self._rank * self._micro, total + self._rank * self._micro, self._micro * self._ranks):
             places = np.arange(start, start + self._micro)
             inside = np.where(places < total, places, 0)
-            batch = self._micro_batch(inside, inside)
-            batch["labels"][torch.from_numpy(places >= total)] = IGNORE_INDEX
-            yield batch
+            samples = self._take(inside, inside)
+            yield self._collate(
+                [
+                    sample if place < total else {**sample, "labels": np.full_like(sample["labels"], IGNORE_INDEX)}
+                    for sample, place in zip(samples, places.tolist(), strict=True)
+                ]
+            )
 
     def documents_of_sample(self, place: int) -> list[tuple[int, str, int, int]]:
         """(document, where it came from, first token, one past its last) of all in the run's `place`-th sample."""
         spans = self._samples.documents_of(int(self._order.index(place)))
         return [(document, self._samples.file.source(document), start, stop) for document, start, stop in spans]
 
-    def _micro_batch(self, indices: NDArray[np.int64], places: NDArray[np.int64]) -> dict[str, Tensor]:
+    def _take(self, indices: NDArray[np.int64], places: NDArray[np.int64]) -> list[Sample]:
         pairs = zip(indices.tolist(), places.tolist(), strict=True)
         if isinstance(self._samples, MaskedSamples):
-            return self._collate([self._samples.at(index, place) for index, place in pairs])
-        return self._collate([self._samples[index] for index, _ in pairs])
+            return [self._samples.at(index, place) for index, place in pairs]
+        return [self._samples[index] for index, _ in pairs]
 
 
 def count_labels(micro_batches: Iterable[Mapping[str, Tensor]]) -> int:

@@ -80,7 +80,7 @@ def assemble(run: RunConfig, plan: RunPlan, info: RankInfo, tokenizer: Any, prep
         config=plan.deepspeed_json,
         mpu=part.mpu,
     )
-    if run.task.kind == "causal-lm" and run.data.packing:
+    if run.task.kind == "causal-lm" and run.data.rows_have_documents:
         engine.eval()
         check_documents_apart(run, config, engine)
         engine.train()

@@ -76,6 +76,9 @@ def train(run: RunConfig, info: RankInfo) -> None:
     try:
         if parts.part.stage_layers:
             tracker.note(f"layers of the pipeline's stages: {', '.join(map(str, parts.part.stage_layers))}")
+        if parts.data.packing_efficiency is not None:
+            efficiency = parts.data.packing_efficiency
+            tracker.note(f"{run.data.packing_by} packing: {efficiency:.2%} of the windows' tokens are text")
         if resumed is not None:
             tracker.note(f"continuing {resumed} after step {done}")
         session = _Session(run, plan, info, parts, tracker, folder, layout, fingerprint)

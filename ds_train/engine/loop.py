@@ -77,7 +77,7 @@ def train_steps(
         set_learning_rate(parts.engine.optimizer, lr)
         # Dropout draws from a seed of its own at every step and rank, so there is no generator state to save.
         torch.manual_seed(fold_seed(run.seed, "step", step, seat))
-        counts = all_sum(counting * _counts(batches).to(parts.engine.device))
+        counts = all_sum(counting * _counts(batches, run.data.pads_rows).to(parts.engine.device))
         labels, real_tokens = (int(count) for count in counts)
         # DeepSpeed averages over accumulation and replicas; the loss is a mean over the global batch's labels.
         weight = plan.batch.accumulation * replicas / max(1, labels)
@@ -144,14 +144,21 @@ def due(every: int | None, step: int) -> bool:
     return every is not None and step % every == 0
 
 
-def _counts(batches: Sequence[Mapping[str, Tensor]]) -> Tensor:
+def _counts(batches: Sequence[Mapping[str, Tensor]], pads_rows: bool) -> Tensor:
     """(labels, tokens that are not padding) of this rank's micro-batches: (2,) int64."""
-    return torch.tensor([count_labels(batches), sum(_real_tokens(batch) for batch in batches)])
+    return torch.tensor([count_labels(batches), sum(_real_tokens(batch, pads_rows) for batch in batches)])
 
 
-def _real_tokens(batch: Mapping[str, Tensor]) -> int:
+def _real_tokens(batch: Mapping[str, Tensor], pads_rows: bool) -> int:
     mask = batch.get("attention_mask")
-    return int(mask.sum()) if mask is not None and mask.dim() == 2 else batch["input_ids"].numel()
+    if mask is not None and mask.dim() == 2:
+        return int(mask.sum())
+    if not pads_rows:
+        return batch["input_ids"].numel()
+    # Padding of a row of documents has position 0, and no position 1 behind it.
+    positions_BT = batch["position_ids"]
+    alone_BT = (positions_BT == 0) & (torch.nn.functional.pad(positions_BT[:, 1:], (0, 1)) == 0)
+    return int((~alone_BT).sum())
 
 
 def _own(batch: Batch, parts: Assembly) -> Batch:

@@ -148,7 +148,7 @@ def _batch(run: RunConfig, config: PreTrainedConfig) -> Batch:
     tokens_BT = torch.randint(3, vocabulary, (_SAMPLES, _LENGTH), generator=draw)
     labels_BT = torch.randint(3, vocabulary, (_SAMPLES, _LENGTH), generator=draw)
     labels_BT[:, ::5] = IGNORE_INDEX
-    if run.data.packing and run.task.kind == "causal-lm":
+    if run.data.rows_have_documents and run.task.kind == "causal-lm":
         positions_BT = torch.cat([torch.arange(5), torch.arange(_LENGTH - 5)]).expand(_SAMPLES, -1)
         return {"input_ids": tokens_BT, "labels": labels_BT, "position_ids": positions_BT.contiguous()}
     mask_BT = torch.ones_like(tokens_BT)

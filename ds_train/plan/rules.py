@@ -106,7 +106,8 @@ def _device(*devices: str) -> Predicate:
 
 _BELOW_3 = _at("parallel.zero_stage", 0, 1, 2)
 _FLASH = _at("model.attention", "flash_attention_2", "flash_attention_3")
-_CLASSIFIER = _at("task.kind", "sequence-classification")
+_CLASSIFYING = "sequence-classification"
+_CLASSIFIER = _at("task.kind", _CLASSIFYING)
 _PIPELINE = _above_one("parallel.pipeline")
 _TENSOR = _above_one("parallel.tensor")
 _SEQUENCE = _above_one("parallel.sequence")
@@ -660,6 +661,19 @@ RULES: tuple[Rule | KeyRule, ...] = (
         "path-stdlib", "data.path", _all(_at("data.source", "stdlib"), _given("data.path")),
         "data.source=stdlib reads the running Python's own sources",
         "set data.source to text, jsonl, parquet, tsv or hub",
+    ),
+    Rule(
+        "packing-by", "data.packing_by",
+        lambda f: f.run.data.packing_by != "stream" and (not f.run.data.packing or f.run.task.kind == _CLASSIFYING),
+        "samples are padded, not packed", "leave it out; packing is for language models, with data.packing=true",
+    ),
+    Rule(
+        "padding-free-packing", "data.padding_free", _all(_at("data.padding_free", True), _at("data.packing", True)),
+        "packed windows have nothing to lay end to end", "set data.packing=false",
+    ),
+    Rule(
+        "padding-free-task", "data.padding_free", _all(_at("data.padding_free", True), _CLASSIFIER),
+        "a classifier's head looks at one text a row", "set data.padding_free=false",
     ),
     Rule(
         "streaming", "data.streaming", _all(_at("data.streaming", True), _not(_at("data.source", "hub"))),

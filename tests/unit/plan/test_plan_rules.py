@@ -127,6 +127,11 @@ CASES = [
         "inverse-sqrt-warmup", {"schedule.kind": "inverse-sqrt", "schedule.warmup_fraction": 0.0},
         "falls from the end of warm-up",
     ),
+    Broken("packing-by", {"data.packing": False, "data.packing_by": "best-fit"}, "samples are padded, not packed"),
+    Broken("padding-free-packing", {"data.padding_free": True}, "set data.packing=false"),
+    Broken(
+        "padding-free-task", CLASSIFIER | {"data.padding_free": True, "data.packing": False}, "one text a row",
+    ),
     Broken("schedule-unread", {"schedule.cycles": 3}, "or set schedule.kind=cosine-restarts"),
     Broken("schedule-unread", {"schedule.kind": "step", "schedule.final_ratio": 0.0}, "kind=step doesn't read it"),
     Broken("cooldown-unread", {"schedule.cooldown_ratio": 0.1}, "there is no cool-down"),
