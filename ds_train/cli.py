@@ -195,6 +195,53 @@ def tokenizers(
         print(f"a byte is cheapest with data.train_vocabulary={best}")
 
 
+@app.command(name="lr-find")
+def lr_find(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    ranks: Annotated[int, typer.Option(min=1, help="Ranks to start on this host.")] = 1,
+    lowest: Annotated[float, typer.Option(min=0.0, help="Lowest learning rate of the sweep.")] = 1e-6,
+    highest: Annotated[float, typer.Option(min=0.0, help="Highest learning rate.")] = 10.0,
+    steps: Annotated[int, typer.Option(min=10, help="Steps of the sweep.")] = 100,
+    probe_steps: Annotated[int, typer.Option(min=10, help="Steps of each run at a constant rate.")] = 50,
+    safety: Annotated[float, typer.Option(min=1.0, help="The largest stable rate is divided by this.")] = 1.25,
+    proxy_width: Annotated[int | None, typer.Option(min=1, help="Search on a model of this hidden size.")] = None,
+) -> None:
+    """Find a learning rate for the recipe by a range test; RUN/lr-find.json and .png say how.
+
+    On several hosts: `deepspeed --hostfile ... --no_local_rank --module ds_train.cli lr-find RECIPE`.
+    """
+    import os
+    import subprocess
+
+    if not 0 < lowest < highest:
+        raise user_error("--lowest", f"isn't above 0 and below --highest={highest:g}", "give a range", lowest)
+    run = load(recipe, overrides or [])
+    if ranks > 1 and "RANK" not in os.environ:
+        from ds_train.engine.port import free_port
+
+        again = sys.argv[1:]
+        launcher = Path(sys.executable).with_name("deepspeed")
+        started = [str(launcher), "--num_accelerators", str(ranks), "--master_port", str(free_port())]
+        sys.exit(subprocess.run([*started, "--no_local_rank", "--module", "ds_train.cli", *again]).returncode)
+    from ds_train.engine.lr_find import RangeTest, find
+    from ds_train.engine.ranks import RankInfo, run_to_exit_code
+
+    test = RangeTest(lowest, highest, steps, probe_steps, safety, proxy_width)
+
+    def body(info: RankInfo) -> None:
+        record = find(run, info, test)
+        if info.is_main:
+            print(f"optimizer.lr={record['value']:.3g}: {record['reasoning']}")
+            if record["proxy"] is not None:
+                factors = json.dumps(record["proxy"]["lr_factors"])
+                print(f"from width {proxy_width}: {record['proxy']['rule']}")
+                print(f"optimizer.lr_factors={factors}")
+            print(f"{record['seconds']:.0f} s; {Path(run.run_root).expanduser() / run.name}/lr-find.json and .png")
+
+    sys.exit(run_to_exit_code(body))
+
+
 @app.command()
 def version() -> None:
     """The version of ds_train."""

@@ -10,6 +10,7 @@ from ds_train.config.base import Section
 from ds_train.config.batch import BatchSection
 from ds_train.config.checkpoint import CheckpointSection
 from ds_train.config.compress import CompressSection
+from ds_train.config.curriculum import CurriculumSection
 from ds_train.config.data import DataSection
 from ds_train.config.model import ModelSection
 from ds_train.config.optimizer import OptimizerSection
@@ -55,6 +56,9 @@ class RunConfig(Section):
 
     schedule: ScheduleSection
     """Length of the run and learning rate along it."""
+
+    curriculum: CurriculumSection = CurriculumSection()
+    """Samples that grow along the run."""
 
     checkpoint: CheckpointSection = CheckpointSection()
     """Saving, resuming, exporting."""

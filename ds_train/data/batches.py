@@ -16,9 +16,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ds_train.data.order import Order
-from ds_train.data.samples import IGNORE_INDEX, MaskedSamples, Sample, Samples, restarting_positions
+from ds_train.data.samples import IGNORE_INDEX, MaskedSamples, Sample, Samples, cut_sample, restarting_positions
+from ds_train.schedule.timeline import StepShape
 
 Item = TypeVar("Item")
+Micro = list[dict[str, Tensor]]
+"""A rank's micro-batches of a step."""
 
 _PAD_MULTIPLE = 8
 
@@ -33,7 +36,7 @@ class Collator:
     """
 
     def __init__(self, pad_token: int, length: int, block_mask: bool, padding_free: bool = False) -> None:
-        self._pad_token, self._length, self._block_mask = pad_token, length, block_mask
+        self._pad_token, self.length, self._block_mask = pad_token, length, block_mask
         self._padding_free = padding_free
 
     def __call__(self, samples: list[Sample]) -> dict[str, Tensor]:
@@ -49,7 +52,7 @@ class Collator:
                 self._separate(batch)
             return batch
         longest = max(len(sample["input_ids"]) for sample in samples)
-        width = min(self._length, -(-longest // _PAD_MULTIPLE) * _PAD_MULTIPLE)
+        width = min(self.length, -(-longest // _PAD_MULTIPLE) * _PAD_MULTIPLE)
         shape = (len(samples), width)
         per_token = samples[0]["labels"].ndim == 1
         input_ids = torch.full(shape, self._pad_token)
@@ -92,24 +95,32 @@ class Batches:
         self._samples, self._collate, self._order = samples, collate, order
         self._global, self._micro = global_samples, micro_samples
         self._rank, self._ranks = data_rank, data_ranks
+        self._length = collate.length
 
     def step(self, step: int) -> list[dict[str, Tensor]]:
-        """Micro-batches of this rank in optimizer step `step` (from 0), in the order of accumulation.
+        """Micro-batches of this rank in optimizer step `step` (from 0) of a run whose steps are all alike.
 
         Step k takes the run's samples k * global to (k + 1) * global - 1; a micro-batch at a time they go to the ranks
         in turn.
         """
+        return self.take(StepShape(step, self._global, self._length, 0, step * self._global, 1))
+
+    def take(self, shape: StepShape) -> list[dict[str, Tensor]]:
+        """Micro-batches of this rank in a step of that shape, in the order of accumulation.
+
+        With more samples than the global batch micro-batches are larger, and no more.
+        """
         if self._global % (self._ranks * self._micro):
             raise ValueError(f"{self._global} samples can't be dealt to {self._ranks} ranks by {self._micro}")
-        places = np.arange(step * self._global, (step + 1) * self._global).reshape(-1, self._ranks, self._micro)
-        mine = places[:, self._rank]
-        return [self._collate(self._take(*row)) for row in zip(self._order.index(mine), mine, strict=True)]
+        slots = np.arange(shape.first, shape.first + shape.samples)
+        mine = slots.reshape(-1, self._ranks, self._micro * shape.samples // self._global)[:, self._rank]
+        return [self._collate(self._take(row // shape.parts, row % shape.parts, shape.length)) for row in mine]
 
-    def steps(self, first: int, stop: int, workers: int) -> Iterator[tuple[int, list[dict[str, Tensor]]]]:
-        """(step, micro-batches) of steps `first` to `stop` - 1, loaded ahead by a thread where `workers` is above 0."""
+    def steps(self, shapes: Callable[[], Iterator[StepShape]], workers: int) -> Iterator[tuple[StepShape, Micro]]:
+        """(shape, micro-batches) of each step, loaded ahead by a thread where `workers` is above 0."""
 
-        def load() -> Iterator[tuple[int, list[dict[str, Tensor]]]]:
-            return ((step, self.step(step)) for step in range(first, stop))
+        def load() -> Iterator[tuple[StepShape, Micro]]:
+            return ((shape, self.take(shape)) for shape in shapes())
 
         return prefetch(load, workers) if workers else load()
 
@@ -122,8 +133,7 @@ class Batches:
         total = min(num_samples, len(self._samples))
         for start in range(self._rank * self._micro, total + self._rank * self._micro, self._micro * self._ranks):
             places = np.arange(start, start + self._micro)
-            inside = np.where(places < total, places, 0)
-            samples = self._take(inside, inside)
+            samples = [self._sample(place, place) for place in np.where(places < total, places, 0).tolist()]
             yield self._collate(
                 [
                     sample if place < total else {**sample, "labels": np.full_like(sample["labels"], IGNORE_INDEX)}
@@ -136,11 +146,19 @@ class Batches:
         spans = self._samples.documents_of(int(self._order.index(place)))
         return [(document, self._samples.file.source(document), start, stop) for document, start, stop in spans]
 
-    def _take(self, indices: NDArray[np.int64], places: NDArray[np.int64]) -> list[Sample]:
-        pairs = zip(indices.tolist(), places.tolist(), strict=True)
+    def _take(self, places: NDArray[np.int64], parts: NDArray[np.int64], length: int) -> list[Sample]:
+        """Part number `parts` (B,), `length` tokens each, of the run's windows at `places` (B,)."""
+        if length >= self._length and not parts.any():
+            cuts: list[tuple[int, int | None]] = [(0, None)] * len(parts)
+        else:
+            cuts = [(part * length, (part + 1) * length) for part in parts.tolist()]
+        numbers = zip(self._order.index(places).tolist(), places.tolist(), cuts, strict=True)
+        return [self._sample(index, place, *cut) for index, place, cut in numbers]
+
+    def _sample(self, index: int, place: int, start: int = 0, stop: int | None = None) -> Sample:
         if isinstance(self._samples, MaskedSamples):
-            return [self._samples.at(index, place) for index, place in pairs]
-        return [self._samples[index] for index, _ in pairs]
+            return self._samples.at(index, place, start, stop)
+        return cut_sample(self._samples[index], start, stop)
 
 
 def count_labels(micro_batches: Iterable[Mapping[str, Tensor]]) -> int:

@@ -211,11 +211,14 @@ class MaskedSamples:
     def __len__(self) -> int:
         return len(self.plain)
 
-    def at(self, index: int, place: int) -> Sample:
-        """Sample `index`, masked as the run's `place`-th sample: 80 % mask token, 10 % any token, 10 % kept."""
-        sample = self.plain[index]
+    def at(self, index: int, place: int, start: int = 0, stop: int | None = None) -> Sample:
+        """Tokens `start` to `stop` - 1 of sample `index`, masked as the run's `place`-th sample.
+
+        80 % become the mask token, 10 % any token, 10 % are kept.
+        """
+        sample = cut_sample(self.plain[index], start, stop)
         tokens = sample["input_ids"]
-        random = np.random.Generator(np.random.Philox(key=[self._seed, place]))
+        random = np.random.Generator(np.random.Philox(key=[self._seed, place + (start << 40)]))
         draws, fate = random.random((2, len(tokens)))
         other = self._ordinary[random.integers(0, len(self._ordinary), len(tokens))]
         draws[np.isin(tokens, self._special)] = np.inf
@@ -228,6 +231,19 @@ class MaskedSamples:
 
     def documents_of(self, index: int) -> list[Span]:
         return self.plain.documents_of(index)
+
+
+def cut_sample(sample: Sample, start: int = 0, stop: int | None = None) -> Sample:
+    """Tokens `start` to `stop` - 1 of a language model's sample; positions start again where it cuts a document."""
+    if start == 0 and (stop is None or stop >= len(sample["input_ids"])):
+        return sample
+    cut = {key: values[start:stop] for key, values in sample.items()}
+    positions = cut.get("position_ids")
+    if positions is not None and start and positions[0]:
+        later = np.flatnonzero(positions == 0)
+        first = int(later[0]) if len(later) else len(positions)
+        cut["position_ids"] = np.concatenate([positions[:first] - positions[0], positions[first:]])
+    return cut
 
 
 def _int64(tokens: NDArray[Any]) -> NDArray[np.int64]:

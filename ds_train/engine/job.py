@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import tempfile
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from ds_train.checkpoint.native import TrainState
     from ds_train.engine.build import Assembly
     from ds_train.engine.loop import EvalResult, StepResult
+    from ds_train.schedule.timeline import Timeline
     from ds_train.track.tracker import Tracker
 
 
@@ -49,7 +52,7 @@ def train(run: RunConfig, info: RankInfo) -> None:
     from ds_train.data.prepare import read_manifest
     from ds_train.engine.build import assemble
     from ds_train.parallel.sequence import leave_sequence
-    from ds_train.schedule.learning_rate import plan_length
+    from ds_train.schedule.timeline import make_timeline
     from ds_train.track.tracker import Tracker
 
     layout = _layout_record(run, plan)
@@ -58,20 +61,16 @@ def train(run: RunConfig, info: RankInfo) -> None:
     # Only now: a run that is refused leaves the folder's records as they were.
     on_main_first(info, lambda: _write_records(folder, run, plan))
     parts = assemble(run, plan, info, tokenizer, prepared)
-    steps = plan_length(
-        run.schedule,
-        run.batch.global_samples * run.data.sequence_length,
-        parts.data.samples_per_epoch,
-        run.batch.global_samples,
-    )
+    timeline = make_timeline(run, parts.data.samples_per_epoch)
     done = 0
     state: TrainState | None = None
     if resumed is not None:
         native.load(parts.engine, resumed)
         state = native.read_state(resumed)
         done = state.step
+        _check_clock(timeline, state)
     wandb_id = state.wandb_id if state else None
-    tracker = Tracker(run, plan.to_dict(), folder, info.is_main, steps, done, wandb_id)
+    tracker = Tracker(run, plan.to_dict(), folder, info.is_main, timeline.steps, done, wandb_id)
     exit_code = 1
     try:
         if parts.part.stage_layers:
@@ -82,7 +81,7 @@ def train(run: RunConfig, info: RankInfo) -> None:
         if resumed is not None:
             tracker.note(f"continuing {resumed} after step {done}")
         session = _Session(run, plan, info, parts, tracker, folder, layout, fingerprint)
-        session.train(done, steps)
+        session.train(done, timeline)
         if run.checkpoint.export:
             hf.export(parts.part, tokenizer, folder / "export")
             barrier()
@@ -113,13 +112,13 @@ class _Session:
         self.folder, self.layout, self.fingerprint = folder, layout, fingerprint
         self.rate = _Throughput(run, parts, info)
 
-    def train(self, done: int, steps: int) -> None:
-        """Steps `done` + 1 to `steps`, each followed by what is due after it."""
+    def train(self, done: int, timeline: Timeline) -> None:
+        """Steps `done` + 1 to the timeline's last, each followed by what is due after it."""
         from ds_train.engine.loop import due, evaluate, train_steps
 
         run = self.run
-        for result in train_steps(run, self.plan, self.info, self.parts, done, steps):
-            last = result.step == steps
+        for result in train_steps(run, self.plan, self.info, self.parts, timeline, done):
+            last = result.step == timeline.steps
             self.rate.add(result)
             if last or due(run.track.log_every_steps, result.step):
                 self.tracker.log(self._record(result), result.step)
@@ -163,22 +162,36 @@ class _Throughput:
         from ds_train.track.peak import measure_peak_flops
 
         parameters = parts.part.matrix_parameters
-        self._flops_per_token = flops_per_token(parts.model.config, parameters, run.data.sequence_length)
+        config = parts.model.config
+        self._flops_per_token = cache(lambda length: flops_per_token(config, parameters, length))
         peak = run.track.peak_tflops
         rank_peak = measure_peak_flops(parts.model.dtype, parts.engine.device) if peak == "auto" else peak * 1e12
         self._peak_flops = rank_peak * info.ranks
-        self._tokens, self._seconds = 0, 0.0
+        self._tokens, self._seconds, self._flops = 0, 0.0, 0.0
 
     def add(self, result: StepResult) -> None:
         self._tokens += result.real_tokens
+        self._flops += result.real_tokens * self._flops_per_token(result.sequence_length)
         self._seconds += result.seconds
 
     def take(self) -> dict[str, float]:
         from ds_train.track.flops import mfu
 
-        rate = self._tokens / self._seconds if self._seconds else 0.0
-        self._tokens, self._seconds = 0, 0.0
-        return {"tokens_per_second": rate, "mfu": mfu(rate, self._flops_per_token, self._peak_flops)}
+        seconds = self._seconds or math.inf
+        rates = {
+            "tokens_per_second": self._tokens / seconds,
+            "mfu": mfu(self._flops / seconds, self._peak_flops),
+        }
+        self._tokens, self._seconds, self._flops = 0, 0.0, 0.0
+        return rates
+
+
+def _check_clock(timeline: Timeline, state: TrainState) -> None:
+    """Where samples change their length, another length of the run would have taken other tokens until here."""
+    expected = timeline.tokens_after(state.step)
+    if expected != state.tokens:
+        reason = f"the checkpoint has trained on {state.tokens:,} tokens, and with this length it would be {expected:,}"
+        raise user_error("schedule", reason, "restore the run's length, or set another `name` to start anew")
 
 
 def _make_run_folder(folder: Path) -> None:

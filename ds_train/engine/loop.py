@@ -20,6 +20,7 @@ from ds_train.optim.build import set_learning_rate
 from ds_train.parallel.tensor import gradient_norm
 from ds_train.plan.make import RunPlan
 from ds_train.schedule.learning_rate import learning_rate_factor
+from ds_train.schedule.timeline import Timeline
 
 
 @dataclass(frozen=True)
@@ -27,13 +28,15 @@ class StepResult:
     """What one optimizer step did, over all ranks.
 
     `step` counts from 1; `tokens` are the positions consumed up to here (samples x sequence length), the clock of
-    every schedule; `real_tokens` leaves padding out. `loss` is the mean over the labels of the global batch, in nats.
-    `grad_norm` is the L2 norm of the whole gradient before clipping. `applied` is False where DeepSpeed skipped the
-    update (fp16 overflow, non-finite gradients).
+    every schedule; `samples` and `sequence_length` are this step's; `real_tokens` leaves padding out. `loss` is the
+    mean over the labels of the global batch, in nats. `grad_norm` is the L2 norm of the whole gradient before clipping.
+    `applied` is False where DeepSpeed skipped the update (fp16 overflow, non-finite gradients).
     """
 
     step: int
     tokens: int
+    samples: int
+    sequence_length: int
     real_tokens: int
     labels: int
     loss: float
@@ -60,20 +63,33 @@ class EvalResult:
 
 
 def train_steps(
-    run: RunConfig, plan: RunPlan, info: RankInfo, parts: Assembly, first: int, steps: int
+    run: RunConfig,
+    plan: RunPlan,
+    info: RankInfo,
+    parts: Assembly,
+    timeline: Timeline,
+    first: int = 0,
+    rates: Sequence[float] | None = None,
 ) -> Iterator[StepResult]:
-    """Train steps `first` (counted from 0) to `steps` - 1, yielding after each. Collective."""
-    tokens_per_step = run.batch.global_samples * run.data.sequence_length
+    """Train steps `first` (counted from 0) to the timeline's last, yielding after each. Collective.
+
+    `rates` are the learning rates of all steps from 0, and there are as many steps; without them the recipe's schedule
+    says them.
+    """
+    stop = timeline.steps if rates is None else len(rates)
     place = plan.layout.coordinates(info.rank)
     # Ranks that share a layer's matrices draw the same dropout.
     seat = f"{place.pipe}/{place.data}/{place.sequence}"
     # Of ranks that work on the same samples one counts them.
     counting = int(place.pipe == place.sequence == place.tensor == 0)
     replicas = plan.layout.data * plan.layout.sequence
-    for step, batches in parts.data.train.steps(first, steps, run.data.workers):
+    for shape, batches in parts.data.train.steps(lambda: timeline.shapes(first, stop), run.data.workers):
         started = time.perf_counter()
-        tokens = (step + 1) * tokens_per_step
-        lr = run.optimizer.lr * learning_rate_factor(run.schedule, tokens, steps * tokens_per_step)
+        step = shape.step
+        if rates is None:
+            lr = run.optimizer.lr * learning_rate_factor(run.schedule, shape.after, timeline.total_tokens)
+        else:
+            lr = rates[step]
         set_learning_rate(parts.engine.optimizer, lr)
         # Dropout draws from a seed of its own at every step and rank, so there is no generator state to save.
         torch.manual_seed(fold_seed(run.seed, "step", step, seat))
@@ -84,7 +100,9 @@ def train_steps(
         loss_sum, norm = _update(parts, batches, weight, plan.zero_stage)
         yield StepResult(
             step=step + 1,
-            tokens=tokens,
+            tokens=shape.after,
+            samples=shape.samples,
+            sequence_length=shape.length,
             real_tokens=real_tokens,
             labels=labels,
             loss=float(all_sum(loss_sum * (place.tensor == 0))) / max(1, labels),

@@ -111,6 +111,7 @@ _CLASSIFIER = _at("task.kind", _CLASSIFYING)
 _PIPELINE = _above_one("parallel.pipeline")
 _TENSOR = _above_one("parallel.tensor")
 _SEQUENCE = _above_one("parallel.sequence")
+_CURRICULUM = _not(_at("curriculum.kind", "none"))
 _HEADS = ("num_attention_heads", "num_key_value_heads")
 _CUT_BY_TENSOR = (*_HEADS, "hidden_size", "intermediate_size")
 # DeepSpeed's folders op_builder/{cpu,xpu,hpu} have no quantizer.
@@ -224,6 +225,31 @@ def _unread_schedule_keys(facts: Facts) -> dict[str, Any]:
 def _between_ends(facts: Facts) -> float:
     """Share of the run between warm-up and cool-down."""
     return round(1 - facts.run.schedule.warmup_fraction - facts.run.schedule.cooldown_fraction, 9)
+
+
+def _tokens_of_steps(facts: Facts) -> int:
+    run = facts.run
+    return (run.schedule.steps or 0) * run.batch.global_samples * run.data.sequence_length
+
+
+def _bad_lengths(facts: Facts) -> dict[str, Any]:
+    """Lengths of the curriculum that the window can't be cut into."""
+    curriculum = facts.run.curriculum
+    if curriculum.kind == "none":
+        return {}
+    if curriculum.kind == "discrete":
+        wanted = {f"curriculum.lengths[{place}]": length for place, length in enumerate(curriculum.lengths)}
+    else:
+        wanted = {"curriculum.start_length": curriculum.start_length}
+    return {key: length for key, length in wanted.items() if length not in _lengths_to_choose(facts)}
+
+
+def _lengths_to_choose(facts: Facts) -> list[int]:
+    """Lengths below the window's that schedule/timeline.py gives to samples."""
+    curriculum, full = facts.run.curriculum, facts.run.data.sequence_length
+    if curriculum.how == "repack" or curriculum.keep_tokens:
+        return [length for length in range(8, full) if full % length == 0]
+    return list(range(-(-8 // curriculum.multiple) * curriculum.multiple, full, curriculum.multiple))
 
 
 def _pipeline_ties_diverge(facts: Facts) -> bool:
@@ -549,6 +575,33 @@ RULES: tuple[Rule | KeyRule, ...] = (
         "cooldown-unread", "schedule.cooldown_ratio",
         lambda f: f.run.schedule.cooldown_ratio > 0 and f.run.schedule.cooldown_fraction == 0,
         "there is no cool-down", "set schedule.cooldown_fraction above 0, or leave it out",
+    ),
+    # -- curriculum ----------------------------------------------------------------------------------------------
+    Rule(
+        "curriculum-task", "curriculum.kind", _all(_CURRICULUM, _CLASSIFIER),
+        "a text that is cut short has another label, perhaps", "set curriculum.kind=none",
+    ),
+    Rule(
+        "curriculum-repack", "curriculum.how",
+        _all(_CURRICULUM, _at("curriculum.how", "repack"), _at("data.packing", False)),
+        "only packed windows are cut into shorter ones", "set curriculum.how=truncate, or data.packing=true",
+    ),
+    KeyRule(
+        "curriculum-length", _bad_lengths,
+        lambda f, _: f"samples can't have that length beside data.sequence_length={f.run.data.sequence_length}",
+        lambda f, _: "one of " + ", ".join(map(str, _lengths_to_choose(f))),
+    ),
+    Rule(
+        "curriculum-steps", "schedule.steps",
+        lambda f: _CURRICULUM(f) and not f.run.curriculum.keep_tokens and f.run.schedule.steps is not None,
+        "steps differ in their tokens, so steps don't say how long the run is",
+        lambda f: f"set schedule.tokens={_tokens_of_steps(f)}, or curriculum.keep_tokens=true",
+    ),
+    Rule(
+        "curriculum-flash", "curriculum.keep_tokens",
+        lambda f: _CURRICULUM(f) and _FLASH(f) and f.run.curriculum.keep_tokens and f.run.data.packing,
+        "micro-batches have several packed windows then, and flash attention attends across their documents",
+        "set curriculum.keep_tokens=false, or model.attention=sdpa",
     ),
     Rule(
         "sample-task", "track.sample_prompt", _all(_given("track.sample_prompt"), _not(_at("task.kind", "causal-lm"))),

@@ -36,6 +36,7 @@ class Broken:
 
 
 STAGE3 = {"parallel.zero_stage": 3}
+CURRICULUM = {"curriculum.kind": "linear"}
 FLASH = {"model.attention": "flash_attention_2", "batch.micro_samples": 1}
 CASES = [
     Broken("ranks", {"parallel.ranks": 8}, "parallel.ranks=8: the recipe is made for 8 ranks and 4 were started"),
@@ -132,6 +133,19 @@ CASES = [
     Broken(
         "padding-free-task", CLASSIFIER | {"data.padding_free": True, "data.packing": False}, "one text a row",
     ),
+    Broken("curriculum-task", CLASSIFIER | CURRICULUM, "another label"),
+    Broken("curriculum-repack", CURRICULUM | {"data.packing": False}, "how=truncate"),
+    Broken(
+        "curriculum-length", CURRICULUM | {"curriculum.start_length": 60},
+        "curriculum.start_length=60: samples can't have that length beside data.sequence_length=512",
+    ),
+    Broken(
+        "curriculum-length",
+        {"curriculum.kind": "discrete", "curriculum.lengths": [64, 512], "curriculum.until": [0.1, 0.2]},
+        "curriculum.lengths[1]=512",
+    ),
+    Broken("curriculum-steps", CURRICULUM | {"curriculum.keep_tokens": False}, "set schedule.tokens=163840"),
+    Broken("curriculum-flash", CURRICULUM | FLASH | {"precision.dtype": "bf16"}, "keep_tokens=false"),
     Broken("schedule-unread", {"schedule.cycles": 3}, "or set schedule.kind=cosine-restarts"),
     Broken("schedule-unread", {"schedule.kind": "step", "schedule.final_ratio": 0.0}, "kind=step doesn't read it"),
     Broken("cooldown-unread", {"schedule.cooldown_ratio": 0.1}, "there is no cool-down"),
