@@ -142,6 +142,7 @@ _MEANING = (
     "precision",
     "optimizer",
     "curriculum",
+    "token_drop",
     "compress",
     "deepspeed",
 )

@@ -18,6 +18,7 @@ from ds_train.config.parallel import ParallelSection
 from ds_train.config.precision import PrecisionSection
 from ds_train.config.schedule import ScheduleSection
 from ds_train.config.task import TaskSection
+from ds_train.config.token_drop import TokenDropSection
 from ds_train.config.track import TrackSection
 
 
@@ -59,6 +60,9 @@ class RunConfig(Section):
 
     curriculum: CurriculumSection = CurriculumSection()
     """Samples that grow along the run."""
+
+    token_drop: TokenDropSection = TokenDropSection()
+    """Tokens that middle layers leave out."""
 
     checkpoint: CheckpointSection = CheckpointSection()
     """Saving, resuming, exporting."""

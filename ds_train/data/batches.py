@@ -90,12 +90,13 @@ class Batches:
 
     def __init__(
         self, samples: Samples | MaskedSamples, collate: Collator, order: Order, global_samples: int,
-        micro_samples: int, data_rank: int, data_ranks: int,
+        micro_samples: int, data_rank: int, data_ranks: int, name_samples: bool = False,
     ) -> None:  # fmt: skip
+        """`name_samples`: training micro-batches have `sample_ids` (B,), other ones for every sample of the run."""
         self._samples, self._collate, self._order = samples, collate, order
         self._global, self._micro = global_samples, micro_samples
         self._rank, self._ranks = data_rank, data_ranks
-        self._length = collate.length
+        self._length, self._name_samples = collate.length, name_samples
 
     def step(self, step: int) -> list[dict[str, Tensor]]:
         """Micro-batches of this rank in optimizer step `step` (from 0) of a run whose steps are all alike.
@@ -114,7 +115,11 @@ class Batches:
             raise ValueError(f"{self._global} samples can't be dealt to {self._ranks} ranks by {self._micro}")
         slots = np.arange(shape.first, shape.first + shape.samples)
         mine = slots.reshape(-1, self._ranks, self._micro * shape.samples // self._global)[:, self._rank]
-        return [self._collate(self._take(row // shape.parts, row % shape.parts, shape.length)) for row in mine]
+        batches = [self._collate(self._take(row // shape.parts, row % shape.parts, shape.length)) for row in mine]
+        if self._name_samples:
+            for row, batch in zip(mine, batches, strict=True):
+                batch["sample_ids"] = torch.from_numpy(row // shape.parts + (row % shape.parts << 40))
+        return batches
 
     def steps(self, shapes: Callable[[], Iterator[StepShape]], workers: int) -> Iterator[tuple[StepShape, Micro]]:
         """(shape, micro-batches) of each step, loaded ahead by a thread where `workers` is above 0."""

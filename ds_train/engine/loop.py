@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,7 @@ from ds_train.parallel.tensor import gradient_norm
 from ds_train.plan.make import RunPlan
 from ds_train.schedule.learning_rate import learning_rate_factor
 from ds_train.schedule.timeline import Timeline
+from ds_train.schedule.token_drop import kept_tokens
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,8 @@ def train_steps(
         else:
             lr = rates[step]
         set_learning_rate(parts.engine.optimizer, lr)
+        if parts.part.dropping is not None:
+            parts.part.dropping.kept = kept_tokens(run.token_drop, shape.length, shape.before, timeline.total_tokens)
         # Dropout draws from a seed of its own at every step and rank, so there is no generator state to save.
         torch.manual_seed(fold_seed(run.seed, "step", step, seat))
         counts = all_sum(counting * _counts(batches, run.data.pads_rows).to(parts.engine.device))
@@ -135,7 +139,9 @@ def _update(parts: Assembly, batches: Sequence[Batch], weight: float, zero_stage
     loss_sum = torch.zeros((), dtype=torch.float64, device=engine.device)
     norm = 0.0
     for index, batch in enumerate(batches):
-        loss = part.loss.train_loss(engine, _own(batch, parts))
+        own = _own(batch, parts)
+        with nullcontext() if part.dropping is None else part.dropping.on(own):
+            loss = part.loss.train_loss(engine, own)
         engine.backward(loss * weight)
         loss_sum += loss.detach()
         if zero_stage == 0 and index + 1 == len(batches):
@@ -179,7 +185,7 @@ def _real_tokens(batch: Mapping[str, Tensor], pads_rows: bool) -> int:
     return int((~alone_BT).sum())
 
 
-def _own(batch: Batch, parts: Assembly) -> Batch:
+def _own(batch: Batch, parts: Assembly) -> dict[str, Tensor]:
     """What this rank works on of a micro-batch of its data rank, on its device."""
     batch = {key: value.to(parts.engine.device, non_blocking=True) for key, value in batch.items()}
     return batch if parts.part.sequence is None else parts.part.sequence.share(batch)

@@ -111,6 +111,7 @@ _CLASSIFIER = _at("task.kind", _CLASSIFYING)
 _PIPELINE = _above_one("parallel.pipeline")
 _TENSOR = _above_one("parallel.tensor")
 _SEQUENCE = _above_one("parallel.sequence")
+_DROPPING = _not(_at("token_drop.kind", "none"))
 _CURRICULUM = _not(_at("curriculum.kind", "none"))
 _HEADS = ("num_attention_heads", "num_key_value_heads")
 _CUT_BY_TENSOR = (*_HEADS, "hidden_size", "intermediate_size")
@@ -602,6 +603,34 @@ RULES: tuple[Rule | KeyRule, ...] = (
         lambda f: _CURRICULUM(f) and _FLASH(f) and f.run.curriculum.keep_tokens and f.run.data.packing,
         "micro-batches have several packed windows then, and flash attention attends across their documents",
         "set curriculum.keep_tokens=false, or model.attention=sdpa",
+    ),
+    # -- token dropping ------------------------------------------------------------------------------------------
+    Rule(
+        "token-drop-packing", "token_drop.kind",
+        _all(_DROPPING, _any(_at("data.packing", False), _CLASSIFIER)),
+        "rows as long as their micro-batch's longest text would drop other tokens in another layout",
+        "set data.packing=true (language models), or token_drop.kind=none",
+    ),
+    Rule(
+        "token-drop-sequence", "token_drop.kind", _all(_DROPPING, _SEQUENCE),
+        "sequence ranks would be left with unequal numbers of tokens",
+        "set parallel.sequence=1; parallel.tensor, parallel.pipeline and ZeRO go with it",
+    ),
+    Rule(
+        "token-drop-compile", "model.compile", _all(_DROPPING, _at("model.compile", True)),
+        "layers would be compiled again for every number of tokens", "set model.compile=false",
+    ),
+    Rule(
+        "token-drop-attention", "model.attention",
+        _all(_DROPPING, _any(_FLASH, _at("model.attention", "flex_attention"))),
+        "its kernels know documents by positions that follow one another", "set model.attention=sdpa",
+    ),
+    Rule(
+        "token-drop-layers", "token_drop.whole_layers",
+        lambda f: _DROPPING(f) and _sizes(f, "num_hidden_layers")
+        and 2 * f.run.token_drop.whole_layers >= _sizes(f, "num_hidden_layers"),
+        lambda f: f"of the model's {_sizes(f, 'num_hidden_layers')} layers none is left to drop tokens",
+        lambda f: f"at most {(_sizes(f, 'num_hidden_layers') - 1) // 2}, or token_drop.kind=none",
     ),
     Rule(
         "sample-task", "track.sample_prompt", _all(_given("track.sample_prompt"), _not(_at("task.kind", "causal-lm"))),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from ds_train.config import RunConfig
 from ds_train.schedule.learning_rate import learning_rate_factor, plan_length
 from ds_train.schedule.timeline import cut_timeline
+from ds_train.schedule.token_drop import kept_tokens
 
 POINTS = 400
 _ANY_STEPS = 1000
@@ -43,6 +44,10 @@ def recipe_curves(run: RunConfig, points: int = POINTS) -> Curves:
         shapes = [timeline.at(step - 1) for step in steps]
         curves.append(Curve("tokens per sample", tuple(float(shape.length) for shape in shapes)))
         curves.append(Curve("samples per step", tuple(float(shape.samples) for shape in shapes)))
+    if run.token_drop.kind != "none":
+        starts = [timeline.at(step - 1) for step in steps]
+        kept = [kept_tokens(run.token_drop, shape.length, shape.before, total) for shape in starts]
+        curves.append(Curve("tokens that middle layers take", tuple(map(float, kept))))
     places = tuple(float(place) if known else place / total for place in tokens)
     return Curves(places, "tokens" if known else "share of the run", tuple(curves))
 

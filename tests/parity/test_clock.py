@@ -22,6 +22,9 @@ CASES: dict[str, dict[str, Any]] = {
         "schedule": {"steps": None, "tokens": 8 * 48 * 8, "kind": "wsd", "cooldown_fraction": 0.2},
     },
 }
+DROPPED = {"token_drop": {"kind": "random-ltd", "multiple": 4, "fraction": 0.8}}
+CASES["dropped"] = DROPPED | {"model": {"activation_checkpointing": True}}
+CASES["dropped-repack"] = DROPPED | {"curriculum": SHORT}
 LAYOUTS: dict[int, list[dict[str, Any]]] = {
     1: [{}],
     2: [{"pipeline": 2}, {"sequence": 2, "zero_stage": 2}],
@@ -42,6 +45,8 @@ def test_the_clock_is_the_same_in_every_layout_and_after_a_stop(tmp_path: Path) 
         recipes = []
         for case, sections in CASES.items():
             for number, layout in enumerate(layouts):
+                if "sequence" in layout and "token_drop" in sections:
+                    layout = {"tensor": 2, "zero_stage": 1}
                 name = f"{case}-{ranks}-{number}"
                 names.setdefault(case, []).append(name)
                 saved = {"checkpoint": {"every_steps": 5, "keep_last": 9}} if ranks == 2 else {}
@@ -52,7 +57,8 @@ def test_the_clock_is_the_same_in_every_layout_and_after_a_stop(tmp_path: Path) 
         run_ranks(ranks, ["tests/parity/train_many.py", *map(str, recipes)], timeout_s=500).check()
     for case, (first, *others) in names.items():
         expected = records(tmp_path, first)
-        assert len({record["sequence_length"] for record in expected}) >= 3, case
+        lengths = {record["sequence_length"] for record in expected}
+        assert len(lengths) >= (3 if "curriculum" in CASES[case] else 1), case
         for other in others:
             found = records(tmp_path, other)
             for here, there in zip(found, expected, strict=True):

@@ -37,6 +37,7 @@ class Broken:
 
 STAGE3 = {"parallel.zero_stage": 3}
 CURRICULUM = {"curriculum.kind": "linear"}
+DROPPING = {"token_drop.kind": "random-ltd"}
 FLASH = {"model.attention": "flash_attention_2", "batch.micro_samples": 1}
 CASES = [
     Broken("ranks", {"parallel.ranks": 8}, "parallel.ranks=8: the recipe is made for 8 ranks and 4 were started"),
@@ -146,6 +147,11 @@ CASES = [
     ),
     Broken("curriculum-steps", CURRICULUM | {"curriculum.keep_tokens": False}, "set schedule.tokens=163840"),
     Broken("curriculum-flash", CURRICULUM | FLASH | {"precision.dtype": "bf16"}, "keep_tokens=false"),
+    Broken("token-drop-packing", DROPPING | {"data.packing": False}, "drop other tokens in another layout"),
+    Broken("token-drop-sequence", DROPPING | {"parallel.sequence": 2}, "unequal numbers of tokens"),
+    Broken("token-drop-compile", DROPPING | {"model.compile": True}, "for every number of tokens"),
+    Broken("token-drop-attention", DROPPING | {"model.attention": "flex_attention"}, "set model.attention=sdpa"),
+    Broken("token-drop-layers", DROPPING | {"token_drop.whole_layers": 4}, "at most 3"),
     Broken("schedule-unread", {"schedule.cycles": 3}, "or set schedule.kind=cosine-restarts"),
     Broken("schedule-unread", {"schedule.kind": "step", "schedule.final_ratio": 0.0}, "kind=step doesn't read it"),
     Broken("cooldown-unread", {"schedule.cooldown_ratio": 0.1}, "there is no cool-down"),
