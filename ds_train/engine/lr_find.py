@@ -17,7 +17,7 @@ from ds_train.plan.make import make_plan
 from ds_train.plan.model_size import ModelSize, model_size
 from ds_train.plan.topology import Cluster
 from ds_train.plan.transformers_keys import attribute_map
-from ds_train.schedule.range_test import Finding, find_learning_rate
+from ds_train.schedule.range_test import Finding, UnstableError, find_learning_rate
 from ds_train.schedule.timeline import make_timeline
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ def _search(run: RunConfig, plan: RunPlan, info: RankInfo, test: RangeTest, fold
         barrier()
         trainer = _Trainer(run, plan, info, parts, kept)
         return find_learning_rate(trainer, test.lowest, test.highest, test.sweep_steps, test.probe_steps, test.safety)
-    except ValueError as error:
+    except UnstableError as error:
         raise user_error("optimizer", str(error), "check data and model; a loss that can't fall has no rate") from error
     finally:
         leave_sequence()

@@ -24,6 +24,10 @@ _RESOLUTION = 1.08
 _MOST_PROBES = 24
 
 
+class UnstableError(ValueError):
+    """Training is unstable at the lowest learning rate of the range."""
+
+
 @dataclass(frozen=True)
 class Probe:
     """A short run at one learning rate: smoothed losses at its start, lowest and end, and what follows."""
@@ -62,7 +66,7 @@ def find_learning_rate(
     """Find the largest stable learning rate between `lowest` and `highest`, and divide it by `safety`.
 
     Raises:
-        ValueError: training is unstable at `lowest` already.
+        UnstableError: training is unstable at `lowest` already.
     """
     rates = exponential(lowest, highest, sweep_steps)
     losses = list(_until(lambda seen: diverged(smooth(seen)), train(rates)))
@@ -80,7 +84,7 @@ def find_learning_rate(
     while not stable(low):
         low /= 2.0
         if low < lowest:
-            raise ValueError(f"training is unstable at the lowest learning rate, {lowest:g}")
+            raise UnstableError(f"training is unstable at the lowest learning rate, {lowest:g}")
     high, bounded = low, False
     while not bounded:
         high *= 2.0

@@ -8,7 +8,15 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import pytest
 
-from ds_train.schedule.range_test import diverged, exponential, find_learning_rate, judge, smooth, steepest_rate
+from ds_train.schedule.range_test import (
+    UnstableError,
+    diverged,
+    exponential,
+    find_learning_rate,
+    judge,
+    smooth,
+    steepest_rate,
+)
 
 SPECTRA = {
     "one": [4.0],
@@ -57,7 +65,7 @@ def test_a_range_that_is_stable_to_its_end_says_so() -> None:
 
 
 def test_training_that_is_unstable_everywhere_is_an_error() -> None:
-    with pytest.raises(ValueError, match="unstable at the lowest learning rate, 100"):
+    with pytest.raises(UnstableError, match="unstable at the lowest learning rate, 100"):
         find_learning_rate(quadratic([1.0], 0.0, 0.0), 100.0, 1e4, 50, 30, 1.25)
 
 
