@@ -143,6 +143,7 @@ _MEANING = (
     "optimizer",
     "curriculum",
     "token_drop",
+    "patch",
     "compress",
     "deepspeed",
 )

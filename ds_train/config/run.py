@@ -15,6 +15,7 @@ from ds_train.config.data import DataSection
 from ds_train.config.model import ModelSection
 from ds_train.config.optimizer import OptimizerSection
 from ds_train.config.parallel import ParallelSection
+from ds_train.config.patch import PatchSection
 from ds_train.config.precision import PrecisionSection
 from ds_train.config.schedule import ScheduleSection
 from ds_train.config.task import TaskSection
@@ -63,6 +64,9 @@ class RunConfig(Section):
 
     token_drop: TokenDropSection = TokenDropSection()
     """Tokens that middle layers leave out."""
+
+    patch: PatchSection = PatchSection()
+    """Several tokens a position at first."""
 
     checkpoint: CheckpointSection = CheckpointSection()
     """Saving, resuming, exporting."""

@@ -16,7 +16,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ds_train.data.order import Order
-from ds_train.data.samples import IGNORE_INDEX, MaskedSamples, Sample, Samples, cut_sample, restarting_positions
+from ds_train.data.samples import (
+    IGNORE_INDEX,
+    MaskedSamples,
+    Sample,
+    Samples,
+    cut_sample,
+    patch_sample,
+    restarting_positions,
+)
 from ds_train.schedule.timeline import StepShape
 
 Item = TypeVar("Item")
@@ -115,7 +123,7 @@ class Batches:
             raise ValueError(f"{self._global} samples can't be dealt to {self._ranks} ranks by {self._micro}")
         slots = np.arange(shape.first, shape.first + shape.samples)
         mine = slots.reshape(-1, self._ranks, self._micro * shape.samples // self._global)[:, self._rank]
-        batches = [self._collate(self._take(row // shape.parts, row % shape.parts, shape.length)) for row in mine]
+        batches = [self._collate(self._take(row, shape)) for row in mine]
         if self._name_samples:
             for row, batch in zip(mine, batches, strict=True):
                 batch["sample_ids"] = torch.from_numpy(row // shape.parts + (row % shape.parts << 40))
@@ -151,14 +159,16 @@ class Batches:
         spans = self._samples.documents_of(int(self._order.index(place)))
         return [(document, self._samples.file.source(document), start, stop) for document, start, stop in spans]
 
-    def _take(self, places: NDArray[np.int64], parts: NDArray[np.int64], length: int) -> list[Sample]:
-        """Part number `parts` (B,), `length` tokens each, of the run's windows at `places` (B,)."""
-        if length >= self._length and not parts.any():
+    def _take(self, slots: NDArray[np.int64], shape: StepShape) -> list[Sample]:
+        """The samples of numbers `slots` (B,) along the run, where all have that shape."""
+        places, parts, length = slots // shape.parts, slots % shape.parts, shape.length
+        if length >= self._length:
             cuts: list[tuple[int, int | None]] = [(0, None)] * len(parts)
         else:
             cuts = [(part * length, (part + 1) * length) for part in parts.tolist()]
         numbers = zip(self._order.index(places).tolist(), places.tolist(), cuts, strict=True)
-        return [self._sample(index, place, *cut) for index, place, cut in numbers]
+        samples = [self._sample(index, place, *cut) for index, place, cut in numbers]
+        return samples if shape.patch == 1 else [patch_sample(sample, shape.patch) for sample in samples]
 
     def _sample(self, index: int, place: int, start: int = 0, stop: int | None = None) -> Sample:
         if isinstance(self._samples, MaskedSamples):

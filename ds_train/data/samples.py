@@ -246,6 +246,22 @@ def cut_sample(sample: Sample, start: int = 0, stop: int | None = None) -> Sampl
     return cut
 
 
+def patch_sample(sample: Sample, size: int) -> Sample:
+    """A packed window of T tokens as P = T / size patches: input_ids and labels (P, size), position_ids (P,).
+
+    A patch belongs to the document of its first token. Its labels are the tokens of the next patch, those of the same
+    document; what else is in a patch at a document's end is seen by nobody who has labels.
+    """
+    tokens, positions = sample["input_ids"].reshape(-1, size), sample["position_ids"]
+    document = (positions == 0).cumsum().reshape(-1, size)
+    labels = np.full_like(tokens, IGNORE_INDEX)
+    labels[:-1] = np.where(document[1:] == document[:-1, :1], tokens[1:], IGNORE_INDEX)
+    starts = np.flatnonzero(np.diff(document[:, 0], prepend=-1))
+    places = np.arange(len(tokens))
+    first_of = starts[np.searchsorted(starts, places, side="right") - 1]
+    return {"input_ids": tokens, "labels": labels, "position_ids": places - first_of}
+
+
 def _int64(tokens: NDArray[Any]) -> NDArray[np.int64]:
     return np.asarray(tokens, dtype=np.int64)
 

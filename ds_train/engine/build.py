@@ -14,6 +14,7 @@ from ds_train.engine.ranks import RankInfo
 from ds_train.models.cpu_products import fp32_products_are_faster, use_fp32_products
 from ds_train.models.lean import use_lean_layers
 from ds_train.models.load import load_model_config
+from ds_train.models.patch import embed_patches
 from ds_train.models.token_drop import repeated_layers
 from ds_train.optim.build import build_optimizer
 from ds_train.parallel.build import Part, build_part
@@ -83,6 +84,8 @@ def assemble(run: RunConfig, plan: RunPlan, info: RankInfo, tokenizer: Any, prep
         config=plan.deepspeed_json,
         mpu=part.mpu,
     )
+    if run.patch.size > 1:
+        embed_patches(part.model)
     if run.task.kind == "causal-lm" and run.data.rows_have_documents:
         engine.eval()
         check_documents_apart(run, config, engine)

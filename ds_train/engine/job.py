@@ -82,6 +82,7 @@ def train(run: RunConfig, info: RankInfo) -> None:
             tracker.note(f"continuing {resumed} after step {done}")
         session = _Session(run, plan, info, parts, tracker, folder, layout, fingerprint)
         session.train(done, timeline)
+        _note_noise_scale(run, folder, tracker, info)
         if run.checkpoint.export:
             hf.export(parts.part, tokenizer, folder / "export")
             barrier()
@@ -120,7 +121,7 @@ class _Session:
         for result in train_steps(run, self.plan, self.info, self.parts, timeline, done):
             last = result.step == timeline.steps
             self.rate.add(result)
-            if last or due(run.track.log_every_steps, result.step):
+            if last or result.measured or due(run.track.log_every_steps, result.step):
                 self.tracker.log(self._record(result), result.step)
             if last or due(run.track.eval_every_steps, result.step):
                 self._log_evaluation(evaluate(run, self.parts, result.step), result.tokens)
@@ -130,7 +131,9 @@ class _Session:
     def _record(self, result: StepResult) -> dict[str, Any]:
         from ds_train.track.memory import memory
 
-        return {"kind": "train", **asdict(result), **self.rate.take(), **memory(self.info.device)}
+        record = asdict(result)
+        measured = record.pop("measured")
+        return {"kind": "train", **record, **measured, **self.rate.take(), **memory(self.info.device)}
 
     def _log_evaluation(self, scores: EvalResult | None, tokens: int) -> None:
         if scores is not None:
@@ -171,7 +174,8 @@ class _Throughput:
 
     def add(self, result: StepResult) -> None:
         self._tokens += result.real_tokens
-        self._flops += result.real_tokens * self._flops_per_token(result.sequence_length)
+        positions = result.real_tokens / result.patch
+        self._flops += positions * self._flops_per_token(result.sequence_length // result.patch)
         self._seconds += result.seconds
 
     def take(self) -> dict[str, float]:
@@ -184,6 +188,21 @@ class _Throughput:
         }
         self._tokens, self._seconds, self._flops = 0, 0.0, 0.0
         return rates
+
+
+def _note_noise_scale(run: RunConfig, folder: Path, tracker: Tracker, info: RankInfo) -> None:
+    from ds_train.engine.noise import noise_scale
+    from ds_train.track.metrics import read_metrics
+
+    if run.track.noise_scale_every_steps is None or not info.is_main:
+        return
+    records = [record for record in read_metrics(folder / "metrics.jsonl") if record["kind"] == "train"]
+    scale = noise_scale(records)
+    if scale is None:
+        tracker.note("gradient noise scale: too few measurements, or micro-batches, to tell it from noise")
+        return
+    per_sample = sum(record["labels"] for record in records) / sum(record["samples"] for record in records)
+    tracker.note(f"gradient noise scale: {scale:,.0f} labels, {scale / per_sample:,.1f} samples (arXiv 1812.06162)")
 
 
 def _check_clock(timeline: Timeline, state: TrainState) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from ds_train.config import RunConfig
 from ds_train.data.batches import count_labels
 from ds_train.engine.build import Assembly
+from ds_train.engine.noise import MicroGradients
 from ds_train.engine.ranks import RankInfo, all_sum
 from ds_train.models.load import fold_seed
 from ds_train.models.tasks import Batch
@@ -30,15 +31,17 @@ class StepResult:
     """What one optimizer step did, over all ranks.
 
     `step` counts from 1; `tokens` are the positions consumed up to here (samples x sequence length), the clock of
-    every schedule; `samples` and `sequence_length` are this step's; `real_tokens` leaves padding out. `loss` is the
-    mean over the labels of the global batch, in nats. `grad_norm` is the L2 norm of the whole gradient before clipping.
-    `applied` is False where DeepSpeed skipped the update (fp16 overflow, non-finite gradients).
+    every schedule; `samples`, `sequence_length` and `patch` are this step's; `real_tokens` leaves padding out. `loss`
+    is the mean over the labels of the global batch, in nats. `grad_norm` is the L2 norm of the whole gradient before
+    clipping. `applied` is False where DeepSpeed skipped the update (fp16 overflow, non-finite gradients). `measured`
+    is what only some steps are asked for, by name.
     """
 
     step: int
     tokens: int
     samples: int
     sequence_length: int
+    patch: int
     real_tokens: int
     labels: int
     loss: float
@@ -46,6 +49,7 @@ class StepResult:
     grad_norm: float
     applied: bool
     seconds: float
+    measured: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -101,12 +105,19 @@ def train_steps(
         labels, real_tokens = (int(count) for count in counts)
         # DeepSpeed averages over accumulation and replicas; the loss is a mean over the global batch's labels.
         weight = plan.batch.accumulation * replicas / max(1, labels)
-        loss_sum, norm = _update(parts, batches, weight, plan.zero_stage)
+        measured: dict[str, float] = {}
+        if due(run.track.noise_scale_every_steps, step + 1):
+            with MicroGradients(parts) as gradients:
+                loss_sum, norm = _update(parts, batches, weight, plan.zero_stage, gradients)
+            measured = gradients.scale(norm, labels)
+        else:
+            loss_sum, norm = _update(parts, batches, weight, plan.zero_stage)
         yield StepResult(
             step=step + 1,
             tokens=shape.after,
             samples=shape.samples,
             sequence_length=shape.length,
+            patch=shape.patch,
             real_tokens=real_tokens,
             labels=labels,
             loss=float(all_sum(loss_sum * (place.tensor == 0))) / max(1, labels),
@@ -114,6 +125,7 @@ def train_steps(
             grad_norm=norm,
             applied=parts.engine.was_step_applied(),
             seconds=time.perf_counter() - started,
+            measured=measured,
         )
 
 
@@ -130,7 +142,9 @@ def evaluate(run: RunConfig, parts: Assembly, step: int) -> EvalResult | None:
     )
 
 
-def _update(parts: Assembly, batches: Sequence[Batch], weight: float, zero_stage: int) -> tuple[Tensor, float]:
+def _update(
+    parts: Assembly, batches: Sequence[Batch], weight: float, zero_stage: int, gradients: MicroGradients | None = None
+) -> tuple[Tensor, float]:
     """One optimizer step: (summed loss of this rank's labels, norm of the whole gradient)."""
     engine, part = parts.engine, parts.part
     if part.pipeline is not None:
@@ -143,6 +157,8 @@ def _update(parts: Assembly, batches: Sequence[Batch], weight: float, zero_stage
         with nullcontext() if part.dropping is None else part.dropping.on(own):
             loss = part.loss.train_loss(engine, own)
         engine.backward(loss * weight)
+        if gradients is not None:
+            gradients.end_of_micro_batch(batch, weight)
         loss_sum += loss.detach()
         if zero_stage == 0 and index + 1 == len(batches):
             norm = gradient_norm(part.model, part.mesh.tensor)

@@ -43,6 +43,7 @@ def recipe_curves(run: RunConfig, points: int = POINTS) -> Curves:
     if len(timeline.stretches) > 1:
         shapes = [timeline.at(step - 1) for step in steps]
         curves.append(Curve("tokens per sample", tuple(float(shape.length) for shape in shapes)))
+        curves.append(Curve("tokens per patch", tuple(float(shape.patch) for shape in shapes)))
         curves.append(Curve("samples per step", tuple(float(shape.samples) for shape in shapes)))
     if run.token_drop.kind != "none":
         starts = [timeline.at(step - 1) for step in steps]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ds_train.config import RunConfig
 from ds_train.schedule.learning_rate import plan_length
@@ -22,7 +22,7 @@ class StepShape:
 
     `samples` samples of `length` tokens over all ranks, a multiple of the recipe's global batch; `before` and `after`
     are the clock at its start and end. Each of the data's windows is cut into `parts` samples, of which the step takes
-    numbers `first` onwards, counted along the run.
+    numbers `first` onwards, counted along the run. `patch` tokens share a position.
     """
 
     step: int
@@ -31,6 +31,7 @@ class StepShape:
     before: int
     first: int
     parts: int
+    patch: int = 1
 
     @property
     def after(self) -> int:
@@ -55,7 +56,7 @@ class Timeline:
         past = step - start.step
         taken = past * start.samples
         before = start.before + taken * start.length
-        return StepShape(step, start.samples, start.length, before, start.first + taken, start.parts)
+        return replace(start, step=step, before=before, first=start.first + taken)
 
     def shapes(self, first: int, stop: int) -> Iterator[StepShape]:
         """Shapes of steps `first` to `stop` - 1."""
@@ -80,10 +81,10 @@ def cut_timeline(run: RunConfig, total_tokens: int) -> Timeline:
     """The timeline of a run of `total_tokens`."""
     window, batch = run.data.sequence_length, run.batch.global_samples
     repack = run.curriculum.how == "repack"
-    stages = length_stages(run)
+    stages = shape_stages(run)
     stretches: list[StepShape] = []
     step = tokens = windows = 0
-    for number, (_, length) in enumerate(stages):
+    for number, (_, length, patch) in enumerate(stages):
         last = number + 1 == len(stages)
         # Less than a token off: a share that is exact in decimals is a hair more in floats.
         end = total_tokens if last else math.ceil(stages[number + 1][0] * total_tokens - 1e-6)
@@ -94,14 +95,22 @@ def cut_timeline(run: RunConfig, total_tokens: int) -> Timeline:
         whole = parts // math.gcd(parts, samples)
         count = -(-count // whole) * whole
         if count:
-            stretches.append(StepShape(step, samples, length, tokens, windows * parts, parts))
+            stretches.append(StepShape(step, samples, length, tokens, windows * parts, parts, patch))
             step += count
             tokens += count * samples * length
             windows += count * samples // parts
     return Timeline(tuple(stretches), step, total_tokens)
 
 
-def length_stages(run: RunConfig) -> list[tuple[float, int]]:
+def shape_stages(run: RunConfig) -> list[tuple[float, int, int]]:
+    """(share of the run at which it begins, tokens per sample, tokens per patch) of each shape of samples."""
+    if run.patch.size > 1:
+        length = run.data.sequence_length
+        return [(0.0, length, run.patch.size), (run.patch.fraction, length, 1)]
+    return [(begins, length, 1) for begins, length in _length_stages(run)]
+
+
+def _length_stages(run: RunConfig) -> list[tuple[float, int]]:
     """(share of the run at which it begins, tokens per sample) of each length that the recipe's samples have."""
     curriculum, full = run.curriculum, run.data.sequence_length
     if curriculum.kind == "none":
