@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RANKS ?= 2
 RECIPE ?= ds_configs/quickstart.yaml
 
-.PHONY: install install-dev train test lint format parity families bench clean
+.PHONY: install install-dev train test lint format parity families planner bench clean
 
 # torch comes first and alone: a later install would replace its CPU build by a CUDA one of several GB.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -49,6 +49,11 @@ parity: install-dev
 # docs/families.md: which model families train in a pipeline and with tensor ranks (half an hour on 2 cores).
 families: install-dev
 	$(BIN)/python benchmarks/families.py
+
+# Predicted bytes and step times against running engines, and against published tables (half an hour on 2 cores).
+planner: install-dev
+	$(BIN)/python benchmarks/planner_published.py
+	$(BIN)/python benchmarks/planner.py
 
 # Against Hugging Face Trainer on the same model and data (minutes).
 bench: install-dev

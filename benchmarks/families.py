@@ -47,7 +47,7 @@ def families() -> list[str]:
     from transformers import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    from ds_train.models.families import FAMILIES
+    from ds_train.plan.families import FAMILIES
 
     def planned(name: str) -> bool:
         # Its `get` knows only what has been loaded.
@@ -70,7 +70,7 @@ def make_trials(folder: Path, family: str) -> tuple[list[Trial], list[float]]:
 
     from ds_train.config import load
     from ds_train.errors import UserError
-    from ds_train.models.families import look_alike
+    from ds_train.models.look_alike import look_alike
     from ds_train.models.packing import check_packing
 
     config = look_alike(AutoConfig.for_model(family), 4)

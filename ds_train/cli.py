@@ -62,57 +62,90 @@ def schema(
 def plan(
     recipe: Recipe,
     overrides: Overrides = None,
-    ranks: Annotated[int, typer.Option(min=1, help="Ranks of the imagined launch.")] = 1,
+    cluster: Annotated[
+        str | None, typer.Option(help="Cluster to plan for: 16x8:H100 (hosts x devices:kind), or a hostfile.")
+    ] = None,
+    ranks: Annotated[int, typer.Option(min=1, help="Ranks of the imagined launch on machines like this one.")] = 1,
     ranks_per_host: Annotated[
         int | None, typer.Option(min=1, help="Ranks of one host; all of them without it.")
     ] = None,
     device: Annotated[str, typer.Option(help="Kind of device: cpu, cuda, xpu, hpu, npu.")] = "cpu",
+    auto: Annotated[bool, typer.Option("--auto", help="Choose every field that may be auto.")] = False,
+    why: Annotated[
+        str | None, typer.Option(help="Explain one way to run it: zero3, pipe2+tensor4, zero2+offload+micro4 ...")
+    ] = None,
     as_json: AsJson = False,
     plot: Annotated[bool, typer.Option("--plot", help="Draw every schedule of the recipe, here and as a PNG.")] = False,
     plot_file: Annotated[Path | None, typer.Option(help="The PNG; NAME-curves.png here without it.")] = None,
 ) -> None:
-    """What a launch would do: layout, batch, DeepSpeed's configuration, or every reason why not. Starts nothing."""
+    """What a launch would do, need and reach: layout, memory, step time, or every reason why not. Starts nothing."""
     from typing import cast, get_args
 
-    from rich.console import Console
-    from rich.syntax import Syntax
-    from rich.table import Table
-
+    from ds_train.plan import show
+    from ds_train.plan.clusters import cluster_of
     from ds_train.plan.make import make_plan
+    from ds_train.plan.search import with_auto
     from ds_train.plan.topology import Cluster, Device
+    from ds_train.plan.why import explain
 
-    if device not in get_args(Device):
-        raise user_error("--device", "no such device", f"one of {', '.join(get_args(Device))}", device)
-    on_host = ranks_per_host or ranks
-    if ranks % on_host:
-        fix = f"give a divisor of {ranks}; hosts are alike"
-        raise user_error("--ranks-per-host", f"doesn't divide the {ranks} ranks", fix, on_host)
     run = load(recipe, overrides or [])
-    made = make_plan(run, Cluster(ranks, on_host, cast(Device, device), here=False))
+    if cluster is not None:
+        imagined = cluster_of(cluster)
+    else:
+        if device not in get_args(Device):
+            raise user_error("--device", "no such device", f"one of {', '.join(get_args(Device))}", device)
+        on_host = ranks_per_host or ranks
+        if ranks % on_host:
+            fix = f"give a divisor of {ranks}; hosts are alike"
+            raise user_error("--ranks-per-host", f"doesn't divide the {ranks} ranks", fix, on_host)
+        imagined = Cluster(ranks, on_host, cast(Device, device), here=False)
+    if auto:
+        run = with_auto(run)
+    if why is not None:
+        explained = explain(run, imagined, why)
+        if as_json:
+            print(json.dumps(explained.to_dict(), indent=2))
+        else:
+            show.show_explanation(explained)
+        return
+    made = make_plan(run, imagined)
     if as_json:
         print(json.dumps(made.to_dict(), indent=2, default=str))
-        return
-    layout, batch = made.layout, made.batch
-    table = Table(box=None, show_header=False, pad_edge=False)
-    size = f"about {made.parameters:,} parameters" if made.parameters else "size unknown until the model is loaded"
-    table.add_row("model", f"{run.model.arch or run.model.path}, {size}")
-    table.add_row(
-        "layout",
-        f"{layout.ranks} {device} ranks = pipe {layout.pipe} x data {layout.data} x sequence {layout.sequence} "
-        f"x tensor {layout.tensor}, ZeRO-{made.zero_stage}",
-    )
-    table.add_row(
-        "batch",
-        f"{batch.global_samples} samples = micro {batch.micro_samples} x accumulation {batch.accumulation} "
-        f"x data ranks {layout.data}; {batch.global_samples * run.data.sequence_length:,} tokens a step",
-    )
-    for note in made.notes:
-        table.add_row("note", note)
-    console = Console()
-    console.print(table)
-    if plot:
-        _plot_curves(run, plot_file or Path(f"{run.name}-curves.png"))
-    console.print(Syntax(json.dumps(made.deepspeed_json, indent=2), "json", background_color="default"))
+    else:
+        show.show_plan(made)
+        if plot:
+            _plot_curves(run, plot_file or Path(f"{run.name}-curves.png"))
+
+
+@app.command()
+def calibrate(
+    ranks: Annotated[
+        str, typer.Option(help="Numbers of ranks to measure, such as 1,2,4; every power of two that fits without it.")
+    ] = "",
+    device: Annotated[str, typer.Option(help="Kind of device; this machine's own without it.")] = "",
+) -> None:
+    """Measure this machine (products, memory, collectives) for the plans that are made on it. Takes a minute."""
+    from ds_train.engine.calibrate import calibrate as measure
+    from ds_train.engine.calibrate import default_counts, device_here
+    from ds_train.plan.hardware import store_calibration
+
+    kind = device_here(device)
+    try:
+        counts = sorted({int(count) for count in ranks.split(",")}) if ranks else default_counts(kind)
+    except ValueError:
+        raise user_error("--ranks", "not a list of numbers", "write 1,2,4", ranks) from None
+    if counts[0] < 1:
+        raise user_error("--ranks", "there is at least one rank", "write 1,2,4", ranks)
+    measured = measure(kind, counts, lambda text: print(text, file=sys.stderr))
+    for count, total in measured.totals.items():
+        share = 1 / int(count)
+        print(
+            f"{count} rank{'s' if count != '1' else ''}, each: "
+            f"fp32 {total['flops_fp32'] * share / 1e9:,.0f} GFLOP/s, bf16 {total['flops_bf16'] * share / 1e9:,.0f}, "
+            f"memory {total['memory_bytes_per_second'] * share / 1e9:.1f} GB/s"
+            + (f", link {total['link_bytes_per_second'] * share / 1e9:.2f} GB/s" if count != "1" else "")
+        )
+    print(store_calibration(measured))
 
 
 def _plot_curves(run: RunConfig, path: Path) -> None:

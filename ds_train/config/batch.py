@@ -12,6 +12,17 @@ Auto = Literal["auto"]
 Positive = Annotated[int, Field(ge=1)]
 
 
+def settled(value: int | str) -> int:
+    """A number that may have been `auto`, after the planner has chosen it.
+
+    Raises:
+        ValueError: it still is `auto`.
+    """
+    if isinstance(value, str):
+        raise ValueError("a field that says `auto` was read before the planner had chosen it")
+    return value
+
+
 class BatchSection(Section):
     """The global batch is what the optimizer sees: it is the same at every number of ranks."""
 
@@ -20,7 +31,8 @@ class BatchSection(Section):
 
     micro_samples: Positive | Auto = "auto"
     """Samples per forward pass of one rank. `auto` takes the largest divisor of the rank's share up to 8, in a
-    pipeline one that leaves at least four micro-batches a stage."""
+    pipeline one that leaves at least four micro-batches a stage; where a field of `parallel` or
+    model.activation_checkpointing says `auto`, the planner chooses it with them."""
 
     eval_micro_samples: Positive | Auto = "auto"
     """Samples per forward pass in evaluation. `auto` takes micro_samples."""

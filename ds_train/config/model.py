@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from ds_train.config.base import Section
+from ds_train.config.batch import Auto
 
 
 class ModelSection(Section):
@@ -31,8 +32,9 @@ class ModelSection(Section):
     trust_remote_code: bool = False
     """Run modelling code that comes with a hub model. Only for authors that you trust."""
 
-    activation_checkpointing: bool = False
-    """Recompute each layer's activations in the backward pass: less memory, about a third more time."""
+    activation_checkpointing: bool | Auto = False
+    """Recompute each layer's activations in the backward pass: less memory, about a third more time. `auto` lets the
+    planner decide."""
 
     lean_activations: bool = True
     """Norms and gated feed-forwards of Llama's form keep only their inputs for the backward pass and work out the rest

@@ -11,30 +11,35 @@ from ds_train.config.batch import Auto, Positive
 
 
 class ParallelSection(Section):
-    """ZeRO data parallelism, offload and communication. Data ranks follow from the number of ranks started."""
+    """ZeRO data parallelism, offload and communication. Data ranks follow from the number of ranks started.
+
+    A field that says `auto` is chosen by the planner, by predicted memory and step time, among all values that the
+    recipe's other keys and the ranks allow; `ds-train plan` shows its choice and why everything else was rejected.
+    """
 
     ranks: Positive | Auto = "auto"
     """Ranks that the recipe is made for; a launch with another number is refused. `auto` takes any number."""
 
-    pipeline: int = Field(default=1, ge=1)
+    pipeline: Positive | Auto = 1
     """Pipeline stages, each on ranks of its own."""
 
     stage_layers: list[Positive] | None = None
     """Layers of each pipeline stage; left out, stages are balanced by their cost."""
 
-    tensor: int = Field(default=1, ge=1)
+    tensor: Positive | Auto = 1
     """Ranks that share every layer's matrices (tensor parallelism)."""
 
-    sequence: int = Field(default=1, ge=1)
+    sequence: Positive | Auto = 1
     """Ranks that share the tokens of each sample (DeepSpeed-Ulysses, arXiv 2309.14509)."""
 
-    zero_stage: Literal[0, 1, 2, 3] = 1
+    zero_stage: Literal[0, 1, 2, 3, "auto"] = 1
     """ZeRO stage (arXiv 1910.02054): 1 shards optimizer states, 2 gradients too, 3 parameters too."""
 
-    offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
-    """Where optimizer states and master weights live if not on the device. Needs zero_stage 1 or more; nvme 3."""
+    offload_optimizer: Literal["none", "cpu", "nvme", "auto"] = "none"
+    """Where optimizer states and master weights live if not on the device. Needs zero_stage 1 or more; nvme 3.
+    `auto` takes nvme into account where nvme_path is given."""
 
-    offload_params: Literal["none", "cpu", "nvme"] = "none"
+    offload_params: Literal["none", "cpu", "nvme", "auto"] = "none"
     """Where parameters live between uses. Needs zero_stage 3."""
 
     nvme_path: str | None = None

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ds_kernels import Choice
 from transformers import PreTrainedModel
 
 from ds_train.config import RunConfig
@@ -16,21 +18,27 @@ from ds_train.models.lean import use_lean_layers
 from ds_train.models.load import load_model_config
 from ds_train.models.patch import embed_patches
 from ds_train.models.token_drop import repeated_layers
-from ds_train.optim.build import build_optimizer
+from ds_train.optim.build import build_optimizer, choose_kernel
+from ds_train.optim.fuse import fuse_passes
 from ds_train.parallel.build import Part, build_part
 from ds_train.parallel.check import check_documents_apart, check_layout, check_token_dropping
 from ds_train.parallel.mesh import Mesh
 from ds_train.parallel.sequence import leave_sequence
+from ds_train.parallel.tensor import gradient_norm
 from ds_train.plan.make import RunPlan, make_plan
 
 
 @dataclass(frozen=True)
 class Assembly:
-    """All that the step loop works with. `engine` is DeepSpeed's, around this rank's part of the model."""
+    """All that the step loop works with. `engine` is DeepSpeed's, around this rank's part of the model.
+
+    `kernel` is what updates the parameters.
+    """
 
     engine: Any
     part: Part
     data: DataBundle
+    kernel: Choice
 
     @property
     def model(self) -> PreTrainedModel:
@@ -76,14 +84,17 @@ def assemble(run: RunConfig, plan: RunPlan, info: RankInfo, tokenizer: Any, prep
         use_fp32_products(part.model)
     if run.model.lean_activations and not run.model.activation_checkpointing and not run.model.compile:
         use_lean_layers(part.model)
+    offloaded = run.parallel.offload_optimizer != "none"
+    kernel = choose_kernel(run.optimizer, "cpu" if offloaded else info.device)
     # DeepSpeed keeps the groups of the last engine of this process.
     deepspeed.utils.groups.mpu = None
     engine, *_ = deepspeed.initialize(
         model=part.module,
-        optimizer=build_optimizer(part.model, run.optimizer, part.outline),
+        optimizer=build_optimizer(part.model, run.optimizer, kernel, part.outline),
         config=plan.deepspeed_json,
         mpu=part.mpu,
     )
+    fuse_passes(engine, partial(gradient_norm, group=mesh.tensor))
     if run.patch.size > 1:
         embed_patches(part.model)
     if run.task.kind == "causal-lm" and run.data.rows_have_documents:
@@ -93,4 +104,4 @@ def assemble(run: RunConfig, plan: RunPlan, info: RankInfo, tokenizer: Any, prep
     if run.model.compile:
         for layer in repeated_layers(part.model):
             layer.compile()
-    return Assembly(engine, part, data)
+    return Assembly(engine, part, data, kernel)

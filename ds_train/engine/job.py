@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import sys
@@ -18,6 +19,7 @@ from ds_train.config import RunConfig, dump, load
 from ds_train.engine.ranks import RankInfo, barrier, meet, on_main_first, return_freed_memory, run_to_exit_code
 from ds_train.errors import user_error
 from ds_train.plan.make import RunPlan, make_plan
+from ds_train.plan.search import auto_fields, keep_choice
 from ds_train.plan.topology import Cluster
 
 if TYPE_CHECKING:
@@ -35,11 +37,18 @@ def run_job(recipe: str, overrides: Sequence[str]) -> int:
 
 def train(run: RunConfig, info: RankInfo) -> None:
     """Train `run` on this rank of the launch, from the plan to the export. Collective."""
-    plan = make_plan(run, Cluster(ranks=info.ranks, ranks_per_host=info.ranks_per_host, device=info.device))
+    cluster = Cluster(ranks=info.ranks, ranks_per_host=info.ranks_per_host, device=info.device)
     folder = Path(run.run_root).expanduser() / run.name
+    if auto_fields(run):
+        # Chosen once: ranks of other hosts may know other figures of their machines.
+        meet(info)
+        run = on_main_first(info, lambda: _settled(run, cluster, folder))
+    plan = make_plan(run, cluster)
     if info.is_main:
         for note in plan.notes:
             print(note, flush=True)
+        if plan.predicted is not None:
+            print(f"predicted: {plan.predicted.summary}", flush=True)
     if info.device == "cpu":
         return_freed_memory()
     # Below this line torch is imported; everything above answers in well under a second.
@@ -73,6 +82,7 @@ def train(run: RunConfig, info: RankInfo) -> None:
     tracker = Tracker(run, plan.to_dict(), folder, info.is_main, timeline.steps, done, wandb_id)
     exit_code = 1
     try:
+        tracker.note(f"optimizer kernel: {parts.kernel}")
         if parts.part.stage_layers:
             tracker.note(f"layers of the pipeline's stages: {', '.join(map(str, parts.part.stage_layers))}")
         if parts.data.packing_efficiency is not None:
@@ -211,6 +221,17 @@ def _check_clock(timeline: Timeline, state: TrainState) -> None:
     if expected != state.tokens:
         reason = f"the checkpoint has trained on {state.tokens:,} tokens, and with this length it would be {expected:,}"
         raise user_error("schedule", reason, "restore the run's length, or set another `name` to start anew")
+
+
+def _settled(run: RunConfig, cluster: Cluster, folder: Path) -> RunConfig:
+    """The recipe with every `auto` chosen: as before where its run goes on on as many ranks, else anew."""
+    stored = folder / "recipe.yaml"
+    if run.checkpoint.resume != "never" and stored.is_file() and (folder / "checkpoints").is_dir():
+        before = load(stored)
+        ranks = json.loads((folder / "plan.json").read_text(encoding="utf-8"))["layout"]
+        if math.prod(ranks.values()) == cluster.ranks:
+            return keep_choice(run, before)
+    return make_plan(run, cluster).run
 
 
 def _make_run_folder(folder: Path) -> None:

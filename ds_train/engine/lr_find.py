@@ -49,10 +49,12 @@ def find(run: RunConfig, info: RankInfo, test: RangeTest) -> dict[str, Any]:
     """
     started = time.perf_counter()
     tested, ratio = (run, 1.0) if test.proxy_width is None else proxy(run, test.proxy_width)
-    plan = make_plan(tested, Cluster(ranks=info.ranks, ranks_per_host=info.ranks_per_host, device=info.device))
+    cluster = Cluster(ranks=info.ranks, ranks_per_host=info.ranks_per_host, device=info.device)
     if info.device == "cpu":
         return_freed_memory()
     meet(info)
+    tested = on_main_first(info, lambda: make_plan(tested, cluster).run)
+    plan = make_plan(tested, cluster)
     folder = Path(run.run_root).expanduser() / run.name
     finding = _search(tested, plan, info, test, folder)
     record = asdict(finding) | {

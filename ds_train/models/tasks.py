@@ -23,6 +23,7 @@ from ds_train.models.loss import (
     linear_cross_entropy,
     score_tokens,
 )
+from ds_train.plan.outline import gives_plain_logits
 
 Batch = Mapping[str, Tensor]
 
@@ -112,20 +113,9 @@ def plain_head(model: PreTrainedModel) -> nn.Linear | None:
         tree = ast.parse(textwrap.dedent(inspect.getsource(type(model).forward)))
     except (OSError, TypeError, SyntaxError):
         return None
-    assigned = [
-        node for node in ast.walk(tree) if isinstance(node, (ast.Assign, ast.AugAssign)) and _assigns_logits(node)
-    ]
-    if len(names) != 1 or len(assigned) != 1 or not isinstance(assigned[0], ast.Assign):
-        return None
-    call = assigned[0].value
-    if isinstance(call, ast.Call) and ast.unparse(call.func) == f"self.{names[0]}":
+    if len(names) == 1 and gives_plain_logits(tree, names[0]):
         return head
     return None
-
-
-def _assigns_logits(node: ast.Assign | ast.AugAssign) -> bool:
-    targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-    return any(isinstance(part, ast.Name) and part.id == "logits" for target in targets for part in ast.walk(target))
 
 
 def _rows(labels: Tensor) -> Tensor:

@@ -1,7 +1,6 @@
-"""Parameter groups and the optimizer that is handed to DeepSpeed.
+"""Parameter groups and the optimizer that is handed to DeepSpeed: ours from ds_kernels, or torch's fused ones.
 
-torch's fused optimizers are used everywhere: DeepSpeed takes them at every ZeRO stage and with offload
-(`zero_force_ds_cpu_optimizer: false`), they run at the speed of memory, and nothing is compiled at start-up.
+DeepSpeed takes both at every ZeRO stage and with offload (`zero_force_ds_cpu_optimizer: false`) and compiles nothing.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
+from ds_kernels import Choice, FusedAdagrad, FusedAdam, FusedAdamW, choose
 from torch import nn
 
 from ds_train.config.optimizer import OptimizerSection
@@ -18,14 +18,16 @@ from ds_train.errors import user_error
 _GroupKey = tuple[float, float]
 """(weight decay, learning-rate factor)."""
 
+_FUSED = {"adamw": FusedAdamW, "adam": FusedAdam, "adagrad": FusedAdagrad}
+
 
 def parameter_groups(
     model: nn.Module, section: OptimizerSection, whole: nn.Module | None = None
 ) -> list[dict[str, Any]]:
     """Trainable parameters in groups of one weight decay and one learning-rate factor (`lr_factor`).
 
-    Matrices are decayed; biases, norms and other vectors aren't, unless `decay_all`. ZeRO rebuilds Adagrad from its
-    defaults as one group (`stage_1_and_2.py:946`), so it always gets one.
+    Matrices are decayed; biases, norms and other vectors aren't, unless `decay_all`. ZeRO rebuilds torch's Adagrad
+    from its defaults as one group (`stage_1_and_2.py:946`), so it gets one.
 
     Args:
         whole: the model that `model` is a part of (its outline will do). DeepSpeed sums the gradient norm over the
@@ -57,12 +59,37 @@ def parameter_groups(
     return groups
 
 
+def choose_kernel(section: OptimizerSection, device: str) -> Choice:
+    """What updates parameters whose fp32 values lie on `device`.
+
+    Raises:
+        UserError: the recipe demands the fused kernels and this host has none.
+    """
+    if section.kind not in _FUSED:
+        return Choice("torch", f"there is no fused kernel for {section.kind}")
+    if section.kernel == "torch":
+        return Choice("torch", "the recipe asks for it")
+    choice = choose(device)
+    if section.kernel == "fused" and not choice.fused:
+        raise user_error("optimizer.kernel", choice.reason, "set optimizer.kernel=auto", "fused")
+    return choice
+
+
 def build_optimizer(
-    model: nn.Module, section: OptimizerSection, whole: nn.Module | None = None
+    model: nn.Module, section: OptimizerSection, choice: Choice, whole: nn.Module | None = None
 ) -> torch.optim.Optimizer:
-    """The optimizer of the recipe over the model's trainable parameters; see `parameter_groups`."""
+    """The optimizer of the recipe over the model's trainable parameters, by what `choose_kernel` chose.
+
+    `whole`: see `parameter_groups`.
+    """
     groups = parameter_groups(model, section, whole)
-    common: dict[str, Any] = {"lr": section.lr, "weight_decay": section.weight_decay, "fused": True}
+    common: dict[str, Any] = {"lr": section.lr, "weight_decay": section.weight_decay}
+    if choice.fused:
+        _register()
+        if section.kind != "adagrad":
+            common["betas"] = section.betas
+        return _FUSED[section.kind](groups, eps=section.eps, **common)
+    common["fused"] = True
     if section.kind == "adamw":
         return torch.optim.AdamW(groups, betas=section.betas, eps=section.eps, **common)
     if section.kind == "adam":
@@ -83,7 +110,7 @@ def _trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 
 def _group_key(name: str, parameter: nn.Parameter, section: OptimizerSection) -> _GroupKey:
-    everything = section.decay_all or section.kind == "adagrad"
+    everything = section.decay_all or (section.kind == "adagrad" and section.kernel != "fused")
     decayed = everything or _dimensions(parameter) > 1
     factors = (factor for pattern, factor in section.lr_factors.items() if fnmatchcase(name, pattern))
     return section.weight_decay if decayed else 0.0, next(factors, 1.0)
@@ -100,6 +127,13 @@ def _check_patterns(model: nn.Module, section: OptimizerSection) -> None:
     if unused:
         fix = f"names look like {', '.join(names[:2])} and {names[-1]}"
         raise user_error("optimizer.lr_factors", "no parameter of the model has such a name", fix, unused[0])
+
+
+def _register() -> None:
+    """Tell DeepSpeed's ZeRO that it works with ours: it asks for the exact type (runtime/zero/utils.py:77)."""
+    from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
+
+    ZERO_SUPPORTED_OPTIMIZERS.extend(kind for kind in _FUSED.values() if kind not in ZERO_SUPPORTED_OPTIMIZERS)
 
 
 def _dimensions(parameter: nn.Parameter) -> int:

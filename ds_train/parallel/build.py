@@ -17,18 +17,11 @@ from ds_train.models.load import build_model, matrix_parameters, outline, shares
 from ds_train.models.tasks import TaskLoss
 from ds_train.models.token_drop import TokenDropping
 from ds_train.parallel.mesh import Group, Mesh
-from ds_train.parallel.pipeline import (
-    Pipeline,
-    Stage,
-    balance,
-    cut_to_stage,
-    find_cut,
-    layer_costs,
-    stage_bounds,
-)
+from ds_train.parallel.pipeline import Pipeline, Stage, cut_to_stage, find_cut, layer_costs
 from ds_train.parallel.sequence import SequenceParallel
 from ds_train.parallel.tensor import cuts_vocabulary, shard_model, tensor_plan
 from ds_train.plan.make import RunPlan
+from ds_train.plan.stages import balance, stage_bounds
 from ds_train.plan.topology import Layout
 
 Built = TypeVar("Built")

@@ -15,8 +15,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ds_train.config import RunConfig
 from ds_train.errors import UserError, first_line, user_error
-from ds_train.models.families import look_alike
 from ds_train.models.load import build_model, outline, shares_embedding
+from ds_train.models.look_alike import look_alike
 from ds_train.models.loss import IGNORE_INDEX
 from ds_train.models.packing import check_packing
 from ds_train.models.tasks import Batch, TaskLoss

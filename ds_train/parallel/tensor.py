@@ -13,12 +13,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from ds_kernels import global_norm
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ds_train.models.families import EXPERT_STYLES, FAMILIES, TENSOR_STYLES
 from ds_train.models.tasks import plain_head
+from ds_train.plan.families import EXPERT_STYLES, FAMILIES, TENSOR_STYLES
 
 Group = Any
 
@@ -137,10 +138,10 @@ def gradient_norm(model: nn.Module, group: Group) -> float:
         for parameter in model.parameters()
         if parameter.grad is not None and (once or hasattr(parameter, "tensor_shard"))
     ]
-    norm = torch.nn.utils.get_total_norm(gradients)
+    norm = global_norm(gradients)
     if group is None:
-        return float(norm)
-    square = norm.square()
+        return norm
+    square = torch.tensor(norm**2, dtype=torch.float64, device=get_accelerator().current_device_name())
     dist.all_reduce(square, group=group)
     return float(square.sqrt())
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_train.config import RunConfig
+from ds_train.config.batch import settled
 from ds_train.config.data import BYTES_VOCABULARY
 from ds_train.plan.model_size import ModelSize, model_size, read_config
 from ds_train.plan.stage import effective_stage
@@ -49,7 +50,22 @@ class Facts:
     @property
     def fixed_ranks(self) -> int:
         """Ranks of one copy of the model; the number of ranks is a multiple of it."""
-        return self.run.parallel.pipeline * self.run.parallel.tensor * self.run.parallel.sequence
+        return self.pipeline * self.tensor * self.sequence
+
+    @property
+    def pipeline(self) -> int:
+        """Pipeline stages."""
+        return settled(self.run.parallel.pipeline)
+
+    @property
+    def tensor(self) -> int:
+        """Tensor ranks."""
+        return settled(self.run.parallel.tensor)
+
+    @property
+    def sequence(self) -> int:
+        """Sequence ranks."""
+        return settled(self.run.parallel.sequence)
 
     @property
     def vocabulary(self) -> int | None:

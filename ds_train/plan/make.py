@@ -12,7 +12,9 @@ from ds_train.plan.deepspeed_json import deepspeed_json
 from ds_train.plan.deepspeed_keys import check_raw
 from ds_train.plan.facts import Facts
 from ds_train.plan.model_size import ModelSize
+from ds_train.plan.predict import Prediction, Predictor, chosen
 from ds_train.plan.rules import check
+from ds_train.plan.search import Search, auto_fields, search
 from ds_train.plan.stage import effective_stage
 from ds_train.plan.topology import Cluster, Layout
 
@@ -23,10 +25,12 @@ _MUCH_IDLE = 0.25
 class RunPlan:
     """What a run will do.
 
-    `zero_stage` is the stage that really runs, with a note where it isn't the recipe's; `size` is None where the
-    model's sizes aren't known on this machine.
+    `run` is the recipe with every `auto` of the planner settled. `zero_stage` is the stage that really runs, with a
+    note where it isn't the recipe's; `size` is None where the model's sizes aren't known on this machine, `predicted`
+    also where its family's code isn't understood. `search` is what `auto` was chosen from.
     """
 
+    run: RunConfig
     cluster: Cluster
     layout: Layout
     batch: BatchPlan
@@ -34,6 +38,8 @@ class RunPlan:
     size: ModelSize | None
     deepspeed_json: dict[str, Any]
     notes: tuple[str, ...]
+    predicted: Prediction | None = None
+    search: Search | None = None
 
     @property
     def parameters(self) -> int | None:
@@ -41,41 +47,61 @@ class RunPlan:
         return self.size.parameters if self.size else None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return asdict(self) | {"notes": list(self.notes), "size": self.size.to_dict() if self.size else None}
+        """Plain values, for JSON; the recipe is stored beside it."""
+        return {
+            "cluster": asdict(self.cluster),
+            "layout": asdict(self.layout),
+            "batch": asdict(self.batch),
+            "zero_stage": self.zero_stage,
+            "size": self.size.to_dict() if self.size else None,
+            "deepspeed_json": self.deepspeed_json,
+            "notes": list(self.notes),
+            "predicted": self.predicted.to_dict() if self.predicted else None,
+        }
 
 
 def make_plan(run: RunConfig, cluster: Cluster) -> RunPlan:
     """Decide layout, batch and DeepSpeed's configuration. Looks at the recipe, installed sources and local folders.
 
     Raises:
-        UserError: with everything that is wrong: the rules, the batch and the raw DeepSpeed keys.
+        UserError: with everything that is wrong: the rules, the batch and the raw DeepSpeed keys; or nothing that
+            `auto` could become fits.
     """
+    found = search(run, cluster) if auto_fields(run) else None
+    if found is not None:
+        run = found.best.run
     facts = Facts(run, cluster)
     problems = check(facts) + check_raw(run.deepspeed)
     data_ranks = max(1, cluster.ranks // facts.fixed_ranks)
     try:
-        batch = plan_batch(run.batch, data_ranks, run.parallel.pipeline)
+        batch = plan_batch(run.batch, data_ranks, facts.pipeline)
     except UserError as error:
         raise UserError(problems + error.problems) from None
     if problems:
         raise UserError(problems)
-    parallel = run.parallel
-    layout = Layout(parallel.pipeline, data_ranks, parallel.sequence, parallel.tensor)
+    layout = Layout(facts.pipeline, data_ranks, facts.sequence, facts.tensor)
     json = deepspeed_json(run, layout, batch, cluster, facts.size)
-    return RunPlan(cluster, layout, batch, facts.stage, facts.size, json, _notes(facts, batch))
+    predictor = Predictor.of(facts)
+    predicted = predictor.predict(chosen(run, layout, batch, facts.stage)) if predictor else None
+    notes = _notes(facts, batch, predicted)
+    return RunPlan(run, cluster, layout, batch, facts.stage, facts.size, json, notes, predicted, found)
 
 
-def _notes(facts: Facts, batch: BatchPlan) -> tuple[str, ...]:
+def _notes(facts: Facts, batch: BatchPlan, predicted: Prediction | None) -> tuple[str, ...]:
     """What the user should know although nothing is wrong."""
     notes = []
+    if predicted is not None and predicted.shortage:
+        notes.append(
+            f"a rank {predicted.shortage} at its predicted peak: it may run out of memory; "
+            "`ds-train plan RECIPE --auto` shows what fits"
+        )
     _, promoted = effective_stage(facts.run)
     if promoted:
         notes.append(promoted)
     partition, on_host = facts.run.parallel.secondary_partition, facts.cluster.ranks_per_host
     if partition > 1 and on_host % partition:
         notes.append(f"parallel.secondary_partition={partition} spans hosts of {on_host} ranks: its gathers cross them")
-    stages, micro_batches = facts.run.parallel.pipeline, batch.accumulation
+    stages, micro_batches = facts.pipeline, batch.accumulation
     idle = (stages - 1) / (micro_batches + stages - 1)
     if idle > _MUCH_IDLE:
         notes.append(

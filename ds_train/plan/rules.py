@@ -197,7 +197,11 @@ def _nothing_held_out(facts: Facts) -> bool:
 
 def _uneven_adagrad(facts: Facts) -> bool:
     optimizer = facts.run.optimizer
-    return optimizer.kind == "adagrad" and optimizer.weight_decay > 0 and not optimizer.decay_all
+    return _torchs_adagrad(facts) and optimizer.weight_decay > 0 and not optimizer.decay_all
+
+
+def _torchs_adagrad(facts: Facts) -> bool:
+    return facts.run.optimizer.kind == "adagrad" and facts.run.optimizer.kernel != "fused"
 
 
 _SCHEDULE_KEYS = {
@@ -390,7 +394,7 @@ RULES: tuple[Rule | KeyRule, ...] = (
     ),
     Rule(
         "pipeline-layers", "parallel.pipeline",
-        lambda f: f.size and f.size.num_hidden_layers and f.run.parallel.pipeline > f.size.num_hidden_layers,
+        lambda f: f.size and f.size.num_hidden_layers and f.pipeline > f.size.num_hidden_layers,
         lambda f: f"the model has {_sizes(f, 'num_hidden_layers')} layers",
         lambda f: f"at most {_sizes(f, 'num_hidden_layers')}",
     ),
@@ -450,16 +454,16 @@ RULES: tuple[Rule | KeyRule, ...] = (
     Rule(
         "sequence-heads", "parallel.sequence",
         lambda f: _SEQUENCE(f) and any(
-            (_sizes(f, name) or 0) % (f.run.parallel.sequence * f.run.parallel.tensor) for name in _HEADS
+            (_sizes(f, name) or 0) % (f.sequence * f.tensor) for name in _HEADS
         ),
         lambda f: f"{'with the tensor ranks it' if _TENSOR(f) else 'it'} doesn't divide {_sizes_in_words(f, _HEADS)}",
         lambda f: f"{'tensor x sequence ' if _TENSOR(f) else ''}{_common_divisors(f, _HEADS)}",
     ),
     Rule(
         "sequence-length", "data.sequence_length",
-        lambda f: f.run.data.sequence_length % f.run.parallel.sequence,
+        lambda f: f.run.data.sequence_length % f.sequence,
         lambda f: f"parallel.sequence={f.run.parallel.sequence} doesn't divide it (ulysses_sp.py:470)",
-        lambda f: f"nearest: {-(-f.run.data.sequence_length // f.run.parallel.sequence) * f.run.parallel.sequence}",
+        lambda f: f"nearest: {-(-f.run.data.sequence_length // f.sequence) * f.sequence}",
     ),
     # -- ZeRO, offload, ZeRO++ -----------------------------------------------------------------------------------
     Rule(
@@ -545,12 +549,23 @@ RULES: tuple[Rule | KeyRule, ...] = (
     Rule(
         "adagrad-groups", "optimizer.weight_decay", _uneven_adagrad,
         "ZeRO rebuilds Adagrad with one group (stage_1_and_2.py:946), so norms and biases can't be left out of decay",
-        "set optimizer.weight_decay=0, or optimizer.decay_all=true",
+        "set optimizer.weight_decay=0, optimizer.decay_all=true, or optimizer.kernel=fused",
+    ),
+    Rule(
+        "kernel-kind", "optimizer.kernel", _all(_at("optimizer.kernel", "fused"), _at("optimizer.kind", "sgd")),
+        "there is no fused kernel for sgd", "set optimizer.kernel=auto",
+    ),
+    Rule(
+        "kernel-device", "optimizer.kernel",
+        _all(_at("optimizer.kernel", "fused"), _not(_device("cpu")), _at("parallel.offload_optimizer", "none")),
+        "the fused kernels run where the optimizer's states are on the CPU",
+        "set parallel.offload_optimizer=cpu, or optimizer.kernel=auto",
     ),
     Rule(
         "lr-factors", "optimizer.lr_factors",
-        lambda f: f.run.optimizer.lr_factors and f.run.optimizer.kind == "adagrad",
-        "ZeRO rebuilds Adagrad with one group (stage_1_and_2.py:946)", "leave it out, or set optimizer.kind=adamw",
+        lambda f: f.run.optimizer.lr_factors and _torchs_adagrad(f),
+        "ZeRO rebuilds torch's Adagrad with one group (stage_1_and_2.py:946)",
+        "leave it out, or set optimizer.kernel=fused",
     ),
     Rule(
         "schedule-overlap", "schedule.cooldown_fraction",
@@ -617,10 +632,10 @@ RULES: tuple[Rule | KeyRule, ...] = (
     ),
     Rule(
         "patch-divides", "patch.size",
-        lambda f: f.run.data.sequence_length % (f.run.patch.size * f.run.parallel.sequence) and _PATCHES(f),
+        lambda f: f.run.data.sequence_length % (f.run.patch.size * f.sequence) and _PATCHES(f),
         lambda f: f"data.sequence_length={f.run.data.sequence_length} isn't a multiple of it"
         + (f" x parallel.sequence={f.run.parallel.sequence}" if _SEQUENCE(f) else ""),
-        lambda f: _divisors(f.run.data.sequence_length // f.run.parallel.sequence),
+        lambda f: _divisors(f.run.data.sequence_length // f.sequence),
     ),
     Rule(
         "patch-alone", "patch.size", _all(_PATCHES, _any(_CURRICULUM, _DROPPING)),

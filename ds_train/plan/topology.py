@@ -15,13 +15,14 @@ class Cluster:
     """The ranks that a launch starts: their number, how many share a host, and the kind of device.
 
     `here` says that this machine is one of the hosts, so that folders and the processor can be looked up on it;
-    False plans for machines that are only imagined.
+    False plans for machines that are only imagined. `kind` names the device in plan/hardware.py's table.
     """
 
     ranks: int
     ranks_per_host: int
     device: Device
     here: bool = True
+    kind: str | None = None
 
 
 class Coordinates(NamedTuple):

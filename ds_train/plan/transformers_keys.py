@@ -50,6 +50,18 @@ def architectures_with_head(task: Task) -> frozenset[str]:
 
 
 @cache
+def model_class(arch: str, task: Task) -> str | None:
+    """Name of the family's model class for the task; None where there is none."""
+    return _class_name(_mapping("models/auto/modeling_auto.py", _HEADS[task]).get(arch))
+
+
+@cache
+def base_model_class(arch: str) -> str | None:
+    """Name of the family's model class without a head."""
+    return _class_name(_mapping("models/auto/modeling_auto.py", "MODEL_MAPPING_NAMES").get(arch))
+
+
+@cache
 def config_fields(arch: str) -> dict[str, Any]:
     """Config keys of a family and their defaults (None where the default is no literal), inherited ones included.
 
@@ -93,6 +105,16 @@ def supports(arch: str, flag: str) -> bool | None:
     return True if "True" in values else False if set(values) == {"False"} else None
 
 
+def config_tree(arch: str) -> tuple[ast.Module, str] | None:
+    """Syntax tree of the family's configuration file, and the name of its config class in it."""
+    return _find_class(arch)
+
+
+def _class_name(value: str | tuple[str, ...] | None) -> str | None:
+    return value[0] if isinstance(value, tuple) else value
+
+
+@cache
 def _mapping(file: str, name: str) -> dict[str, str]:
     # Only the literals of this one name are parsed: the whole file takes half a second.
     text = (package_folder("transformers") / file).read_text(encoding="utf-8")

@@ -92,8 +92,10 @@ def test_a_run_is_the_same_in_every_layout(tmp_path: Path) -> None:
                 if key in ("kind", "step", "labels", "real_tokens", "tokens"):
                     assert here[key] == value
                 else:
+                    # Accuracy counts labels: in 16 bits a few near ties fall the other way.
+                    near = 1e-2 if key == "accuracy" and "precision" in sections else 0.0
                     np.testing.assert_allclose(
-                        here[key], value, rtol=tolerance, err_msg=f"{name} {key} {there['step']}"
+                        here[key], value, rtol=tolerance, atol=near, err_msg=f"{name} {key} {there['step']}"
                     )
         # Not weights: a key's bias has no gradient but rounding, which Adam blows up.
         logits, expected_logits = exported_logits(tmp_path, f"{name}-four"), exported_logits(tmp_path, f"{name}-one")

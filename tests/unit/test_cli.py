@@ -33,7 +33,14 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["schema"], ["schema", "--json"], ["plan", "ds_configs/quickstart.yaml", "--ranks", "2"]]
+    "arguments",
+    [
+        ["schema"],
+        ["schema", "--json"],
+        ["plan", "ds_configs/quickstart.yaml", "--ranks", "2"],
+        ["plan", "ds_configs/quickstart.yaml", "--cluster", "2x8:H100", "--auto"],
+        ["plan", "ds_configs/quickstart.yaml", "--cluster", "1x8:A100", "--why", "zero3"],
+    ],
 )
 def test_answers_without_torch_in_under_a_second(arguments: list[str]) -> None:
     command = [sys.executable, "-c", PROBE.format(arguments=arguments)]
@@ -61,6 +68,8 @@ def test_plan_as_json_holds_what_deepspeed_gets() -> None:
     assert plan["layout"] == {"pipe": 1, "data": 3, "sequence": 1, "tensor": 1}
     assert plan["batch"]["micro_samples"] * plan["batch"]["accumulation"] * 3 == 24
     assert plan["deepspeed_json"]["zero_optimization"]["stage"] == 2
+    assert sum(plan["predicted"]["memory"][0]["device"].values()) == plan["predicted"]["device_bytes"] > 0
+    assert plan["predicted"]["step_seconds"] == pytest.approx(sum(plan["predicted"]["step_parts"].values()))
 
 
 def test_plan_draws_the_curves(tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def test_every_error_comes_at_once_with_the_nearest_key() -> None:
     assert "batch.globl_samples=3: section `batch` has no such key. Fix: did you mean `batch.global_samples`?" in lines
     assert "optimiser={}: the recipe has no such key. Fix: did you mean `optimizer`?" in lines
     assert "track.micro_samples=3: section `track` has no such key. Fix: did you mean `batch.micro_samples`?" in lines
-    assert any(line.startswith("parallel.zero_stage=5: should be 0, 1, 2 or 3.") for line in lines)
+    assert any(line.startswith("parallel.zero_stage=5: should be 0, 1, 2, 3 or 'auto'.") for line in lines)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from torch import nn
 
 from ds_train.config.optimizer import OptimizerSection
 from ds_train.errors import UserError
-from ds_train.optim.build import build_optimizer, parameter_groups, set_learning_rate
+from ds_train.optim.build import build_optimizer, choose_kernel, parameter_groups, set_learning_rate
 
 
 class Tied(nn.Module):
@@ -77,7 +77,8 @@ def test_a_pattern_without_a_parameter_is_the_users_error() -> None:
 
 def test_the_learning_rate_of_a_step_is_multiplied_by_the_groups_factor() -> None:
     model = Tied()
-    optimizer = build_optimizer(model, section(kind="sgd", momentum=0.0, weight_decay=0.0, lr_factors={"embed*": 0.5}))
+    keys = section(kind="sgd", momentum=0.0, weight_decay=0.0, lr_factors={"embed*": 0.5})
+    optimizer = build_optimizer(model, keys, choose_kernel(keys, "cpu"))
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     set_learning_rate(optimizer, 0.1)
     for parameter in model.parameters():

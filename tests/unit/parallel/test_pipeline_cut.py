@@ -13,7 +13,7 @@ from transformers import AutoConfig
 
 from ds_train.config import RunConfig
 from ds_train.parallel import check
-from ds_train.parallel.pipeline import balance
+from ds_train.plan.stages import balance
 from ds_train.plan.topology import Layout
 
 NO_GROUPS: Any = SimpleNamespace(tensor=None, sequence=None)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from ds_train.models.families import look_alike
+from ds_train.models.look_alike import look_alike
 from ds_train.parallel.tensor import Shard
 
 

@@ -1,0 +1,128 @@
+"""Plans for people: tables of layout, memory, step time, choices and rejections."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+
+from rich.console import Console
+from rich.markup import escape
+from rich.syntax import Syntax
+from rich.table import Table
+
+from ds_train.plan.hardware import GIB
+from ds_train.plan.make import RunPlan
+from ds_train.plan.predict import Prediction
+from ds_train.plan.search import Search
+from ds_train.plan.why import Explanation
+
+_MIB = 2**20
+
+
+def show_plan(made: RunPlan, console: Console | None = None) -> None:
+    """Print a plan."""
+    console = console or Console(highlight=False)
+    run, layout, batch = made.run, made.layout, made.batch
+    size = f"about {made.parameters:,} parameters" if made.parameters else "size unknown until the model is loaded"
+    kind = made.cluster.kind or made.cluster.device
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_row("model", escape(f"{run.model.arch or run.model.path}, {size}"))
+    table.add_row(
+        "layout",
+        f"{layout.ranks} {kind} ranks = pipe {layout.pipe} x data {layout.data} x sequence {layout.sequence} "
+        f"x tensor {layout.tensor}, ZeRO-{made.zero_stage}",
+    )
+    table.add_row(
+        "batch",
+        f"{batch.global_samples} samples = micro {batch.micro_samples} x accumulation {batch.accumulation} "
+        f"x data ranks {layout.data}; {batch.global_samples * run.data.sequence_length:,} tokens a step",
+    )
+    if made.predicted is not None:
+        for name, text in _summary(made.predicted, batch.global_samples * run.data.sequence_length).items():
+            table.add_row(name, text)
+    for note in made.notes:
+        table.add_row("note", escape(note))
+    console.print(table)
+    if made.predicted is not None:
+        console.print(_memory_table(made.predicted))
+    if made.search is not None:
+        _show_search(made.search, console)
+    console.print(Syntax(json.dumps(made.deepspeed_json, indent=2), "json", background_color="default"))
+
+
+def show_explanation(explained: Explanation, console: Console | None = None) -> None:
+    """Print what `--why` asked for."""
+    console = console or Console(highlight=False)
+    if explained.scored is None or explained.predicted is None:
+        console.print(f"{explained.question}: no. {escape(explained.against or '')}")
+        return
+    verdict = f"no, it {explained.against}" if explained.against else "it fits"
+    console.print(f"{explained.question}: {verdict}; at best {explained.scored.label}")
+    run, choice = explained.scored.run, explained.scored.choice
+    samples = choice.micro_samples * choice.accumulation * choice.layout.data
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for name, text in _summary(explained.predicted, samples * run.data.sequence_length).items():
+        table.add_row(name, text)
+    console.print(table)
+    console.print(_memory_table(explained.predicted))
+    if explained.predicted.step is not None:
+        console.print(_time_table(explained.predicted.step.parts()))
+
+
+def _summary(predicted: Prediction, tokens: int) -> dict[str, str]:
+    worst = predicted.worst
+    of = f" of {predicted.limit_bytes / GIB:.1f} GiB" if predicted.limit_bytes else ""
+    host = f", {_size(worst.host_bytes)} of host memory" if worst.host_bytes else ""
+    rows = {"memory": f"{_size(worst.device_bytes)} a rank at its peak{of}{host} (predicted)"}
+    if predicted.step is not None:
+        seconds = predicted.step.seconds
+        rate = f"{tokens / seconds:,.0f} tokens/s, {predicted.tflops_per_device:.3g} TFLOP/s a rank"
+        rows["step"] = f"{_seconds(seconds)}, {rate} (predicted from the figures of {predicted.hardware})"
+    return rows
+
+
+def _memory_table(predicted: Prediction) -> Table:
+    """Bytes by item of the first, the worst and the last stage."""
+    worst = predicted.worst
+    shown = {0: predicted.stages[0], worst.stage: worst, len(predicted.stages) - 1: predicted.stages[-1]}
+    table = Table(box=None, pad_edge=False, title="memory of a rank", title_justify="left")
+    table.add_column("")
+    several = len(predicted.stages) > 1
+    for number in sorted(shown):
+        table.add_column(f"stage {number}" if several else "peak", justify="right")
+    for place in ("device", "host"):
+        items: dict[str, None] = {}
+        for rank in shown.values():
+            items |= dict.fromkeys(getattr(rank, place))
+        for item in items:
+            sizes = [_size(getattr(shown[number], place).get(item, 0)) for number in sorted(shown)]
+            table.add_row(f"{item} (host)" if place == "host" else item, *sizes)
+    return table
+
+
+def _time_table(parts: Mapping[str, float]) -> Table:
+    table = Table(box=None, pad_edge=False, title="a step", title_justify="left", show_header=False)
+    for name, seconds in parts.items():
+        if seconds:
+            table.add_row(name, _seconds(seconds))
+    return table
+
+
+def _show_search(found: Search, console: Console) -> None:
+    table = Table(box=None, pad_edge=False, title=f"chosen from {found.considered:,}", title_justify="left")
+    for name in ("", "layout", "memory", "step"):
+        table.add_column(name, justify="right" if name in ("memory", "step") else "left")
+    for place, scored in enumerate(found.ranked):
+        mark = "chosen" if place == 0 else "next"
+        table.add_row(mark, scored.label, _size(scored.memory.device_bytes), _seconds(scored.seconds))
+    console.print(table)
+    for rejected in found.rejected:
+        console.print(f"rejected {rejected.label}: {escape(rejected.reason)}")
+
+
+def _size(size: int) -> str:
+    return f"{size / GIB:.1f} GiB" if size >= GIB else f"{size / _MIB:.0f} MiB"
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
