@@ -47,6 +47,7 @@ def test_restarts_are_the_cosine_of_torch() -> None:
 
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     theirs = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, T_0=100, T_mult=2, eta_min=0.05)
+    optimizer.step()
     values = curve(
         kind="cosine-restarts", cycles=3, cycle_growth=2.0, final_ratio=0.05, warmup_fraction=0.3, cooldown_fraction=0.0
     )
@@ -80,6 +81,7 @@ def test_one_cycle_is_torchs() -> None:
         optimizer, 1.0, total_steps=TOTAL + 1, pct_start=300 / 1000 + 1 / 1000, div_factor=25, final_div_factor=4,
         cycle_momentum=False,
     )  # fmt: skip
+    optimizer.step()  # torch wants to see one first
     values = curve(kind="one-cycle", warmup_fraction=0.3, initial_ratio=0.04, final_ratio=0.01)
     for value in values:
         theirs.step()
