@@ -61,6 +61,7 @@ def worker(recipes: list[str]) -> int:
     from ds_train.engine.loop import train_steps
     from ds_train.plan.make import make_plan
     from ds_train.plan.topology import Cluster
+    from ds_train.schedule.timeline import make_timeline
 
     passes: list[tuple[float, float]] = []
 
@@ -83,7 +84,7 @@ def worker(recipes: list[str]) -> int:
             prepared = ranks.on_main_first(info, lambda run=run: prepare(run, progress=False))
             parts = assemble(run, plan, info, prepared_tokenizer(prepared), prepared)
             shares = []
-            for result in train_steps(run, plan, info, parts, 0, WARM_UP + STEPS):
+            for result in train_steps(run, plan, info, parts, make_timeline(run, parts.data.samples_per_epoch)):
                 busy = sum(stop - start for start, stop in passes)
                 everyone: list[Any] = [None] * info.ranks
                 dist.all_gather_object(everyone, (passes[0][0], passes[-1][1], busy))

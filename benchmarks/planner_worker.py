@@ -10,6 +10,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,7 @@ def one(recipe: str) -> dict[str, Any]:
     from ds_train.engine.loop import train_steps
     from ds_train.plan.make import make_plan
     from ds_train.plan.topology import Cluster
+    from ds_train.schedule.timeline import make_timeline
 
     info = ranks.rank_info()
     ranks.return_freed_memory()
@@ -144,7 +146,8 @@ def one(recipe: str) -> dict[str, Any]:
         engine.backward = watched(engine.backward)
     seconds = []
     reading[0] = READ_AT == 1
-    for result in train_steps(run, plan, info, parts, 0, STEPS):
+    steps = train_steps(run, plan, info, parts, make_timeline(run, parts.data.samples_per_epoch))
+    for result in islice(steps, STEPS):
         reading[0] = result.step + 1 == READ_AT
         if result.step > READ_AT:
             seconds.append(result.seconds)

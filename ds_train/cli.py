@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ds_train import __version__
-from ds_train.config import load
+from ds_train.config import RunConfig, load
 from ds_train.errors import EXIT_CODE, UserError, user_error
 
 # Heavy libraries are imported inside commands: `schema` and `plan` answer without torch.
@@ -74,6 +75,8 @@ def plan(
         str | None, typer.Option(help="Explain one way to run it: zero3, pipe2+tensor4, zero2+offload+micro4 ...")
     ] = None,
     as_json: AsJson = False,
+    plot: Annotated[bool, typer.Option("--plot", help="Draw every schedule of the recipe, here and as a PNG.")] = False,
+    plot_file: Annotated[Path | None, typer.Option(help="The PNG; NAME-curves.png here without it.")] = None,
 ) -> None:
     """What a launch would do, need and reach: layout, memory, step time, or every reason why not. Starts nothing."""
     from typing import cast, get_args
@@ -110,6 +113,8 @@ def plan(
         print(json.dumps(made.to_dict(), indent=2, default=str))
     else:
         show.show_plan(made)
+        if plot:
+            _plot_curves(run, plot_file or Path(f"{run.name}-curves.png"))
 
 
 @app.command()
@@ -143,10 +148,22 @@ def calibrate(
     print(store_calibration(measured))
 
 
+def _plot_curves(run: RunConfig, path: Path) -> None:
+    from ds_train.schedule.curves import recipe_curves
+    from ds_train.track.plot import save_curves, sketch
+
+    found = recipe_curves(run)
+    for curve in found.curves:
+        print("\n".join(sketch(curve.name, curve.values)))
+    print(f"over {found.axis}, up to {found.tokens[-1]:,.10g}; drawn in {path.resolve()}")
+    save_curves(path, found.axis, found.tokens, [(curve.name, curve.values) for curve in found.curves])
+
+
 @app.command()
 def prepare(recipe: Recipe, overrides: Overrides = None) -> None:
     """Tokenize the recipe's data once, before a run; every later run reuses it."""
     run = load(recipe, overrides or [])
+    from ds_train.data.build import open_samples, packing_efficiency
     from ds_train.data.prepare import prepare as prepare_data
     from ds_train.data.prepare import read_manifest
 
@@ -159,6 +176,103 @@ def prepare(recipe: Recipe, overrides: Overrides = None) -> None:
             f"  {split}: {counts['documents']:,} documents, {counts['tokens']:,} tokens, "
             f"{counts['text_bytes']:,} bytes of text, {per_token:.2f} bytes a token"
         )
+        samples = open_samples(run, folder, split)
+        efficiency = packing_efficiency(samples) if samples is not None else None
+        if samples is not None and efficiency is not None:
+            print(
+                f"  {split}: {len(samples):,} windows of {run.data.sequence_length} tokens by {run.data.packing_by}, "
+                f"{efficiency:.2%} of them text"
+            )
+
+
+@app.command()
+def tokenizers(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    sizes: Annotated[
+        str, typer.Option(help="Vocabulary sizes, separated by commas.")
+    ] = "512,1024,2048,4096,8192,16384",
+    max_mb: Annotated[float, typer.Option(min=0.001, help="Megabytes of the recipe's text to look at.")] = 20.0,
+    as_json: AsJson = False,
+) -> None:
+    """Train BPE tokenizers of several sizes on the recipe's data: tokens and training FLOPs per byte of each."""
+    from dataclasses import asdict
+
+    from rich.console import Console
+    from rich.table import Table
+
+    run = load(recipe, overrides or [])
+    from ds_train.data.vocabularies import compare_vocabularies
+
+    try:
+        wanted = [int(size) for size in sizes.split(",")]
+    except ValueError:
+        raise user_error("--sizes", "not whole numbers separated by commas", "such as 1024,4096", sizes) from None
+    rows = compare_vocabularies(run, wanted, int(max_mb * 1e6))
+    if as_json:
+        print(json.dumps([asdict(row) for row in rows], indent=2))
+        return
+    cheapest = min((row.flops_per_byte for row in rows if row.flops_per_byte is not None), default=None)
+    table = Table(box=None, pad_edge=False)
+    for column in ("vocabulary", "bytes/token", "tokens/byte", "parameters", "FLOPs/byte", "of the cheapest"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        counts = (f"{row.size:,}", f"{1 / row.tokens_per_byte:.3f}", f"{row.tokens_per_byte:.4f}")
+        cost = ("unknown", "unknown", "")
+        if row.parameters is not None and row.flops_per_byte is not None and cheapest is not None:
+            cost = (f"{row.parameters:,}", f"{row.flops_per_byte:.4g}", f"{row.flops_per_byte / cheapest:.3f}")
+        table.add_row(*counts, *cost)
+    Console().print(table)
+    if cheapest is not None:
+        best = next(row.size for row in rows if row.flops_per_byte == cheapest)
+        print(f"a byte is cheapest with data.train_vocabulary={best}")
+
+
+@app.command(name="lr-find")
+def lr_find(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    ranks: Annotated[int, typer.Option(min=1, help="Ranks to start on this host.")] = 1,
+    lowest: Annotated[float, typer.Option(min=0.0, help="Lowest learning rate of the sweep.")] = 1e-6,
+    highest: Annotated[float, typer.Option(min=0.0, help="Highest learning rate.")] = 10.0,
+    steps: Annotated[int, typer.Option(min=10, help="Steps of the sweep.")] = 100,
+    probe_steps: Annotated[int, typer.Option(min=10, help="Steps of each run at a constant rate.")] = 50,
+    safety: Annotated[float, typer.Option(min=1.0, help="The largest stable rate is divided by this.")] = 1.25,
+    proxy_width: Annotated[int | None, typer.Option(min=1, help="Search on a model of this hidden size.")] = None,
+) -> None:
+    """Find a learning rate for the recipe by a range test; RUN/lr-find.json and .png say how.
+
+    On several hosts: `deepspeed --hostfile ... --no_local_rank --module ds_train.cli lr-find RECIPE`.
+    """
+    import os
+    import subprocess
+
+    if not 0 < lowest < highest:
+        raise user_error("--lowest", f"isn't above 0 and below --highest={highest:g}", "give a range", lowest)
+    run = load(recipe, overrides or [])
+    if ranks > 1 and "RANK" not in os.environ:
+        from ds_train.engine.port import free_port
+
+        again = sys.argv[1:]
+        launcher = Path(sys.executable).with_name("deepspeed")
+        started = [str(launcher), "--num_accelerators", str(ranks), "--master_port", str(free_port())]
+        sys.exit(subprocess.run([*started, "--no_local_rank", "--module", "ds_train.cli", *again]).returncode)
+    from ds_train.engine.lr_find import RangeTest, find
+    from ds_train.engine.ranks import RankInfo, run_to_exit_code
+
+    test = RangeTest(lowest, highest, steps, probe_steps, safety, proxy_width)
+
+    def body(info: RankInfo) -> None:
+        record = find(run, info, test)
+        if info.is_main:
+            print(f"optimizer.lr={record['value']:.3g}: {record['reasoning']}")
+            if record["proxy"] is not None:
+                factors = json.dumps(record["proxy"]["lr_factors"])
+                print(f"from width {proxy_width}: {record['proxy']['rule']}")
+                print(f"optimizer.lr_factors={factors}")
+            print(f"{record['seconds']:.0f} s; {Path(run.run_root).expanduser() / run.name}/lr-find.json and .png")
+
+    sys.exit(run_to_exit_code(body))
 
 
 @app.command()

@@ -133,7 +133,20 @@ def load(engine: Any, checkpoint: Path) -> None:
 
 
 # Keys that change what a step computes. Everything else (logging, saving, evaluation, workers) may change on resume.
-_MEANING = ("seed", "model", "task", "data", "batch.global_samples", "precision", "optimizer", "compress", "deepspeed")
+_MEANING = (
+    "seed",
+    "model",
+    "task",
+    "data",
+    "batch.global_samples",
+    "precision",
+    "optimizer",
+    "curriculum",
+    "token_drop",
+    "patch",
+    "compress",
+    "deepspeed",
+)
 _FREE = ("model.activation_checkpointing", "model.compile", "model.attention", "data.cache_dir", "data.workers")
 
 

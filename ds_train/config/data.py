@@ -63,8 +63,26 @@ class DataSection(Section):
     """Fill windows with several documents, without attention across them; position ids restart at each.
     Only for the language-model tasks; `sequence-classification` always pads."""
 
+    packing_by: Literal["stream", "first-fit", "best-fit"] = "stream"
+    """How windows are filled. `stream`: documents end to end, cut at the window's edge; no padding. `first-fit` and
+    `best-fit` (arXiv 2404.10830): whole documents, or pieces of `sequence_length`, with padding where none fits."""
+
+    padding_free: bool = False
+    """Without packing: lay the samples of a micro-batch end to end in one row instead of padding each to the longest.
+    For fine-tuning language models on texts of uneven length."""
+
     cache_dir: str = "~/.cache/ds_train"
     """Folder of the prepared, memory-mapped tokens. Prepared data is reused when source and tokenizer are the same."""
 
     workers: int = Field(default=1, ge=0)
     """Steps whose batches a thread loads ahead of the step loop; 0 loads them inside the loop."""
+
+    @property
+    def rows_have_documents(self) -> bool:
+        """Whether a row of a language model's micro-batch may hold several documents."""
+        return self.packing or self.padding_free
+
+    @property
+    def pads_rows(self) -> bool:
+        """Whether a row of several documents may end in padding."""
+        return self.padding_free or (self.packing and self.packing_by != "stream")

@@ -39,5 +39,9 @@ class OptimizerSection(Section):
     decay_all: bool = False
     """Decay biases, norms and other one-dimensional parameters too."""
 
+    lr_factors: dict[str, Annotated[float, Field(ge=0.0)]] = Field(default_factory=dict)
+    """Learning rate of some parameters, as a factor of everyone's: pattern of their full names (`*` is any text) to
+    factor, the first pattern that matches counts. `{"*embed_tokens*": 0.5}`"""
+
     clip_norm: float = Field(default=1.0, ge=0.0)
     """Gradients are scaled down to this global L2 norm; 0 never clips."""

@@ -10,13 +10,16 @@ from ds_train.config.base import Section
 from ds_train.config.batch import BatchSection
 from ds_train.config.checkpoint import CheckpointSection
 from ds_train.config.compress import CompressSection
+from ds_train.config.curriculum import CurriculumSection
 from ds_train.config.data import DataSection
 from ds_train.config.model import ModelSection
 from ds_train.config.optimizer import OptimizerSection
 from ds_train.config.parallel import ParallelSection
+from ds_train.config.patch import PatchSection
 from ds_train.config.precision import PrecisionSection
 from ds_train.config.schedule import ScheduleSection
 from ds_train.config.task import TaskSection
+from ds_train.config.token_drop import TokenDropSection
 from ds_train.config.track import TrackSection
 
 
@@ -55,6 +58,15 @@ class RunConfig(Section):
 
     schedule: ScheduleSection
     """Length of the run and learning rate along it."""
+
+    curriculum: CurriculumSection = CurriculumSection()
+    """Samples that grow along the run."""
+
+    token_drop: TokenDropSection = TokenDropSection()
+    """Tokens that middle layers leave out."""
+
+    patch: PatchSection = PatchSection()
+    """Several tokens a position at first."""
 
     checkpoint: CheckpointSection = CheckpointSection()
     """Saving, resuming, exporting."""

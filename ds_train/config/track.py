@@ -22,6 +22,10 @@ class TrackSection(Section):
     eval_samples: int = Field(default=256, ge=1)
     """Held-out samples per evaluation; fewer where there are fewer."""
 
+    noise_scale_every_steps: int | None = Field(default=None, ge=1)
+    """Measure the gradient noise scale (arXiv 1812.06162) every this many steps, for a norm of every micro-batch's
+    gradient; the end of the run names the batch size that it speaks for. `null` never does."""
+
     progress: bool | Auto = "auto"
     """Progress bar on rank 0. `auto`: on a terminal; otherwise a line every so often."""
 

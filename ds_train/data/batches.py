@@ -16,9 +16,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ds_train.data.order import Order
-from ds_train.data.samples import IGNORE_INDEX, MaskedSamples, Sample, Samples
+from ds_train.data.samples import (
+    IGNORE_INDEX,
+    MaskedSamples,
+    Sample,
+    Samples,
+    cut_sample,
+    patch_sample,
+    restarting_positions,
+)
+from ds_train.schedule.timeline import StepShape
 
 Item = TypeVar("Item")
+Micro = list[dict[str, Tensor]]
+"""A rank's micro-batches of a step."""
 
 _PAD_MULTIPLE = 8
 
@@ -29,10 +40,12 @@ class Collator:
     input_ids (B, T) and labels (B, T), or (B,) for classification, all int64; position_ids (B, T) where samples are
     packed; attention_mask (B, T) where they are padded. With `block_mask`, for encoders, packed documents are kept
     apart by a boolean attention_mask (B, 1, T, T) where any window has more than one; causal models go by position ids.
+    With `padding_free` samples lie end to end in one row (1, their tokens), with position_ids, as packed ones.
     """
 
-    def __init__(self, pad_token: int, length: int, block_mask: bool) -> None:
-        self._pad_token, self._length, self._block_mask = pad_token, length, block_mask
+    def __init__(self, pad_token: int, length: int, block_mask: bool, padding_free: bool = False) -> None:
+        self._pad_token, self.length, self._block_mask = pad_token, length, block_mask
+        self._padding_free = padding_free
 
     def __call__(self, samples: list[Sample]) -> dict[str, Tensor]:
         """The micro-batch of `samples`; padded ones as long as their longest, in multiples of 8."""
@@ -41,8 +54,13 @@ class Collator:
             if self._block_mask:
                 self._separate(batch)
             return batch
+        if self._padding_free:
+            batch = self._one_row(samples)
+            if self._block_mask:
+                self._separate(batch)
+            return batch
         longest = max(len(sample["input_ids"]) for sample in samples)
-        width = min(self._length, -(-longest // _PAD_MULTIPLE) * _PAD_MULTIPLE)
+        width = min(self.length, -(-longest // _PAD_MULTIPLE) * _PAD_MULTIPLE)
         shape = (len(samples), width)
         per_token = samples[0]["labels"].ndim == 1
         input_ids = torch.full(shape, self._pad_token)
@@ -58,6 +76,17 @@ class Collator:
                 labels[row] = int(sample["labels"])
         return {"input_ids": input_ids, "labels": labels, "attention_mask": attention_mask}
 
+    def _one_row(self, samples: list[Sample]) -> dict[str, Tensor]:
+        sizes = [len(sample["input_ids"]) for sample in samples]
+        missing = -sum(sizes) % _PAD_MULTIPLE
+        filling = {"input_ids": self._pad_token, "labels": IGNORE_INDEX}
+        row = {
+            key: np.concatenate([*(sample[key] for sample in samples), np.full(missing, value, dtype=np.int64)])
+            for key, value in filling.items()
+        }
+        row["position_ids"] = restarting_positions(sizes, missing)
+        return {key: torch.from_numpy(value)[None] for key, value in row.items()}
+
     def _separate(self, batch: dict[str, Tensor]) -> None:
         document_BT = (batch["position_ids"] == 0).cumsum(1)
         if bool((document_BT[:, -1] > 1).any()):
@@ -69,29 +98,42 @@ class Batches:
 
     def __init__(
         self, samples: Samples | MaskedSamples, collate: Collator, order: Order, global_samples: int,
-        micro_samples: int, data_rank: int, data_ranks: int,
+        micro_samples: int, data_rank: int, data_ranks: int, name_samples: bool = False,
     ) -> None:  # fmt: skip
+        """`name_samples`: training micro-batches have `sample_ids` (B,), other ones for every sample of the run."""
         self._samples, self._collate, self._order = samples, collate, order
         self._global, self._micro = global_samples, micro_samples
         self._rank, self._ranks = data_rank, data_ranks
+        self._length, self._name_samples = collate.length, name_samples
 
     def step(self, step: int) -> list[dict[str, Tensor]]:
-        """Micro-batches of this rank in optimizer step `step` (from 0), in the order of accumulation.
+        """Micro-batches of this rank in optimizer step `step` (from 0) of a run whose steps are all alike.
 
         Step k takes the run's samples k * global to (k + 1) * global - 1; a micro-batch at a time they go to the ranks
         in turn.
         """
+        return self.take(StepShape(step, self._global, self._length, 0, step * self._global, 1))
+
+    def take(self, shape: StepShape) -> list[dict[str, Tensor]]:
+        """Micro-batches of this rank in a step of that shape, in the order of accumulation.
+
+        With more samples than the global batch micro-batches are larger, and no more.
+        """
         if self._global % (self._ranks * self._micro):
             raise ValueError(f"{self._global} samples can't be dealt to {self._ranks} ranks by {self._micro}")
-        places = np.arange(step * self._global, (step + 1) * self._global).reshape(-1, self._ranks, self._micro)
-        mine = places[:, self._rank]
-        return [self._micro_batch(*row) for row in zip(self._order.index(mine), mine, strict=True)]
+        slots = np.arange(shape.first, shape.first + shape.samples)
+        mine = slots.reshape(-1, self._ranks, self._micro * shape.samples // self._global)[:, self._rank]
+        batches = [self._collate(self._take(row, shape)) for row in mine]
+        if self._name_samples:
+            for row, batch in zip(mine, batches, strict=True):
+                batch["sample_ids"] = torch.from_numpy(row // shape.parts + (row % shape.parts << 40))
+        return batches
 
-    def steps(self, first: int, stop: int, workers: int) -> Iterator[tuple[int, list[dict[str, Tensor]]]]:
-        """(step, micro-batches) of steps `first` to `stop` - 1, loaded ahead by a thread where `workers` is above 0."""
+    def steps(self, shapes: Callable[[], Iterator[StepShape]], workers: int) -> Iterator[tuple[StepShape, Micro]]:
+        """(shape, micro-batches) of each step, loaded ahead by a thread where `workers` is above 0."""
 
-        def load() -> Iterator[tuple[int, list[dict[str, Tensor]]]]:
-            return ((step, self.step(step)) for step in range(first, stop))
+        def load() -> Iterator[tuple[StepShape, Micro]]:
+            return ((shape, self.take(shape)) for shape in shapes())
 
         return prefetch(load, workers) if workers else load()
 
@@ -104,21 +146,34 @@ class Batches:
         total = min(num_samples, len(self._samples))
         for start in range(self._rank * self._micro, total + self._rank * self._micro, self._micro * self._ranks):
             places = np.arange(start, start + self._micro)
-            inside = np.where(places < total, places, 0)
-            batch = self._micro_batch(inside, inside)
-            batch["labels"][torch.from_numpy(places >= total)] = IGNORE_INDEX
-            yield batch
+            samples = [self._sample(place, place) for place in np.where(places < total, places, 0).tolist()]
+            yield self._collate(
+                [
+                    sample if place < total else {**sample, "labels": np.full_like(sample["labels"], IGNORE_INDEX)}
+                    for sample, place in zip(samples, places.tolist(), strict=True)
+                ]
+            )
 
     def documents_of_sample(self, place: int) -> list[tuple[int, str, int, int]]:
         """(document, where it came from, first token, one past its last) of all in the run's `place`-th sample."""
         spans = self._samples.documents_of(int(self._order.index(place)))
         return [(document, self._samples.file.source(document), start, stop) for document, start, stop in spans]
 
-    def _micro_batch(self, indices: NDArray[np.int64], places: NDArray[np.int64]) -> dict[str, Tensor]:
-        pairs = zip(indices.tolist(), places.tolist(), strict=True)
+    def _take(self, slots: NDArray[np.int64], shape: StepShape) -> list[Sample]:
+        """The samples of numbers `slots` (B,) along the run, where all have that shape."""
+        places, parts, length = slots // shape.parts, slots % shape.parts, shape.length
+        if length >= self._length:
+            cuts: list[tuple[int, int | None]] = [(0, None)] * len(parts)
+        else:
+            cuts = [(part * length, (part + 1) * length) for part in parts.tolist()]
+        numbers = zip(self._order.index(places).tolist(), places.tolist(), cuts, strict=True)
+        samples = [self._sample(index, place, *cut) for index, place, cut in numbers]
+        return samples if shape.patch == 1 else [patch_sample(sample, shape.patch) for sample in samples]
+
+    def _sample(self, index: int, place: int, start: int = 0, stop: int | None = None) -> Sample:
         if isinstance(self._samples, MaskedSamples):
-            return self._collate([self._samples.at(index, place) for index, place in pairs])
-        return self._collate([self._samples[index] for index, _ in pairs])
+            return self._samples.at(index, place, start, stop)
+        return cut_sample(self._samples[index], start, stop)
 
 
 def count_labels(micro_batches: Iterable[Mapping[str, Tensor]]) -> int:

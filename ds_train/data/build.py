@@ -9,14 +9,17 @@ from typing import Any
 from ds_train.config import RunConfig
 from ds_train.data.batches import Batches, Collator
 from ds_train.data.order import Order
-from ds_train.data.prepare import TokenFile, open_split, read_manifest
-from ds_train.data.samples import LabelledSamples, MaskedSamples, PackedSamples, PieceSamples, Samples
+from ds_train.data.prepare import TokenFile, open_split, prepared_tokenizer, read_manifest
+from ds_train.data.samples import FittedSamples, LabelledSamples, MaskedSamples, PackedSamples, PieceSamples, Samples
 from ds_train.errors import UserError, user_error
 
 
 @dataclass(frozen=True)
 class DataBundle:
-    """Batches of this rank; `validation` is None where nothing is held out. `folder` is the prepared data."""
+    """Batches of this rank; `validation` is None where nothing is held out. `folder` is the prepared data.
+
+    `packing_efficiency` is the share of the training windows that isn't padding; None where samples aren't packed.
+    """
 
     train: Batches
     validation: Batches | None
@@ -24,6 +27,7 @@ class DataBundle:
     tokenizer: Any
     folder: Path
     manifest: dict[str, Any]
+    packing_efficiency: float | None = None
 
 
 def load_data(
@@ -36,36 +40,64 @@ def load_data(
         UserError: fewer training tokens than one sample, or prepared files that are damaged.
     """
     collate = Collator(
-        pad_token=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
+        pad_token=padding_token(tokenizer),
         length=run.data.sequence_length,
         block_mask=run.task.kind == "masked-lm",
+        padding_free=run.data.padding_free,
     )
 
-    def batches(split: str, micro: int) -> tuple[Batches | None, int]:
-        file = open_split(folder, split)
-        if file is None:
-            return None, 0
-        samples = _samples(run, file, tokenizer, allow_short=split == "validation")
+    def batches(split: str, micro: int) -> tuple[Batches | None, Samples | MaskedSamples | None]:
+        samples = open_samples(run, folder, split, tokenizer)
+        if samples is None:
+            return None, None
         if len(samples) == 0:
-            raise _too_short(run.data.sequence_length, len(file.tokens))
+            raise _too_short(run.data.sequence_length, len(samples.file.tokens))
         dealt = Batches(
             samples, collate, Order(len(samples), run.seed), global_samples=run.batch.global_samples,
             micro_samples=micro, data_rank=data_rank, data_ranks=data_ranks,
+            name_samples=split == "train" and run.token_drop.kind != "none",
         )  # fmt: skip
-        return dealt, len(samples)
+        return dealt, samples
 
-    train, samples_per_epoch = batches("train", micro_samples)
-    if train is None:
+    train, samples = batches("train", micro_samples)
+    if train is None or samples is None:
         raise _too_short(run.data.sequence_length, 0)
     validation, _ = batches("validation", eval_micro_samples)
-    return DataBundle(train, validation, samples_per_epoch, tokenizer, folder, read_manifest(folder))
+    manifest = read_manifest(folder)
+    return DataBundle(train, validation, len(samples), tokenizer, folder, manifest, packing_efficiency(samples))
+
+
+def open_samples(run: RunConfig, folder: Path, split: str, tokenizer: Any = None) -> Samples | MaskedSamples | None:
+    """The samples of a split of prepared data; None where the split has no tokens. `tokenizer`: the prepared one."""
+    file = open_split(folder, split)
+    if file is None:
+        return None
+    return _samples(run, file, tokenizer or prepared_tokenizer(folder), allow_short=split == "validation")
+
+
+def packing_efficiency(samples: Samples | MaskedSamples) -> float | None:
+    """Share of the windows' tokens that isn't padding; None for samples that aren't fitted into windows."""
+    plain = samples.plain if isinstance(samples, MaskedSamples) else samples
+    return plain.efficiency if isinstance(plain, FittedSamples) else None
+
+
+def padding_token(tokenizer: Any) -> int:
+    """The token that fills what is left of a row; any will do, since no label and no attention goes there."""
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
 
 
 def _samples(run: RunConfig, file: TokenFile, tokenizer: Any, allow_short: bool) -> Samples | MaskedSamples:
     length = run.data.sequence_length
     if run.task.kind == "sequence-classification":
         return LabelledSamples(file, length)
-    plain: Samples = PackedSamples(file, length, allow_short) if run.data.packing else PieceSamples(file, length)
+    plain: Samples
+    if not run.data.packing:
+        plain = PieceSamples(file, length)
+    elif run.data.packing_by == "stream":
+        plain = PackedSamples(file, length, allow_short)
+    else:
+        best = run.data.packing_by == "best-fit"
+        plain = FittedSamples(file, length, best, padding_token(tokenizer))
     if run.task.kind == "causal-lm":
         return plain
     special = frozenset(tokenizer.all_special_ids)

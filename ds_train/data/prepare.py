@@ -40,6 +40,8 @@ from ds_train.errors import UserError, user_error
 FORMAT = 2
 MANIFEST = "manifest.json"
 SPLITS = ("train", "validation")
+SHAPE_KEYS = ("packing", "packing_by", "padding_free")
+"""Keys of the `data` section that say how tokens become samples, and leave the tokens as they are."""
 # Texts go to the tokenizer in batches of at most so many, and so many characters (a token takes some 100 bytes there).
 _BATCH_DOCUMENTS, _BATCH_CHARACTERS = 1024, 2**20
 # With fewer documents than this, the end of each is held out instead of whole documents.
@@ -155,7 +157,7 @@ def content_key(run: RunConfig, tokenizer: str) -> str:
     """
     data = run.data
     files = local_files(data) + (local_files(data, held_out=True) if data.validation_path else [])
-    other = {"cache_dir", "workers", "packing", "tokenizer", "sequence_length", "streaming", "label_column"}
+    other = {"cache_dir", "workers", "tokenizer", "sequence_length", "streaming", "label_column", *SHAPE_KEYS}
     content = {
         "format": FORMAT,
         "data": data.model_dump(mode="json", exclude=other),
@@ -234,7 +236,7 @@ def _write(run: RunConfig, tokenizer: Any, folder: Path, progress: bool) -> None
         folder,
         {
             "format": FORMAT,
-            "source": data.model_dump(mode="json", exclude={"cache_dir", "workers", "packing"}),
+            "source": data.model_dump(mode="json", exclude={"cache_dir", "workers", *SHAPE_KEYS}),
             "task": task.kind,
             "tokenizer": fingerprint(tokenizer),
             "vocabulary": len(tokenizer),

@@ -16,10 +16,12 @@ from ds_train.engine.ranks import RankInfo
 from ds_train.models.cpu_products import fp32_products_are_faster, use_fp32_products
 from ds_train.models.lean import use_lean_layers
 from ds_train.models.load import load_model_config
+from ds_train.models.patch import embed_patches
+from ds_train.models.token_drop import repeated_layers
 from ds_train.optim.build import build_optimizer, choose_kernel
 from ds_train.optim.fuse import fuse_passes
 from ds_train.parallel.build import Part, build_part
-from ds_train.parallel.check import check_documents_apart, check_layout
+from ds_train.parallel.check import check_documents_apart, check_layout, check_token_dropping
 from ds_train.parallel.mesh import Mesh
 from ds_train.parallel.sequence import leave_sequence
 from ds_train.parallel.tensor import gradient_norm
@@ -75,6 +77,8 @@ def assemble(run: RunConfig, plan: RunPlan, info: RankInfo, tokenizer: Any, prep
     mesh = Mesh(layout, info.rank)
     if layout.ranks > layout.data:
         check_layout(run, config, layout, mesh, get_accelerator().current_device_name())
+    if run.token_drop.kind != "none":
+        check_token_dropping(run, config)
     part = build_part(run, config, plan, mesh)
     if fp32_products_are_faster(info.device, part.model.dtype):
         use_fp32_products(part.model)
@@ -86,24 +90,18 @@ def assemble(run: RunConfig, plan: RunPlan, info: RankInfo, tokenizer: Any, prep
     deepspeed.utils.groups.mpu = None
     engine, *_ = deepspeed.initialize(
         model=part.module,
-        optimizer=build_optimizer(part.model, run.optimizer, kernel),
+        optimizer=build_optimizer(part.model, run.optimizer, kernel, part.outline),
         config=plan.deepspeed_json,
         mpu=part.mpu,
     )
     fuse_passes(engine, partial(gradient_norm, group=mesh.tensor))
-    if run.task.kind == "causal-lm" and run.data.packing:
+    if run.patch.size > 1:
+        embed_patches(part.model)
+    if run.task.kind == "causal-lm" and run.data.rows_have_documents:
         engine.eval()
         check_documents_apart(run, config, engine)
         engine.train()
     if run.model.compile:
-        for layer in decoder_layers(part.model):
+        for layer in repeated_layers(part.model):
             layer.compile()
     return Assembly(engine, part, data, kernel)
-
-
-def decoder_layers(model: PreTrainedModel) -> list[Any]:
-    """The repeated blocks of the model: the longest list of modules in it."""
-    import torch
-
-    lists = [list(module) for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
-    return max(lists, key=len, default=[])

@@ -10,6 +10,7 @@ import tempfile
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from ds_train.checkpoint.native import TrainState
     from ds_train.engine.build import Assembly
     from ds_train.engine.loop import EvalResult, StepResult
+    from ds_train.schedule.timeline import Timeline
     from ds_train.track.tracker import Tracker
 
 
@@ -59,7 +61,7 @@ def train(run: RunConfig, info: RankInfo) -> None:
     from ds_train.data.prepare import read_manifest
     from ds_train.engine.build import assemble
     from ds_train.parallel.sequence import leave_sequence
-    from ds_train.schedule.learning_rate import plan_length
+    from ds_train.schedule.timeline import make_timeline
     from ds_train.track.tracker import Tracker
 
     layout = _layout_record(run, plan)
@@ -68,29 +70,29 @@ def train(run: RunConfig, info: RankInfo) -> None:
     # Only now: a run that is refused leaves the folder's records as they were.
     on_main_first(info, lambda: _write_records(folder, run, plan))
     parts = assemble(run, plan, info, tokenizer, prepared)
-    steps = plan_length(
-        run.schedule,
-        run.batch.global_samples * run.data.sequence_length,
-        parts.data.samples_per_epoch,
-        run.batch.global_samples,
-    )
+    timeline = make_timeline(run, parts.data.samples_per_epoch)
     done = 0
     state: TrainState | None = None
     if resumed is not None:
         native.load(parts.engine, resumed)
         state = native.read_state(resumed)
         done = state.step
+        _check_clock(timeline, state)
     wandb_id = state.wandb_id if state else None
-    tracker = Tracker(run, plan.to_dict(), folder, info.is_main, steps, done, wandb_id)
+    tracker = Tracker(run, plan.to_dict(), folder, info.is_main, timeline.steps, done, wandb_id)
     exit_code = 1
     try:
         tracker.note(f"optimizer kernel: {parts.kernel}")
         if parts.part.stage_layers:
             tracker.note(f"layers of the pipeline's stages: {', '.join(map(str, parts.part.stage_layers))}")
+        if parts.data.packing_efficiency is not None:
+            efficiency = parts.data.packing_efficiency
+            tracker.note(f"{run.data.packing_by} packing: {efficiency:.2%} of the windows' tokens are text")
         if resumed is not None:
             tracker.note(f"continuing {resumed} after step {done}")
         session = _Session(run, plan, info, parts, tracker, folder, layout, fingerprint)
-        session.train(done, steps)
+        session.train(done, timeline)
+        _note_noise_scale(run, folder, tracker, info)
         if run.checkpoint.export:
             hf.export(parts.part, tokenizer, folder / "export")
             barrier()
@@ -121,15 +123,15 @@ class _Session:
         self.folder, self.layout, self.fingerprint = folder, layout, fingerprint
         self.rate = _Throughput(run, parts, info)
 
-    def train(self, done: int, steps: int) -> None:
-        """Steps `done` + 1 to `steps`, each followed by what is due after it."""
+    def train(self, done: int, timeline: Timeline) -> None:
+        """Steps `done` + 1 to the timeline's last, each followed by what is due after it."""
         from ds_train.engine.loop import due, evaluate, train_steps
 
         run = self.run
-        for result in train_steps(run, self.plan, self.info, self.parts, done, steps):
-            last = result.step == steps
+        for result in train_steps(run, self.plan, self.info, self.parts, timeline, done):
+            last = result.step == timeline.steps
             self.rate.add(result)
-            if last or due(run.track.log_every_steps, result.step):
+            if last or result.measured or due(run.track.log_every_steps, result.step):
                 self.tracker.log(self._record(result), result.step)
             if last or due(run.track.eval_every_steps, result.step):
                 self._log_evaluation(evaluate(run, self.parts, result.step), result.tokens)
@@ -139,7 +141,9 @@ class _Session:
     def _record(self, result: StepResult) -> dict[str, Any]:
         from ds_train.track.memory import memory
 
-        return {"kind": "train", **asdict(result), **self.rate.take(), **memory(self.info.device)}
+        record = asdict(result)
+        measured = record.pop("measured")
+        return {"kind": "train", **record, **measured, **self.rate.take(), **memory(self.info.device)}
 
     def _log_evaluation(self, scores: EvalResult | None, tokens: int) -> None:
         if scores is not None:
@@ -171,22 +175,52 @@ class _Throughput:
         from ds_train.track.peak import measure_peak_flops
 
         parameters = parts.part.matrix_parameters
-        self._flops_per_token = flops_per_token(parts.model.config, parameters, run.data.sequence_length)
+        config = parts.model.config
+        self._flops_per_token = cache(lambda length: flops_per_token(config, parameters, length))
         peak = run.track.peak_tflops
         rank_peak = measure_peak_flops(parts.model.dtype, parts.engine.device) if peak == "auto" else peak * 1e12
         self._peak_flops = rank_peak * info.ranks
-        self._tokens, self._seconds = 0, 0.0
+        self._tokens, self._seconds, self._flops = 0, 0.0, 0.0
 
     def add(self, result: StepResult) -> None:
         self._tokens += result.real_tokens
+        positions = result.real_tokens / result.patch
+        self._flops += positions * self._flops_per_token(result.sequence_length // result.patch)
         self._seconds += result.seconds
 
     def take(self) -> dict[str, float]:
         from ds_train.track.flops import mfu
 
-        rate = self._tokens / self._seconds if self._seconds else 0.0
-        self._tokens, self._seconds = 0, 0.0
-        return {"tokens_per_second": rate, "mfu": mfu(rate, self._flops_per_token, self._peak_flops)}
+        seconds = self._seconds or math.inf
+        rates = {
+            "tokens_per_second": self._tokens / seconds,
+            "mfu": mfu(self._flops / seconds, self._peak_flops),
+        }
+        self._tokens, self._seconds, self._flops = 0, 0.0, 0.0
+        return rates
+
+
+def _note_noise_scale(run: RunConfig, folder: Path, tracker: Tracker, info: RankInfo) -> None:
+    from ds_train.engine.noise import noise_scale
+    from ds_train.track.metrics import read_metrics
+
+    if run.track.noise_scale_every_steps is None or not info.is_main:
+        return
+    records = [record for record in read_metrics(folder / "metrics.jsonl") if record["kind"] == "train"]
+    scale = noise_scale(records)
+    if scale is None:
+        tracker.note("gradient noise scale: too few measurements, or micro-batches, to tell it from noise")
+        return
+    per_sample = sum(record["labels"] for record in records) / sum(record["samples"] for record in records)
+    tracker.note(f"gradient noise scale: {scale:,.0f} labels, {scale / per_sample:,.1f} samples (arXiv 1812.06162)")
+
+
+def _check_clock(timeline: Timeline, state: TrainState) -> None:
+    """Where samples change their length, another length of the run would have taken other tokens until here."""
+    expected = timeline.tokens_after(state.step)
+    if expected != state.tokens:
+        reason = f"the checkpoint has trained on {state.tokens:,} tokens, and with this length it would be {expected:,}"
+        raise user_error("schedule", reason, "restore the run's length, or set another `name` to start anew")
 
 
 def _settled(run: RunConfig, cluster: Cluster, folder: Path) -> RunConfig:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from ds_train.config import RunConfig
 from ds_train.data.batches import count_labels
 from ds_train.engine.build import Assembly
+from ds_train.engine.noise import MicroGradients
 from ds_train.engine.ranks import RankInfo, all_sum
 from ds_train.models.load import fold_seed
 from ds_train.models.tasks import Batch
@@ -20,6 +22,8 @@ from ds_train.optim.build import set_learning_rate
 from ds_train.parallel.tensor import gradient_norm
 from ds_train.plan.make import RunPlan
 from ds_train.schedule.learning_rate import learning_rate_factor
+from ds_train.schedule.timeline import Timeline
+from ds_train.schedule.token_drop import kept_tokens
 
 
 @dataclass(frozen=True)
@@ -27,13 +31,17 @@ class StepResult:
     """What one optimizer step did, over all ranks.
 
     `step` counts from 1; `tokens` are the positions consumed up to here (samples x sequence length), the clock of
-    every schedule; `real_tokens` leaves padding out. `loss` is the mean over the labels of the global batch, in nats.
-    `grad_norm` is the L2 norm of the whole gradient before clipping. `applied` is False where DeepSpeed skipped the
-    update (fp16 overflow, non-finite gradients).
+    every schedule; `samples`, `sequence_length` and `patch` are this step's; `real_tokens` leaves padding out. `loss`
+    is the mean over the labels of the global batch, in nats. `grad_norm` is the L2 norm of the whole gradient before
+    clipping. `applied` is False where DeepSpeed skipped the update (fp16 overflow, non-finite gradients). `measured`
+    is what only some steps are asked for, by name.
     """
 
     step: int
     tokens: int
+    samples: int
+    sequence_length: int
+    patch: int
     real_tokens: int
     labels: int
     loss: float
@@ -41,6 +49,7 @@ class StepResult:
     grad_norm: float
     applied: bool
     seconds: float
+    measured: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -60,31 +69,55 @@ class EvalResult:
 
 
 def train_steps(
-    run: RunConfig, plan: RunPlan, info: RankInfo, parts: Assembly, first: int, steps: int
+    run: RunConfig,
+    plan: RunPlan,
+    info: RankInfo,
+    parts: Assembly,
+    timeline: Timeline,
+    first: int = 0,
+    rates: Sequence[float] | None = None,
 ) -> Iterator[StepResult]:
-    """Train steps `first` (counted from 0) to `steps` - 1, yielding after each. Collective."""
-    tokens_per_step = run.batch.global_samples * run.data.sequence_length
+    """Train steps `first` (counted from 0) to the timeline's last, yielding after each. Collective.
+
+    `rates` are the learning rates of all steps from 0, and there are as many steps; without them the recipe's schedule
+    says them.
+    """
+    stop = timeline.steps if rates is None else len(rates)
     place = plan.layout.coordinates(info.rank)
     # Ranks that share a layer's matrices draw the same dropout.
     seat = f"{place.pipe}/{place.data}/{place.sequence}"
     # Of ranks that work on the same samples one counts them.
     counting = int(place.pipe == place.sequence == place.tensor == 0)
     replicas = plan.layout.data * plan.layout.sequence
-    for step, batches in parts.data.train.steps(first, steps, run.data.workers):
+    for shape, batches in parts.data.train.steps(lambda: timeline.shapes(first, stop), run.data.workers):
         started = time.perf_counter()
-        tokens = (step + 1) * tokens_per_step
-        lr = run.optimizer.lr * learning_rate_factor(run.schedule, tokens, steps * tokens_per_step)
+        step = shape.step
+        if rates is None:
+            lr = run.optimizer.lr * learning_rate_factor(run.schedule, shape.after, timeline.total_tokens)
+        else:
+            lr = rates[step]
         set_learning_rate(parts.engine.optimizer, lr)
+        if parts.part.dropping is not None:
+            parts.part.dropping.kept = kept_tokens(run.token_drop, shape.length, shape.before, timeline.total_tokens)
         # Dropout draws from a seed of its own at every step and rank, so there is no generator state to save.
         torch.manual_seed(fold_seed(run.seed, "step", step, seat))
-        counts = all_sum(counting * _counts(batches).to(parts.engine.device))
+        counts = all_sum(counting * _counts(batches, run.data.pads_rows).to(parts.engine.device))
         labels, real_tokens = (int(count) for count in counts)
         # DeepSpeed averages over accumulation and replicas; the loss is a mean over the global batch's labels.
         weight = plan.batch.accumulation * replicas / max(1, labels)
-        loss_sum, norm = _update(parts, batches, weight, plan.zero_stage)
+        measured: dict[str, float] = {}
+        if due(run.track.noise_scale_every_steps, step + 1):
+            with MicroGradients(parts) as gradients:
+                loss_sum, norm = _update(parts, batches, weight, plan.zero_stage, gradients)
+            measured = gradients.scale(norm, labels)
+        else:
+            loss_sum, norm = _update(parts, batches, weight, plan.zero_stage)
         yield StepResult(
             step=step + 1,
-            tokens=tokens,
+            tokens=shape.after,
+            samples=shape.samples,
+            sequence_length=shape.length,
+            patch=shape.patch,
             real_tokens=real_tokens,
             labels=labels,
             loss=float(all_sum(loss_sum * (place.tensor == 0))) / max(1, labels),
@@ -92,6 +125,7 @@ def train_steps(
             grad_norm=norm,
             applied=parts.engine.was_step_applied(),
             seconds=time.perf_counter() - started,
+            measured=measured,
         )
 
 
@@ -108,7 +142,9 @@ def evaluate(run: RunConfig, parts: Assembly, step: int) -> EvalResult | None:
     )
 
 
-def _update(parts: Assembly, batches: Sequence[Batch], weight: float, zero_stage: int) -> tuple[Tensor, float]:
+def _update(
+    parts: Assembly, batches: Sequence[Batch], weight: float, zero_stage: int, gradients: MicroGradients | None = None
+) -> tuple[Tensor, float]:
     """One optimizer step: (summed loss of this rank's labels, norm of the whole gradient)."""
     engine, part = parts.engine, parts.part
     if part.pipeline is not None:
@@ -117,8 +153,12 @@ def _update(parts: Assembly, batches: Sequence[Batch], weight: float, zero_stage
     loss_sum = torch.zeros((), dtype=torch.float64, device=engine.device)
     norm = 0.0
     for index, batch in enumerate(batches):
-        loss = part.loss.train_loss(engine, _own(batch, parts))
+        own = _own(batch, parts)
+        with nullcontext() if part.dropping is None else part.dropping.on(own):
+            loss = part.loss.train_loss(engine, own)
         engine.backward(loss * weight)
+        if gradients is not None:
+            gradients.end_of_micro_batch(batch, weight)
         loss_sum += loss.detach()
         if zero_stage == 0 and index + 1 == len(batches):
             norm = gradient_norm(part.model, part.mesh.tensor)
@@ -144,17 +184,24 @@ def due(every: int | None, step: int) -> bool:
     return every is not None and step % every == 0
 
 
-def _counts(batches: Sequence[Mapping[str, Tensor]]) -> Tensor:
+def _counts(batches: Sequence[Mapping[str, Tensor]], pads_rows: bool) -> Tensor:
     """(labels, tokens that are not padding) of this rank's micro-batches: (2,) int64."""
-    return torch.tensor([count_labels(batches), sum(_real_tokens(batch) for batch in batches)])
+    return torch.tensor([count_labels(batches), sum(_real_tokens(batch, pads_rows) for batch in batches)])
 
 
-def _real_tokens(batch: Mapping[str, Tensor]) -> int:
+def _real_tokens(batch: Mapping[str, Tensor], pads_rows: bool) -> int:
     mask = batch.get("attention_mask")
-    return int(mask.sum()) if mask is not None and mask.dim() == 2 else batch["input_ids"].numel()
+    if mask is not None and mask.dim() == 2:
+        return int(mask.sum())
+    if not pads_rows:
+        return batch["input_ids"].numel()
+    # Padding of a row of documents has position 0, and no position 1 behind it.
+    positions_BT = batch["position_ids"]
+    alone_BT = (positions_BT == 0) & (torch.nn.functional.pad(positions_BT[:, 1:], (0, 1)) == 0)
+    return int((~alone_BT).sum())
 
 
-def _own(batch: Batch, parts: Assembly) -> Batch:
+def _own(batch: Batch, parts: Assembly) -> dict[str, Tensor]:
     """What this rank works on of a micro-batch of its data rank, on its device."""
     batch = {key: value.to(parts.engine.device, non_blocking=True) for key, value in batch.items()}
     return batch if parts.part.sequence is None else parts.part.sequence.share(batch)

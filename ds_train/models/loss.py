@@ -57,13 +57,16 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Summed cross-entropy (scalar, fp32) of `hidden @ weight.T + bias` against labels; IGNORE_INDEX is left out.
 
-    With `shard`, weight and bias are this rank's rows; loss and gradient of `hidden` are those of all rows.
+    Labels (N, K) are K of each position, predicted by the same logits. With `shard`, weight and bias are this rank's
+    rows; loss and gradient of `hidden` are those of all rows.
     """
     return _LinearCrossEntropy.apply(hidden_ND, weight_VD, bias_V, labels_N, shard)
 
 
 def cross_entropy_sum(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
-    """Summed cross-entropy (scalar, fp32) of logits of any dtype; IGNORE_INDEX is left out."""
+    """Summed cross-entropy (scalar, fp32) of logits of any dtype; labels (N,) or (N, K), IGNORE_INDEX is left out."""
+    if labels_N.dim() == 2:
+        return _nll_sum(_log_softmax(logits_NV, None), labels_N, None)
     return functional.cross_entropy(logits_NV.float(), labels_N, ignore_index=IGNORE_INDEX, reduction="sum")
 
 
@@ -100,6 +103,10 @@ def _log_softmax(logits_CV: Tensor, shard: VocabularyShard | None) -> Tensor:
 
 def _nll_sum(logp_CV: Tensor, labels_C: Tensor, shard: VocabularyShard | None) -> Tensor:
     """Summed negative log-likelihood of the labels, over all rows of the head."""
+    if labels_C.dim() == 2:
+        own_CK = _own_labels(labels_C, logp_CV, shard)
+        picked = logp_CV.gather(1, own_CK.clamp(min=0)).masked_fill(own_CK == IGNORE_INDEX, 0.0)
+        return -picked.sum() if shard is None else shard.sum(-picked.sum())
     if shard is None:
         return functional.nll_loss(logp_CV, labels_C, ignore_index=IGNORE_INDEX, reduction="sum")
     return shard.sum(functional.nll_loss(logp_CV, _own_labels(labels_C, logp_CV, shard), reduction="sum"))
@@ -114,7 +121,7 @@ def _own_labels(labels_C: Tensor, logits_CV: Tensor, shard: VocabularyShard | No
 
 
 def _chunks(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor) -> list[slice]:
-    tokens = labels_N.numel()
+    tokens = labels_N.shape[0]
     if hidden_ND.shape[0] != tokens:
         raise ValueError(f"{hidden_ND.shape[0]} hidden states but {tokens} labels")
     size = max(1, CHUNK_LOGITS // weight_VD.shape[0])
@@ -148,12 +155,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
             loss += _nll_sum(logp_CV, labels_C, shard)
             if not (needs_hidden or needs_weight or needs_bias):
                 continue
-            kept_C1 = (labels_C != IGNORE_INDEX).unsqueeze(-1)
+            labels_CK = labels_C.view(len(labels_C), -1)
+            count_C1 = (labels_CK != IGNORE_INDEX).sum(-1, keepdim=True)
             grad_CV = logp_CV.exp_()
-            own_C1 = _own_labels(labels_C, grad_CV, shard).unsqueeze(-1)
-            grad_CV.scatter_add_(1, own_C1.clamp(min=0), -(own_C1 >= 0).to(grad_CV.dtype))
-            if not bool(kept_C1.all()):
-                grad_CV.mul_(kept_C1)
+            if not bool((count_C1 == 1).all()):
+                grad_CV.mul_(count_C1)
+            own_CK = _own_labels(labels_CK, grad_CV, shard)
+            grad_CV.scatter_add_(1, own_CK.clamp(min=0), -(own_CK >= 0).to(grad_CV.dtype))
             if grad_bias is not None:
                 grad_bias += grad_CV.sum(0)
             grad_CV = grad_CV.to(hidden_ND.dtype)

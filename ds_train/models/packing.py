@@ -57,5 +57,7 @@ def next_dtype(fallback: Tensor, forward: Any) -> torch.dtype:
 
 def _refused(family: str, reason: str) -> Exception:
     return user_error(
-        "data.packing", f"{family} can't train on packed windows: {reason}", "set data.packing: false", True
+        "data.packing",
+        f"{family} can't train on rows of several documents: {reason}",
+        "set data.packing: false and data.padding_free: false",
     )

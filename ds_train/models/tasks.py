@@ -51,7 +51,7 @@ class TaskLoss:
         labels = batch["labels"]
         if self._head is None:
             logits = forward(**_inputs(batch)).logits
-            return cross_entropy_sum(logits.view(-1, logits.shape[-1]), labels.view(-1))
+            return cross_entropy_sum(logits.view(-1, logits.shape[-1]), _rows(labels))
         with self._head.on(labels, scoring=False):
             return forward(**_inputs(batch)).logits
 
@@ -82,7 +82,7 @@ class _HeadLoss:
         head.forward = self._forward  # type: ignore[method-assign, assignment]
 
     def on(self, labels: Tensor, scoring: bool) -> _HeadLoss:
-        self._labels, self._scoring = labels.reshape(-1), scoring
+        self._labels, self._scoring = _rows(labels), scoring
         return self
 
     def __enter__(self) -> None:
@@ -116,6 +116,11 @@ def plain_head(model: PreTrainedModel) -> nn.Linear | None:
     if len(names) == 1 and gives_plain_logits(tree, names[0]):
         return head
     return None
+
+
+def _rows(labels: Tensor) -> Tensor:
+    """Labels (B, T) or (B,) as (N,), those of patches (B, P, K) as (N, K)."""
+    return labels.flatten(0, 1) if labels.dim() == 3 else labels.reshape(-1)
 
 
 def _inputs(batch: Batch) -> dict[str, Tensor]:

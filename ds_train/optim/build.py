@@ -5,6 +5,7 @@ DeepSpeed takes both at every ZeRO stage and with offload (`zero_force_ds_cpu_op
 
 from __future__ import annotations
 
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -14,22 +15,48 @@ from torch import nn
 from ds_train.config.optimizer import OptimizerSection
 from ds_train.errors import user_error
 
+_GroupKey = tuple[float, float]
+"""(weight decay, learning-rate factor)."""
+
 _FUSED = {"adamw": FusedAdamW, "adam": FusedAdam, "adagrad": FusedAdagrad}
 
 
-def parameter_groups(model: nn.Module, section: OptimizerSection) -> list[dict[str, Any]]:
-    """Trainable parameters in two groups: decayed matrices, and biases, norms and other vectors without decay.
+def parameter_groups(
+    model: nn.Module, section: OptimizerSection, whole: nn.Module | None = None
+) -> list[dict[str, Any]]:
+    """Trainable parameters in groups of one weight decay and one learning-rate factor (`lr_factor`).
 
-    ZeRO rebuilds torch's Adagrad from its defaults as one group (`stage_1_and_2.py:946`), so it gets one.
+    Matrices are decayed; biases, norms and other vectors aren't, unless `decay_all`. ZeRO rebuilds torch's Adagrad
+    from its defaults as one group (`stage_1_and_2.py:946`), so it gets one.
+
+    Args:
+        whole: the model that `model` is a part of (its outline will do). DeepSpeed sums the gradient norm over the
+            stages of a pipeline group by group, so every part must have as many groups as the whole.
+
+    Raises:
+        UserError: a pattern of `lr_factors` that no parameter of `whole` has.
     """
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    one_group = section.kind == "adagrad" and section.kernel != "fused"
-    if section.decay_all or section.weight_decay == 0.0 or one_group:
-        return [{"params": parameters, "weight_decay": section.weight_decay}]
-    decayed = [parameter for parameter in parameters if _dimensions(parameter) > 1]
-    kept = [parameter for parameter in parameters if _dimensions(parameter) <= 1]
-    groups = [{"params": decayed, "weight_decay": section.weight_decay}, {"params": kept, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+    whole = model if whole is None else whole
+    _check_patterns(whole, section)
+    # A weight that embedding and head share goes by its first name, also on a stage that has it by its second.
+    by_name = dict(whole.named_parameters(remove_duplicate=False))
+    first_names = {id(parameter): name for name, parameter in reversed(by_name.items())}
+
+    def key(name: str, parameter: nn.Parameter) -> _GroupKey:
+        return _group_key(first_names.get(id(by_name.get(name)), name), parameter, section)
+
+    members: dict[_GroupKey, list[nn.Parameter]] = {key(*named): [] for named in _trainable(whole)}
+    wanted = len(members)
+    for name, parameter in _trainable(model):
+        members[key(name, parameter)].append(parameter)
+    groups = [_group(key, parameters) for key, parameters in members.items() if parameters]
+    while len(groups) < wanted:
+        largest = max(groups, key=lambda group: len(group["params"]))
+        if len(largest["params"]) == 1:
+            reason = f"a pipeline stage has fewer than {wanted} parameters to make as many groups of"
+            raise user_error("optimizer.lr_factors", reason, "write fewer factors", section.lr_factors)
+        groups.append({**largest, "params": [largest["params"].pop()]})
+    return groups
 
 
 def choose_kernel(section: OptimizerSection, device: str) -> Choice:
@@ -48,9 +75,14 @@ def choose_kernel(section: OptimizerSection, device: str) -> Choice:
     return choice
 
 
-def build_optimizer(model: nn.Module, section: OptimizerSection, choice: Choice) -> torch.optim.Optimizer:
-    """The optimizer of the recipe over the model's trainable parameters, by what `choose_kernel` chose."""
-    groups = parameter_groups(model, section)
+def build_optimizer(
+    model: nn.Module, section: OptimizerSection, choice: Choice, whole: nn.Module | None = None
+) -> torch.optim.Optimizer:
+    """The optimizer of the recipe over the model's trainable parameters, by what `choose_kernel` chose.
+
+    `whole`: see `parameter_groups`.
+    """
+    groups = parameter_groups(model, section, whole)
     common: dict[str, Any] = {"lr": section.lr, "weight_decay": section.weight_decay}
     if choice.fused:
         _register()
@@ -70,7 +102,31 @@ def build_optimizer(model: nn.Module, section: OptimizerSection, choice: Choice)
 def set_learning_rate(optimizer: Any, value: float) -> None:
     """Write the learning rate of the coming step into every group; `optimizer` may be DeepSpeed's wrapper."""
     for group in optimizer.param_groups:
-        group["lr"] = value
+        group["lr"] = value * group.get("lr_factor", 1.0)
+
+
+def _trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def _group_key(name: str, parameter: nn.Parameter, section: OptimizerSection) -> _GroupKey:
+    everything = section.decay_all or (section.kind == "adagrad" and section.kernel != "fused")
+    decayed = everything or _dimensions(parameter) > 1
+    factors = (factor for pattern, factor in section.lr_factors.items() if fnmatchcase(name, pattern))
+    return section.weight_decay if decayed else 0.0, next(factors, 1.0)
+
+
+def _group(key: _GroupKey, parameters: list[nn.Parameter]) -> dict[str, Any]:
+    weight_decay, factor = key
+    return {"params": parameters, "weight_decay": weight_decay, "lr_factor": factor}
+
+
+def _check_patterns(model: nn.Module, section: OptimizerSection) -> None:
+    names = [name for name, _ in _trainable(model)]
+    unused = [pattern for pattern in section.lr_factors if not any(fnmatchcase(name, pattern) for name in names)]
+    if unused:
+        fix = f"names look like {', '.join(names[:2])} and {names[-1]}"
+        raise user_error("optimizer.lr_factors", "no parameter of the model has such a name", fix, unused[0])
 
 
 def _register() -> None:

@@ -15,6 +15,7 @@ from ds_train.config import RunConfig
 from ds_train.errors import UserError, first_line, user_error
 from ds_train.models.load import build_model, matrix_parameters, outline, shares_embedding
 from ds_train.models.tasks import TaskLoss
+from ds_train.models.token_drop import TokenDropping
 from ds_train.parallel.mesh import Group, Mesh
 from ds_train.parallel.pipeline import Pipeline, Stage, cut_to_stage, find_cut, layer_costs
 from ds_train.parallel.sequence import SequenceParallel
@@ -33,6 +34,7 @@ class Part:
     `model` is the transformers model (a stage's has stand-ins for what is elsewhere); `module` and `mpu` go to
     `deepspeed.initialize`. `task` is None in a pipeline, where the last stage has it. `outline` is the whole model on
     torch's meta device, or `model` itself where it is whole. `stage_layers` are the layers of each pipeline stage.
+    `dropping` is there where the recipe's middle layers drop tokens.
     """
 
     model: PreTrainedModel
@@ -45,6 +47,7 @@ class Part:
     pipeline: Pipeline | None = None
     sequence: SequenceParallel | None = None
     stage_layers: tuple[int, ...] = ()
+    dropping: TokenDropping | None = None
 
     @property
     def loss(self) -> TaskLoss:
@@ -76,7 +79,10 @@ def build_part(run: RunConfig, config: PreTrainedConfig, plan: RunPlan, mesh: Me
     except ValueError as error:
         raise cannot_cut(config, layout, first_line(error)) from error
     mpu = mesh if layout.tensor * layout.sequence > 1 else None
-    return Part(model, model, mesh, mpu, sketch, matrix_parameters(sketch), task, sequence=sequence)
+    drop = run.token_drop
+    dropping = None if drop.kind == "none" else TokenDropping(model, run.seed, drop.whole_layers)
+    parameters = matrix_parameters(sketch)
+    return Part(model, model, mesh, mpu, sketch, parameters, task, sequence=sequence, dropping=dropping)
 
 
 def cannot_cut(config: PreTrainedConfig, layout: Layout, reason: str) -> UserError:
@@ -162,6 +168,7 @@ def _pipeline_part(run: RunConfig, config: PreTrainedConfig, plan: RunPlan, mesh
     cutter = _Cutter(run, config, sketch, plan.layout, mesh.tensor)
     stage = _in_turn(plan, lambda: cutter.stage(mesh.place.pipe))
     pipeline = Pipeline(stage, plan.layout, dynamic_shape=not run.data.packing, tied=shares_embedding(sketch))
+    drop = run.token_drop
     return Part(
         pipeline.stage.model,
         pipeline,
@@ -171,4 +178,5 @@ def _pipeline_part(run: RunConfig, config: PreTrainedConfig, plan: RunPlan, mesh
         matrix_parameters(sketch),
         pipeline=pipeline,
         stage_layers=tuple(cutter.sizes),
+        dropping=None if drop.kind == "none" else pipeline.stage.drop_tokens(run.seed, drop.whole_layers),
     )

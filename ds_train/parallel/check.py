@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ds_train.config import RunConfig
-from ds_train.errors import UserError, first_line
+from ds_train.errors import UserError, first_line, user_error
 from ds_train.models.load import build_model, outline, shares_embedding
 from ds_train.models.look_alike import look_alike
 from ds_train.models.loss import IGNORE_INDEX
 from ds_train.models.packing import check_packing
 from ds_train.models.tasks import Batch, TaskLoss
+from ds_train.models.token_drop import TokenDropping, dropping_difference
 from ds_train.parallel.build import build_stages, cannot_cut
 from ds_train.parallel.mesh import Mesh
 from ds_train.parallel.pipeline import Stage, stage_inputs
@@ -73,6 +74,33 @@ def check_documents_apart(run: RunConfig, config: PreTrainedConfig, model: Any) 
             small_run, small_config = _small(run, config, Layout(1, 1, 1, 1))
             asked, small = build_model(small_run, small_config, {}, 0).eval(), small_config
     check_packing(asked, small.get_text_config().vocab_size, config.model_type, asked.device)
+
+
+def check_token_dropping(run: RunConfig, config: PreTrainedConfig) -> None:
+    """Ask a look-alike, in fp32 on the CPU, whether a layer without some tokens is one that doesn't see them.
+
+    Raises:
+        UserError: it isn't, with the reason; no look-alike can be made.
+    """
+    try:
+        small_run, small = _small(run, config, Layout(1, 1, 1, 1))
+        for key, value in small.to_dict().items():
+            if "drop" in key and isinstance(value, float):
+                setattr(small, key, 0.0)
+        model = build_model(small_run, small, {}, 0)
+        dropping = TokenDropping(model, run.seed, 1)
+        dropping.kept = _LENGTH // 2
+        batch = _batch(run, small)
+        if "position_ids" not in batch:
+            later_BT = (torch.arange(_LENGTH) >= _LENGTH // 2).expand(_SAMPLES, -1)
+            batch = dict(batch) | {"attention_mask": later_BT[:, None, :, None] == later_BT[:, None, None, :]}
+        reason = dropping_difference(model, dropping, {key: batch[key] for key in batch if key != "labels"})
+    except UserError:
+        raise
+    except Exception as error:  # the code of any family may refuse in its own way
+        reason = first_line(error) or type(error).__name__
+    if reason is not None:
+        raise user_error("token_drop.kind", f"{config.model_type}: {reason}", "set none", run.token_drop.kind)
 
 
 def difference(run: RunConfig, config: PreTrainedConfig, layout: Layout, mesh: Mesh, device: str = "cpu") -> str | None:
@@ -148,7 +176,7 @@ def _batch(run: RunConfig, config: PreTrainedConfig) -> Batch:
     tokens_BT = torch.randint(3, vocabulary, (_SAMPLES, _LENGTH), generator=draw)
     labels_BT = torch.randint(3, vocabulary, (_SAMPLES, _LENGTH), generator=draw)
     labels_BT[:, ::5] = IGNORE_INDEX
-    if run.data.packing and run.task.kind == "causal-lm":
+    if run.data.rows_have_documents and run.task.kind == "causal-lm":
         positions_BT = torch.cat([torch.arange(5), torch.arange(_LENGTH - 5)]).expand(_SAMPLES, -1)
         return {"input_ids": tokens_BT, "labels": labels_BT, "position_ids": positions_BT.contiguous()}
     mask_BT = torch.ones_like(tokens_BT)

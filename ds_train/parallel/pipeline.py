@@ -27,10 +27,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ds_train.models.tasks import Batch, TaskLoss
+from ds_train.models.token_drop import SAMPLE_IDS, TokenDropping
 from ds_train.plan.families import FAMILIES
 from ds_train.plan.topology import Layout
 
-TRAVELLERS = ("position_ids", "attention_mask", "labels")
+TRAVELLERS = ("position_ids", "attention_mask", "labels", SAMPLE_IDS)
 """Integer tensors that go from stage to stage with the hidden states.
 
 Labels too, so that the last stage's forward pass gives the loss: DeepSpeed's hooks on what a forward pass returns must
@@ -147,9 +148,21 @@ class Stage(nn.Module):
         if not self.is_last:
             layers[stop].role = "exit"
         self._task = TaskLoss(model, vocabulary_group) if self.is_last else None
+        self.dropping: TokenDropping | None = None
+
+    def drop_tokens(self, seed: int, whole_layers: int) -> TokenDropping:
+        """Let this stage's middle layers of the model drop tokens."""
+        self.dropping = TokenDropping(self.model, seed, whole_layers, skip=(_Elsewhere,))
+        return self.dropping
 
     def forward(self, inputs: tuple[Tensor, ...]) -> Any:
         batch = dict(zip(("input_ids", *self.travellers), inputs, strict=True))
+        if self.dropping is None:
+            return self._forward(batch, inputs)
+        with self.dropping.on(batch):
+            return self._forward(batch, inputs)
+
+    def _forward(self, batch: dict[str, Tensor], inputs: tuple[Tensor, ...]) -> Any:
         if self._task is not None:
             compute = self._task.train_loss if torch.is_grad_enabled() else self._task.scores
             return compute(self.call_with, batch)

@@ -106,10 +106,14 @@ def _device(*devices: str) -> Predicate:
 
 _BELOW_3 = _at("parallel.zero_stage", 0, 1, 2)
 _FLASH = _at("model.attention", "flash_attention_2", "flash_attention_3")
-_CLASSIFIER = _at("task.kind", "sequence-classification")
+_CLASSIFYING = "sequence-classification"
+_CLASSIFIER = _at("task.kind", _CLASSIFYING)
 _PIPELINE = _above_one("parallel.pipeline")
 _TENSOR = _above_one("parallel.tensor")
 _SEQUENCE = _above_one("parallel.sequence")
+_PATCHES = _above_one("patch.size")
+_DROPPING = _not(_at("token_drop.kind", "none"))
+_CURRICULUM = _not(_at("curriculum.kind", "none"))
 _HEADS = ("num_attention_heads", "num_key_value_heads")
 _CUT_BY_TENSOR = (*_HEADS, "hidden_size", "intermediate_size")
 # DeepSpeed's folders op_builder/{cpu,xpu,hpu} have no quantizer.
@@ -193,8 +197,65 @@ def _nothing_held_out(facts: Facts) -> bool:
 
 def _uneven_adagrad(facts: Facts) -> bool:
     optimizer = facts.run.optimizer
-    torchs = optimizer.kind == "adagrad" and optimizer.kernel != "fused"
-    return torchs and optimizer.weight_decay > 0 and not optimizer.decay_all
+    return _torchs_adagrad(facts) and optimizer.weight_decay > 0 and not optimizer.decay_all
+
+
+def _torchs_adagrad(facts: Facts) -> bool:
+    return facts.run.optimizer.kind == "adagrad" and facts.run.optimizer.kernel != "fused"
+
+
+_SCHEDULE_KEYS = {
+    "decay_fraction": ("wsd",),
+    "final_ratio": ("cosine", "linear", "cosine-restarts", "wsd", "polynomial", "one-cycle"),
+    "power": ("polynomial",),
+    "cycles": ("cosine-restarts",),
+    "cycle_growth": ("cosine-restarts",),
+    "cycle_peak": ("cosine-restarts",),
+    "milestones": ("step",),
+    "step_factor": ("step",),
+}
+"""Keys of `schedule` that only some kinds read."""
+
+
+def _unread_schedule_keys(facts: Facts) -> dict[str, Any]:
+    """Those that have another value than their default; a resolved recipe writes every default out."""
+    schedule = facts.run.schedule
+    fields = type(schedule).model_fields
+    return {
+        f"schedule.{key}": getattr(schedule, key)
+        for key, kinds in _SCHEDULE_KEYS.items()
+        if schedule.kind not in kinds and getattr(schedule, key) != fields[key].default
+    }
+
+
+def _between_ends(facts: Facts) -> float:
+    """Share of the run between warm-up and cool-down."""
+    return round(1 - facts.run.schedule.warmup_fraction - facts.run.schedule.cooldown_fraction, 9)
+
+
+def _tokens_of_steps(facts: Facts) -> int:
+    run = facts.run
+    return (run.schedule.steps or 0) * run.batch.global_samples * run.data.sequence_length
+
+
+def _bad_lengths(facts: Facts) -> dict[str, Any]:
+    """Lengths of the curriculum that the window can't be cut into."""
+    curriculum = facts.run.curriculum
+    if curriculum.kind == "none":
+        return {}
+    if curriculum.kind == "discrete":
+        wanted = {f"curriculum.lengths[{place}]": length for place, length in enumerate(curriculum.lengths)}
+    else:
+        wanted = {"curriculum.start_length": curriculum.start_length}
+    return {key: length for key, length in wanted.items() if length not in _lengths_to_choose(facts)}
+
+
+def _lengths_to_choose(facts: Facts) -> list[int]:
+    """Lengths below the window's that schedule/timeline.py gives to samples."""
+    curriculum, full = facts.run.curriculum, facts.run.data.sequence_length
+    if curriculum.how == "repack" or curriculum.keep_tokens:
+        return [length for length in range(8, full) if full % length == 0]
+    return list(range(-(-8 // curriculum.multiple) * curriculum.multiple, full, curriculum.multiple))
 
 
 def _pipeline_ties_diverge(facts: Facts) -> bool:
@@ -501,10 +562,112 @@ RULES: tuple[Rule | KeyRule, ...] = (
         "set parallel.offload_optimizer=cpu, or optimizer.kernel=auto",
     ),
     Rule(
-        "wsd-overlap", "schedule.decay_fraction",
-        lambda f: f.run.schedule.kind == "wsd" and f.run.schedule.warmup_fraction + f.run.schedule.decay_fraction > 1,
+        "lr-factors", "optimizer.lr_factors",
+        lambda f: f.run.optimizer.lr_factors and _torchs_adagrad(f),
+        "ZeRO rebuilds torch's Adagrad with one group (stage_1_and_2.py:946)",
+        "leave it out, or set optimizer.kernel=fused",
+    ),
+    Rule(
+        "schedule-overlap", "schedule.cooldown_fraction",
+        lambda f: _between_ends(f) < 0,
         lambda f: f"with warmup_fraction={f.run.schedule.warmup_fraction:g} it is longer than the run",
         lambda f: f"at most {1 - f.run.schedule.warmup_fraction:g}",
+    ),
+    Rule(
+        "wsd-overlap", "schedule.decay_fraction",
+        lambda f: f.run.schedule.kind == "wsd" and f.run.schedule.decay_fraction > _between_ends(f),
+        lambda f: f"warm-up and cool-down leave {_between_ends(f):g} of the run to it",
+        lambda f: f"at most {_between_ends(f):g}",
+    ),
+    Rule(
+        "inverse-sqrt-warmup", "schedule.warmup_fraction",
+        _all(_at("schedule.kind", "inverse-sqrt"), _at("schedule.warmup_fraction", 0.0)),
+        "inverse-sqrt falls from the end of warm-up, and there is none", "set it above 0",
+    ),
+    KeyRule(
+        "schedule-unread", _unread_schedule_keys, lambda f, _: f"schedule.kind={f.run.schedule.kind} doesn't read it",
+        lambda _, key: f"leave it out, or set schedule.kind={_SCHEDULE_KEYS[key.removeprefix('schedule.')][0]}",
+    ),
+    Rule(
+        "cooldown-unread", "schedule.cooldown_ratio",
+        lambda f: f.run.schedule.cooldown_ratio > 0 and f.run.schedule.cooldown_fraction == 0,
+        "there is no cool-down", "set schedule.cooldown_fraction above 0, or leave it out",
+    ),
+    # -- curriculum ----------------------------------------------------------------------------------------------
+    Rule(
+        "curriculum-task", "curriculum.kind", _all(_CURRICULUM, _CLASSIFIER),
+        "a text that is cut short has another label, perhaps", "set curriculum.kind=none",
+    ),
+    Rule(
+        "curriculum-repack", "curriculum.how",
+        _all(_CURRICULUM, _at("curriculum.how", "repack"), _at("data.packing", False)),
+        "only packed windows are cut into shorter ones", "set curriculum.how=truncate, or data.packing=true",
+    ),
+    KeyRule(
+        "curriculum-length", _bad_lengths,
+        lambda f, _: f"samples can't have that length beside data.sequence_length={f.run.data.sequence_length}",
+        lambda f, _: "one of " + ", ".join(map(str, _lengths_to_choose(f))),
+    ),
+    Rule(
+        "curriculum-steps", "schedule.steps",
+        lambda f: _CURRICULUM(f) and not f.run.curriculum.keep_tokens and f.run.schedule.steps is not None,
+        "steps differ in their tokens, so steps don't say how long the run is",
+        lambda f: f"set schedule.tokens={_tokens_of_steps(f)}, or curriculum.keep_tokens=true",
+    ),
+    Rule(
+        "curriculum-flash", "curriculum.keep_tokens",
+        lambda f: _CURRICULUM(f) and _FLASH(f) and f.run.curriculum.keep_tokens and f.run.data.packing,
+        "micro-batches have several packed windows then, and flash attention attends across their documents",
+        "set curriculum.keep_tokens=false, or model.attention=sdpa",
+    ),
+    # -- patches -------------------------------------------------------------------------------------------------
+    Rule(
+        "patch-task", "patch.size", _all(_PATCHES, _not(_at("task.kind", "causal-lm"))),
+        "a patch predicts the tokens of the next one, as causal language models do", "set patch.size=1",
+    ),
+    Rule(
+        "patch-packing", "patch.size",
+        _all(_PATCHES, _any(_at("data.packing", False), _not(_at("data.packing_by", "stream")))),
+        "patches are cut from windows without padding", "set data.packing=true and data.packing_by=stream",
+    ),
+    Rule(
+        "patch-divides", "patch.size",
+        lambda f: f.run.data.sequence_length % (f.run.patch.size * f.sequence) and _PATCHES(f),
+        lambda f: f"data.sequence_length={f.run.data.sequence_length} isn't a multiple of it"
+        + (f" x parallel.sequence={f.run.parallel.sequence}" if _SEQUENCE(f) else ""),
+        lambda f: _divisors(f.run.data.sequence_length // f.sequence),
+    ),
+    Rule(
+        "patch-alone", "patch.size", _all(_PATCHES, _any(_CURRICULUM, _DROPPING)),
+        "a run reduces its tokens in one way", "set curriculum.kind=none and token_drop.kind=none, or patch.size=1",
+    ),
+    # -- token dropping ------------------------------------------------------------------------------------------
+    Rule(
+        "token-drop-packing", "token_drop.kind",
+        _all(_DROPPING, _any(_at("data.packing", False), _CLASSIFIER)),
+        "rows as long as their micro-batch's longest text would drop other tokens in another layout",
+        "set data.packing=true (language models), or token_drop.kind=none",
+    ),
+    Rule(
+        "token-drop-sequence", "token_drop.kind", _all(_DROPPING, _SEQUENCE),
+        "sequence ranks would be left with unequal numbers of tokens",
+        "set parallel.sequence=1; parallel.tensor, parallel.pipeline and ZeRO go with it",
+    ),
+    Rule(
+        "token-drop-compile", "model.compile", _all(_DROPPING, _at("model.compile", True)),
+        "layers would be compiled again for every number of tokens", "set model.compile=false",
+    ),
+    Rule(
+        "token-drop-attention", "model.attention",
+        _all(_DROPPING, _any(_FLASH, _at("model.attention", "flex_attention"))),
+        "its kernels know documents by positions that follow one another", "set model.attention=sdpa",
+    ),
+    Rule(
+        "token-drop-layers", "token_drop.whole_layers",
+        lambda f: _DROPPING(f) and _sizes(f, "num_hidden_layers")
+        and 2 * f.run.token_drop.whole_layers >= _sizes(f, "num_hidden_layers"),
+        lambda f: f"of the model's {_sizes(f, 'num_hidden_layers')} layers none is left to drop tokens",
+        lambda f: f"at most {(_sizes(f, 'num_hidden_layers') - 1) // 2}, or token_drop.kind=none",
     ),
     Rule(
         "sample-task", "track.sample_prompt", _all(_given("track.sample_prompt"), _not(_at("task.kind", "causal-lm"))),
@@ -513,6 +676,16 @@ RULES: tuple[Rule | KeyRule, ...] = (
     Rule(
         "sample-export", "track.sample_prompt", _all(_given("track.sample_prompt"), _at("checkpoint.export", False)),
         "the sample is generated by the exported model", "set checkpoint.export=true, or leave it out",
+    ),
+    Rule(
+        "noise-scale-layout", "track.noise_scale_every_steps",
+        _all(_given("track.noise_scale_every_steps"), _any(_PIPELINE, _SEQUENCE)),
+        "no rank sees the whole gradient of a micro-batch there", "leave it out, or use data and tensor ranks",
+    ),
+    Rule(
+        "noise-scale-fp16", "track.noise_scale_every_steps",
+        _all(_given("track.noise_scale_every_steps"), _at("precision.dtype", "fp16")),
+        "gradients of scaled losses overflow now and then", "set precision.dtype=bf16, or leave it out",
     ),
     Rule(
         "eval-data", "track.eval_every_steps", _all(_given("track.eval_every_steps"), _nothing_held_out),
@@ -617,6 +790,19 @@ RULES: tuple[Rule | KeyRule, ...] = (
         "path-stdlib", "data.path", _all(_at("data.source", "stdlib"), _given("data.path")),
         "data.source=stdlib reads the running Python's own sources",
         "set data.source to text, jsonl, parquet, tsv or hub",
+    ),
+    Rule(
+        "packing-by", "data.packing_by",
+        lambda f: f.run.data.packing_by != "stream" and (not f.run.data.packing or f.run.task.kind == _CLASSIFYING),
+        "samples are padded, not packed", "leave it out; packing is for language models, with data.packing=true",
+    ),
+    Rule(
+        "padding-free-packing", "data.padding_free", _all(_at("data.padding_free", True), _at("data.packing", True)),
+        "packed windows have nothing to lay end to end", "set data.packing=false",
+    ),
+    Rule(
+        "padding-free-task", "data.padding_free", _all(_at("data.padding_free", True), _CLASSIFIER),
+        "a classifier's head looks at one text a row", "set data.padding_free=false",
     ),
     Rule(
         "streaming", "data.streaming", _all(_at("data.streaming", True), _not(_at("data.source", "hub"))),

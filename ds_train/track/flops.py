@@ -18,9 +18,9 @@ def flops_per_token(config: Any, matrix_parameters: int, sequence_length: int) -
     return 6.0 * matrix_parameters + sum(12.0 * width * length for width, length in _attention(config, sequence_length))
 
 
-def mfu(tokens_per_second: float, flops_of_token: float, peak_flops: float) -> float:
+def mfu(flops_per_second: float, peak_flops: float) -> float:
     """Model FLOPs utilisation in [0, 1]: model FLOP/s over the peak FLOP/s of all ranks together."""
-    return tokens_per_second * flops_of_token / peak_flops
+    return flops_per_second / peak_flops
 
 
 def _attention(config: Any, sequence_length: int) -> list[tuple[float, int]]:

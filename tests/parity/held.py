@@ -13,6 +13,7 @@ from ds_train.engine.build import assemble
 from ds_train.engine.loop import train_steps
 from ds_train.plan.make import make_plan
 from ds_train.plan.topology import Cluster
+from ds_train.schedule.timeline import make_timeline
 
 
 def tensors(value: Any) -> list[Any]:
@@ -30,7 +31,7 @@ def main() -> int:
             plan = make_plan(run, Cluster(info.ranks, info.ranks, info.device))
             prepared = ranks.on_main_first(info, lambda run=run: prepare(run, progress=False))
             parts = assemble(run, plan, info, prepared_tokenizer(prepared), prepared)
-            list(train_steps(run, plan, info, parts, 0, 1))
+            next(train_steps(run, plan, info, parts, make_timeline(run, parts.data.samples_per_epoch)))
             optimizer = parts.engine.optimizer
             masters = getattr(optimizer, "single_partition_of_fp32_groups", None)
             if masters is None:

@@ -24,6 +24,8 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     ),
     "pipeline-padded": ("gpt2", {"pipeline": 2}, {"data": {"packing": False}}),
     "tensor-zero3": ("gpt2", {"tensor": 2, "zero_stage": 3}, {"model": {"activation_checkpointing": True}}),
+    "best-fit": ("llama", {"sequence": 2, "zero_stage": 1}, {"data": {"packing_by": "best-fit"}}),
+    "padding-free": ("gpt2", {"pipeline": 2}, {"data": {"packing": False, "padding_free": True}}),
     "sequence-padded": (
         "qwen2", {"sequence": 2, "zero_stage": 2},
         {"data": {"packing": False}, "model": {"activation_checkpointing": True}},
@@ -35,6 +37,10 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     ),
     "adagrad": (
         "llama", {"pipeline": 2, "tensor": 2}, {"optimizer": {"kind": "adagrad", "weight_decay": 0.0}},
+    ),
+    "lr-factors-tied": (
+        "llama", {"pipeline": 2, "tensor": 2},
+        {"optimizer": {"lr_factors": {"*embed_tokens*": 0.2, "*.0.mlp.*": 3.0, "*norm*": 0.5}}},
     ),
     "sgd": ("llama", {"tensor": 2, "zero_stage": 2}, {"optimizer": {"kind": "sgd", "lr": 0.03}}),
 }  # fmt: skip

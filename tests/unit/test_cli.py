@@ -72,6 +72,20 @@ def test_plan_as_json_holds_what_deepspeed_gets() -> None:
     assert plan["predicted"]["step_seconds"] == pytest.approx(sum(plan["predicted"]["step_parts"].values()))
 
 
+def test_plan_draws_the_curves(tmp_path: Path) -> None:
+    picture = tmp_path / "curves.png"
+    factors = 'optimizer.lr_factors={"*embed*": 0.5}'
+    done = run("plan", "ds_configs/quickstart.yaml", factors, "--plot", "--plot-file", str(picture))
+    assert done.returncode == 0, done.stderr
+    assert "learning rate\n0.002 │" in done.stdout
+    assert "learning rate of *embed*\n0.001 │" in done.stdout
+    assert "over tokens, up to 819,200" in done.stdout
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    nowhere = run("plan", "ds_configs/quickstart.yaml", "--plot", "--plot-file", str(tmp_path / "no" / "x.png"))
+    assert nowhere.returncode == 2
+    assert nowhere.stderr.startswith("error: --plot-file=")
+
+
 def test_mistakes_are_lines_with_exit_code_2() -> None:
     done = run(
         "plan",

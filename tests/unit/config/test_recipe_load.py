@@ -69,7 +69,7 @@ def test_every_error_comes_at_once_with_the_nearest_key() -> None:
         ("name=123", 'name=123: should be text. Fix: write "123", quotes included.'),
         (
             "schedule.kind=cosin",
-            "schedule.kind=cosin: should be 'cosine', 'linear', 'constant' or 'wsd'. Fix: did you ",
+            "schedule.kind=cosin: should be 'constant', 'linear', 'cosine', 'cosine-restarts', ",
         ),
         ("batch=3", "batch=3: should be a mapping of keys. Fix: `ds-train schema batch` describes it."),
         ("model=null", "model: required and not given. Fix: give `model.path` (pretrained weights) or `model.arch`"),

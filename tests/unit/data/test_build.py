@@ -16,7 +16,9 @@ from ds_train.config import RunConfig
 from ds_train.data.batches import Collator, count_labels, prefetch
 from ds_train.data.build import DataBundle, load_data
 from ds_train.data.prepare import open_split, prepare, prepared_tokenizer
+from ds_train.data.samples import cut_sample
 from ds_train.errors import UserError
+from ds_train.schedule.timeline import cut_timeline
 
 Recipe = Callable[..., RunConfig]
 SHAKESPEARE = Path(__file__).resolve().parents[4] / "shared" / "data" / "tinyshakespeare" / "input.txt"
@@ -201,12 +203,56 @@ def test_too_little_text_names_the_length(recipe: Recipe, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
 def test_steps_loaded_ahead_are_the_steps(recipe: Recipe, corpus: Path, workers: int) -> None:
-    train = load(recipe()).train
-    found = list(train.steps(3, 9, workers))
-    assert [step for step, _ in found] == list(range(3, 9))
-    for step, batches in found:
-        for one, other in zip(batches, train.step(step), strict=True):
+    run = recipe()
+    train, timeline = load(run).train, cut_timeline(run, 100 * 4 * 16)
+    found = list(train.steps(lambda: timeline.shapes(3, 9), workers))
+    assert [shape.step for shape, _ in found] == list(range(3, 9))
+    for shape, batches in found:
+        for one, other in zip(batches, train.step(shape.step), strict=True):
             assert all(torch.equal(one[key], other[key]) for key in other)
+
+
+@pytest.mark.parametrize("kind", ["causal-lm", "masked-lm"])
+@pytest.mark.parametrize("keep_tokens", [True, False])
+def test_repacked_samples_are_the_windows_in_pieces(recipe: Recipe, corpus: Path, kind: str, keep_tokens: bool) -> None:
+    curriculum = {"kind": "discrete", "lengths": [8], "until": [0.4], "keep_tokens": keep_tokens}
+    run = recipe(curriculum=curriculum, schedule={"steps": None, "tokens": 20 * 4 * 16}, task={"kind": kind})
+    timeline = cut_timeline(run, 20 * 4 * 16)
+    assert [stretch.length for stretch in timeline.stretches] == [8, 16]
+    plain = load(recipe(task={"kind": kind})).train
+    whole = torch.cat([batch["input_ids"] for step in range(20) for batch in plain.step(step)])
+    for ranks, micro in ((1, 4), (2, 1)):
+        trains = [load(run, rank, ranks, micro).train for rank in range(ranks)]
+        rows = []
+        for shape in timeline.shapes(0, timeline.steps):
+            dealt = [train.take(shape) for train in trains]
+            turns = range(len(dealt[0]))
+            step = torch.cat([dealt[rank][turn]["input_ids"] for turn in turns for rank in range(ranks)])
+            assert step.shape == (shape.samples, shape.length)
+            rows.append(step.flatten())
+        seen = torch.cat(rows)
+        assert len(seen) == timeline.total_tokens
+        if kind == "causal-lm":
+            assert torch.equal(seen, whole.flatten()), "every token once, in the order of the plain run"
+
+
+def test_truncated_samples_are_the_starts_of_the_windows(recipe: Recipe, corpus: Path) -> None:
+    curriculum = {"kind": "linear", "start_length": 8, "how": "truncate", "keep_tokens": False, "multiple": 3}
+    run = recipe(curriculum=curriculum | {"start_length": 9}, schedule={"steps": None, "tokens": 50 * 4 * 16})
+    timeline, train, plain = cut_timeline(run, 50 * 4 * 16), load(run).train, load(recipe()).train
+    assert [stretch.length for stretch in timeline.stretches] == [9, 12, 15, 16]
+    for shape in timeline.shapes(0, timeline.steps):
+        (found,), (whole,) = train.take(shape), plain.step(shape.step)
+        for key, values in found.items():
+            assert torch.equal(values, whole[key][:, : shape.length])
+
+
+def test_a_piece_of_a_document_starts_at_position_0() -> None:
+    sample = {"input_ids": np.arange(10), "position_ids": np.array([3, 4, 5, 6, 0, 1, 0, 1, 2, 3])}
+    assert cut_sample(sample, 2, 9)["position_ids"].tolist() == [0, 1, 0, 1, 0, 1, 2]
+    assert cut_sample(sample, 4, 6)["position_ids"].tolist() == [0, 1]
+    assert cut_sample(sample, 7, 10)["position_ids"].tolist() == [0, 1, 2]
+    assert sample["position_ids"].tolist() == [3, 4, 5, 6, 0, 1, 0, 1, 2, 3]
 
 
 def test_a_batch_that_cannot_be_dealt_is_an_error(recipe: Recipe, corpus: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 from ds_train.data.batches import Batches, Collator, prefetch
 from ds_train.data.order import Order
 from ds_train.data.prepare import TokenFile
-from ds_train.data.samples import LabelledSamples, MaskedSamples, PackedSamples, PieceSamples
+from ds_train.data.samples import LabelledSamples, MaskedSamples, PackedSamples, PieceSamples, patch_sample
 
 
 def token_file(lengths: list[int], labels: list[int] | None = None, seed: int = 0) -> TokenFile:
@@ -151,6 +151,25 @@ def test_encoders_get_a_mask_between_the_documents_of_a_window() -> None:
     assert torch.equal(mask[0, 0], expected)
     assert mask[1].all()
     assert "attention_mask" not in collate([samples[1], samples[2]]), "one document per window needs no mask"
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("lengths", LENGTHS)
+def test_patches_predict_the_next_patch_of_their_document(lengths: list[int], size: int) -> None:
+    samples = PackedSamples(token_file(lengths), 16)
+    for index in range(len(samples)):
+        window = samples[index]
+        tokens, positions = window["input_ids"], window["position_ids"]
+        document = [int((positions[: t + 1] == 0).sum()) for t in range(16)]
+        found, position = patch_sample(window, size), 0
+        for patch in range(16 // size):
+            first = patch * size
+            position = position + 1 if patch and document[first] == document[first - size] else 0
+            following = [first + size + j for j in range(size)]
+            expected = [tokens[t] if t < 16 and document[t] == document[first] else -100 for t in following]
+            assert found["input_ids"][patch].tolist() == tokens[first : first + size].tolist()
+            assert found["position_ids"][patch] == position
+            assert found["labels"][patch].tolist() == expected
 
 
 def test_masking_follows_place_and_seed_and_has_its_shares() -> None:

@@ -36,6 +36,8 @@ class Broken:
 
 
 STAGE3 = {"parallel.zero_stage": 3}
+CURRICULUM = {"curriculum.kind": "linear"}
+DROPPING = {"token_drop.kind": "random-ltd"}
 FLASH = {"model.attention": "flash_attention_2", "batch.micro_samples": 1}
 CASES = [
     Broken("ranks", {"parallel.ranks": 8}, "parallel.ranks=8: the recipe is made for 8 ranks and 4 were started"),
@@ -120,6 +122,53 @@ CASES = [
     Broken(
         "wsd-overlap", {"schedule.kind": "wsd", "schedule.decay_fraction": 0.8, "schedule.warmup_fraction": 0.3},
         "at most 0.7",
+    ),
+    Broken(
+        "schedule-overlap", {"schedule.cooldown_fraction": 0.8, "schedule.warmup_fraction": 0.3},
+        "it is longer than the run. Fix: at most 0.7",
+    ),
+    Broken(
+        "inverse-sqrt-warmup", {"schedule.kind": "inverse-sqrt", "schedule.warmup_fraction": 0.0},
+        "falls from the end of warm-up",
+    ),
+    Broken("packing-by", {"data.packing": False, "data.packing_by": "best-fit"}, "samples are padded, not packed"),
+    Broken("padding-free-packing", {"data.padding_free": True}, "set data.packing=false"),
+    Broken(
+        "padding-free-task", CLASSIFIER | {"data.padding_free": True, "data.packing": False}, "one text a row",
+    ),
+    Broken("curriculum-task", CLASSIFIER | CURRICULUM, "another label"),
+    Broken("curriculum-repack", CURRICULUM | {"data.packing": False}, "how=truncate"),
+    Broken(
+        "curriculum-length", CURRICULUM | {"curriculum.start_length": 60},
+        "curriculum.start_length=60: samples can't have that length beside data.sequence_length=512",
+    ),
+    Broken(
+        "curriculum-length",
+        {"curriculum.kind": "discrete", "curriculum.lengths": [64, 512], "curriculum.until": [0.1, 0.2]},
+        "curriculum.lengths[1]=512",
+    ),
+    Broken("curriculum-steps", CURRICULUM | {"curriculum.keep_tokens": False}, "set schedule.tokens=163840"),
+    Broken("curriculum-flash", CURRICULUM | FLASH | {"precision.dtype": "bf16"}, "keep_tokens=false"),
+    Broken("token-drop-packing", DROPPING | {"data.packing": False}, "drop other tokens in another layout"),
+    Broken("token-drop-sequence", DROPPING | {"parallel.sequence": 2}, "unequal numbers of tokens"),
+    Broken("token-drop-compile", DROPPING | {"model.compile": True}, "for every number of tokens"),
+    Broken("token-drop-attention", DROPPING | {"model.attention": "flex_attention"}, "set model.attention=sdpa"),
+    Broken("token-drop-layers", DROPPING | {"token_drop.whole_layers": 4}, "at most 3"),
+    Broken("patch-task", BERT | {"task.kind": "masked-lm", "patch.size": 4}, "as causal language models do"),
+    Broken("patch-packing", {"patch.size": 4, "data.packing_by": "best-fit"}, "without padding"),
+    Broken("patch-divides", {"patch.size": 3}, "data.sequence_length=512 isn't a multiple of it"),
+    Broken("patch-alone", {"patch.size": 4, "token_drop.kind": "random-ltd"}, "in one way"),
+    Broken("noise-scale-layout", {"track.noise_scale_every_steps": 2, "parallel.pipeline": 2}, "data and tensor ranks"),
+    Broken(
+        "noise-scale-fp16", {"track.noise_scale_every_steps": 2, "precision.dtype": "fp16"}, "precision.dtype=bf16",
+    ),
+    Broken("schedule-unread", {"schedule.cycles": 3}, "or set schedule.kind=cosine-restarts"),
+    Broken("schedule-unread", {"schedule.kind": "step", "schedule.final_ratio": 0.0}, "kind=step doesn't read it"),
+    Broken("cooldown-unread", {"schedule.cooldown_ratio": 0.1}, "there is no cool-down"),
+    Broken(
+        "lr-factors",
+        {"optimizer.kind": "adagrad", "optimizer.weight_decay": 0.0, "optimizer.lr_factors": {"*embed*": 0.1}},
+        "with one group",
     ),
     Broken("sample-task", BERT | {"task.kind": "masked-lm", "track.sample_prompt": "x"}, "leave it out"),
     Broken("sample-export", {"checkpoint.export": False, "track.sample_prompt": "x"}, "checkpoint.export=true"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import get_args
 
 import pytest
 
@@ -11,6 +12,7 @@ from ds_train.config.schedule import ScheduleSection
 from ds_train.schedule.learning_rate import learning_rate_factor, plan_length
 
 TOTAL = 1000
+KINDS = get_args(ScheduleSection.model_fields["kind"].annotation)
 
 
 def curve(**keys: object) -> list[float]:
@@ -40,16 +42,81 @@ def test_wsd_is_flat_between_warmup_and_decay() -> None:
     assert values[-1] == pytest.approx(0.1)
 
 
+def test_restarts_are_the_cosine_of_torch() -> None:
+    import torch
+
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    theirs = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, T_0=100, T_mult=2, eta_min=0.05)
+    optimizer.step()
+    values = curve(
+        kind="cosine-restarts", cycles=3, cycle_growth=2.0, final_ratio=0.05, warmup_fraction=0.3, cooldown_fraction=0.0
+    )
+    for place in range(1, 700):  # cycles of 100, 200 and 400 steps after a warm-up of 300
+        theirs.step()
+        if place not in (100, 300):  # torch has started the next cycle there, we end the last one
+            assert values[299 + place] == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-12)
+    assert [values[399], values[599], values[999]] == pytest.approx([0.05] * 3)
+
+
+def test_peaks_of_restarts_fall() -> None:
+    values = curve(kind="cosine-restarts", cycles=4, cycle_peak=0.5, final_ratio=0.0, warmup_fraction=0.0)
+    assert [max(values[start : start + 250]) for start in (0, 250, 500, 750)] == pytest.approx(
+        [1.0, 0.5, 0.25, 0.125], rel=1e-4
+    )
+
+
+def test_polynomial_and_inverse_square_root_equal_their_formulas() -> None:
+    polynomial = curve(kind="polynomial", power=3.0, final_ratio=0.1, warmup_fraction=0.2)
+    inverse = curve(kind="inverse-sqrt", warmup_fraction=0.1)
+    for tokens in range(201, TOTAL + 1):
+        assert polynomial[tokens - 1] == pytest.approx(0.1 + 0.9 * ((1000 - tokens) / 800) ** 3)
+        assert inverse[tokens - 1] == pytest.approx(math.sqrt(100 / tokens))
+
+
+def test_one_cycle_is_torchs() -> None:
+    import torch
+
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    theirs = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, 1.0, total_steps=TOTAL + 1, pct_start=300 / 1000 + 1 / 1000, div_factor=25, final_div_factor=4,
+        cycle_momentum=False,
+    )  # fmt: skip
+    optimizer.step()  # torch wants to see one first
+    values = curve(kind="one-cycle", warmup_fraction=0.3, initial_ratio=0.04, final_ratio=0.01)
+    for value in values:
+        theirs.step()
+        assert value == pytest.approx(optimizer.param_groups[0]["lr"], abs=2e-3)
+
+
+def test_steps_fall_after_each_milestone() -> None:
+    values = curve(kind="step", milestones=[0.25, 0.5], step_factor=0.5, warmup_fraction=0.0)
+    assert values == [1.0] * 250 + [0.5] * 250 + [0.25] * 500
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_cool_down_falls_in_a_line_from_where_the_curve_ends(kind: str) -> None:
+    values = curve(kind=kind, warmup_fraction=0.1, cooldown_fraction=0.2, cooldown_ratio=0.01)
+    ended = values[799]
+    for tokens in range(801, TOTAL + 1):
+        assert values[tokens - 1] == pytest.approx(ended + (0.01 - ended) * (tokens - 800) / 200)
+    assert values[-1] == pytest.approx(0.01)
+
+
+def test_warm_up_may_start_above_zero() -> None:
+    values = curve(kind="constant", warmup_fraction=0.5, initial_ratio=0.2)
+    assert values[249] == pytest.approx(0.6)
+
+
 def test_constant_stays() -> None:
     assert set(curve(kind="constant", warmup_fraction=0.0)) == {1.0}
 
 
-@pytest.mark.parametrize("kind", ["cosine", "linear", "constant", "wsd"])
+@pytest.mark.parametrize("kind", ["cosine", "linear", "constant", "wsd", "polynomial", "one-cycle"])
 @pytest.mark.parametrize("warmup", [0.0, 0.003, 0.3])
 def test_no_curve_jumps_starts_at_zero_or_leaves_its_bounds(kind: str, warmup: float) -> None:
     values = curve(kind=kind, warmup_fraction=warmup, final_ratio=0.1)
     assert all(0.0 < value <= 1.0 for value in values)
-    assert max(abs(a - b) for a, b in itertools.pairwise(values)) <= max(0.01, 1 / max(1, warmup * TOTAL)) + 1e-12
+    assert max(abs(a - b) for a, b in itertools.pairwise(values)) <= max(0.01, 1.6 / max(1, warmup * TOTAL)) + 1e-12
 
 
 @pytest.mark.parametrize("kind", ["cosine", "linear", "constant", "wsd"])
