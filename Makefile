@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RANKS ?= 2
 RECIPE ?= ds_configs/quickstart.yaml
 
-.PHONY: install install-dev train test lint format parity families planner bench clean
+.PHONY: install install-dev train kernels test lint format parity families planner bench clean
 
 # torch comes first and alone: a later install would replace its CPU build by a CUDA one of several GB.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -41,6 +41,10 @@ format: install-dev
 
 test: lint
 	$(BIN)/pytest
+
+# The optimizer kernels of this host, which would otherwise be built at first use.
+kernels: install
+	$(BIN)/python -m ds_kernels
 
 # Every layout of every family of the loss table (an hour or more on 2 cores).
 parity: install-dev
