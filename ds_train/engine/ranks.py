@@ -132,11 +132,21 @@ def on_main_first(info: RankInfo, work: Callable[[], Result]) -> Result:
     return box[0]
 
 
+def _main_waits() -> bool:
+    """Whether rank 0 is there: it listens where ranks meet."""
+    address = os.environ.get("MASTER_ADDR", ""), int(os.environ.get("MASTER_PORT", 0))
+    try:
+        socket.create_connection(address, timeout=5).close()
+    except OSError:
+        return False
+    return True
+
+
 def run_to_exit_code(body: Callable[[RankInfo], None]) -> int:
     """Run `body` with this process's place. A `UserError` is printed by rank 0, a line per problem; exit code 2.
 
-    The launcher kills every rank as soon as one ends badly, so the others leave the word to rank 0 first. One that is
-    still there after a while has met what rank 0 hasn't (a file that this host lacks, say), and tells it.
+    The launcher kills every rank as soon as one ends badly, so the others leave the word to rank 0 first. Where rank 0
+    still waits for them after a while, it hasn't met what they have (a file that their host lacks, say): they tell it.
     """
     try:
         body(rank_info())
@@ -144,9 +154,10 @@ def run_to_exit_code(body: Callable[[RankInfo], None]) -> int:
         rank = os.environ.get("RANK", "0")
         if rank != "0":
             time.sleep(_FAREWELL_S)
-        here = "" if rank == "0" else f" (rank {rank} on {socket.gethostname()})"
-        for problem in error.problems:
-            print(f"error{here}: {problem}", file=sys.stderr, flush=True)
+        if rank == "0" or _main_waits():
+            here = "" if rank == "0" else f" (rank {rank} on {socket.gethostname()})"
+            for problem in error.problems:
+                print(f"error{here}: {problem}", file=sys.stderr, flush=True)
         return EXIT_CODE
     finally:
         if "torch" in sys.modules:
