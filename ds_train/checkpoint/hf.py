@@ -29,7 +29,8 @@ def export(part: Part, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None
         return
     # Tied weights are one tensor again, so that they are stored once.
     model = part.outline
-    model.generation_config = part.model.generation_config
+    if hasattr(part.model, "generation_config"):  # classifiers have none
+        model.generation_config = part.model.generation_config
     if part.pipeline is None and hasattr(part.model, "_weight_conversions"):
         # The names that the files had; a stage has seen but its own, and the family's usual ones are taken.
         model._weight_conversions = part.model._weight_conversions
