@@ -256,7 +256,8 @@ def lr_find(
         again = sys.argv[1:]
         launcher = Path(sys.executable).with_name("deepspeed")
         started = [str(launcher), "--num_accelerators", str(ranks), "--master_port", str(free_port())]
-        sys.exit(subprocess.run([*started, "--no_local_rank", "--module", "ds_train.cli", *again]).returncode)
+        quiet = ["--log_level", "error"]
+        sys.exit(subprocess.run([*started, *quiet, "--no_local_rank", "--module", "ds_train.cli", *again]).returncode)
     from ds_train.engine.lr_find import RangeTest, find
     from ds_train.engine.ranks import RankInfo, run_to_exit_code
 

@@ -53,7 +53,7 @@ def train(run: RunConfig, info: RankInfo) -> None:
         return_freed_memory()
     # Below this line torch is imported; everything above answers in well under a second.
     meet(info)
-    _quiet_libraries()
+    quiet_libraries()
     on_main_first(info, lambda: _make_run_folder(folder))
     prepared, tokenizer = _prepare_data(run, info)
 
@@ -285,7 +285,8 @@ def _layout_record(run: RunConfig, plan: RunPlan) -> dict[str, Any]:
     }
 
 
-def _quiet_libraries() -> None:
+def quiet_libraries() -> None:
+    """Let libraries say only what a user can do something about."""
     import transformers
 
     # DeepSpeed calls a collective by its old name; the user can't do anything about it.

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ds_train.config import RunConfig
+from ds_train.engine.job import quiet_libraries
 from ds_train.engine.ranks import RankInfo, barrier, meet, on_main_first, return_freed_memory
 from ds_train.errors import user_error
 from ds_train.plan.make import make_plan
@@ -53,6 +54,7 @@ def find(run: RunConfig, info: RankInfo, test: RangeTest) -> dict[str, Any]:
     if info.device == "cpu":
         return_freed_memory()
     meet(info)
+    quiet_libraries()
     tested = on_main_first(info, lambda: make_plan(tested, cluster).run)
     plan = make_plan(tested, cluster)
     folder = Path(run.run_root).expanduser() / run.name
@@ -125,7 +127,15 @@ def _search(run: RunConfig, plan: RunPlan, info: RankInfo, test: RangeTest, fold
         parts.engine.save_checkpoint(str(kept), tag=_START, save_latest=False)
         barrier()
         trainer = _Trainer(run, plan, info, parts, kept)
-        return find_learning_rate(trainer, test.lowest, test.highest, test.sweep_steps, test.probe_steps, test.safety)
+        return find_learning_rate(
+            trainer,
+            test.lowest,
+            test.highest,
+            test.sweep_steps,
+            test.probe_steps,
+            test.safety,
+            run.optimizer.kind == "sgd",
+        )
     except UnstableError as error:
         raise user_error("optimizer", str(error), "check data and model; a loss that can't fall has no rate") from error
     finally:

@@ -61,9 +61,14 @@ class Finding:
 
 
 def find_learning_rate(
-    train: Train, lowest: float, highest: float, sweep_steps: int, probe_steps: int, safety: float
+    train: Train, lowest: float, highest: float, sweep_steps: int, probe_steps: int, safety: float, sharp: bool = True
 ) -> Finding:
-    """Find the largest stable learning rate between `lowest` and `highest`, and divide it by `safety`.
+    """Find the largest stable learning rate between `lowest` and `highest`, and a value to train with below it.
+
+    `sharp`: the limit is the curvature's, as gradient descent's is; the value is the limit divided by `safety`.
+    Otherwise, as Adam's updates are as large as the rate says whatever the gradient is, training goes on far above
+    the best rate. Then runs at halved rates follow, past the sweep's steepest one, and the value is the rate that ended
+    with the lowest loss, at most the limit divided by `safety`.
 
     Raises:
         UnstableError: training is unstable at `lowest` already.
@@ -100,12 +105,28 @@ def find_learning_rate(
         low, high = (middle, high) if stable(middle) else (low, middle)
     bounded = high == low
     steepest = steepest_rate(rates, smoothed)
-    reasoning = _reasoning(low, high, bounded, safety, steepest, len(probes), probe_steps)
+    value, why = low / safety, f"divided by the safety factor {safety:g}"
+    if not sharp:
+        best = _halve(stable, probes, low, lowest, steepest or low)
+        value = min(value, best.rate)
+        why = f"of all runs the one at {best.rate:.3g} ended with the lowest loss, {best.end:.4g}"
+    reasoning = _reasoning(low, high, bounded, why, steepest, len(probes), probe_steps)
     kept = rates[: len(losses)]
     return Finding(
-        low / safety, reasoning, steepest, low, bounded, safety, tuple(kept), tuple(losses), tuple(smoothed),
+        value, reasoning, steepest, low, bounded, safety, tuple(kept), tuple(losses), tuple(smoothed),
         tuple(probes),
     )  # fmt: skip
+
+
+def _halve(stable: Callable[[float], bool], probes: list[Probe], rate: float, lowest: float, steepest: float) -> Probe:
+    """The stable run that ended lowest, with runs at halved rates until two below `steepest` were worse than it."""
+    worse = 0
+    while (worse < 2 or rate > steepest / 2.0) and rate / 2.0 >= lowest:
+        rate /= 2.0
+        stable(rate)
+        best = min((probe for probe in probes if probe.stable), key=lambda probe: probe.end)
+        worse = 0 if best.rate <= rate else worse + 1
+    return min((probe for probe in probes if probe.stable), key=lambda probe: probe.end)
 
 
 def exponential(lowest: float, highest: float, steps: int) -> list[float]:
@@ -162,7 +183,7 @@ def _until(over: Callable[[list[float]], bool], losses: Iterable[float]) -> Iter
 
 
 def _reasoning(
-    low: float, high: float, bounded: bool, safety: float, steepest: float | None, probes: int, steps: int
+    low: float, high: float, bounded: bool, why: str, steepest: float | None, probes: int, steps: int
 ) -> str:
     limit = (
         f"training is stable up to {low:.3g}, the end of the range"
@@ -170,4 +191,4 @@ def _reasoning(
         else f"training is stable at {low:.3g} and not at {high:.3g}"
     )
     fall = "the sweep's loss never fell" if steepest is None else f"the sweep's loss fell fastest at {steepest:.3g}"
-    return f"{limit} ({probes} runs of {steps} steps); divided by the safety factor {safety:g}. {fall}."
+    return f"{limit} ({probes} runs of {steps} steps); {why}; {fall}."

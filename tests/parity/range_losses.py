@@ -29,6 +29,7 @@ def main() -> int:
             folder = Path(run.run_root) / run.name
             folder.mkdir(parents=True, exist_ok=True)
             lr_find._search(run, plan, info, lr_find.RangeTest(), folder)
+            ranks.barrier()
             left = sorted(path.name for path in folder.iterdir())
             print("LOSSES " + json.dumps({"name": run.name, "parts": parts, "left": left}), flush=True)
 

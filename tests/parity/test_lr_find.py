@@ -46,7 +46,7 @@ def test_the_command_names_a_rate_and_leaves_its_record(tmp_path: Path) -> None:
     corpus, weights = write_corpus(tmp_path / "corpus"), write_weights(tmp_path / "llama", "llama")
     recipe = write_recipe(tmp_path, "find", corpus, weights, "llama", {"zero_stage": 1})
     command = [sys.executable, "-m", "ds_train.cli", "lr-find", str(recipe), "--ranks", "2"]
-    options = ["--steps", "30", "--probe-steps", "12", "--lowest", "1e-5"]
+    options = ["--steps", "20", "--probe-steps", "10", "--lowest", "1e-3", "--highest", "3"]
     done = subprocess.run(
         [*command, *options], capture_output=True, text=True, cwd=ROOT, env=clean_environment(), timeout=300
     )
@@ -54,7 +54,8 @@ def test_the_command_names_a_rate_and_leaves_its_record(tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "find"
     record = json.loads((folder / "lr-find.json").read_text())
     assert f"optimizer.lr={record['value']:.3g}: training is stable" in done.stdout
-    assert record["value"] == pytest.approx(record["largest_stable"] / 1.25)
+    ends = {probe["rate"]: probe["end"] for probe in record["probes"] if probe["stable"]}
+    assert record["value"] == min(ends, key=ends.__getitem__) <= record["largest_stable"] / 1.25
     assert record["ranks"] == 2
     assert (folder / "lr-find.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in folder.iterdir()) == ["lr-find.json", "lr-find.png"]

@@ -58,6 +58,33 @@ def test_the_value_is_within_a_factor_of_1_5_below_the_stability_limit(
     assert found.steepest < limit
 
 
+def adam(curvatures: list[float]) -> Callable[[Sequence[float]], Iterator[float]]:
+    """Adam, beta 0.9 and 0.95, on the quadratic from weights of 1, with noisy gradients."""
+    curvature = np.array(curvatures)
+
+    def train(rates: Sequence[float]) -> Iterator[float]:
+        weights, first, second = np.ones_like(curvature), np.zeros_like(curvature), np.zeros_like(curvature)
+        random = np.random.default_rng(1)
+        for step, rate in enumerate(rates, start=1):
+            yield float((curvature * weights**2).sum() / 2)
+            gradient = curvature * weights + 0.05 * random.standard_normal(len(weights))
+            first, second = 0.9 * first + 0.1 * gradient, 0.95 * second + 0.05 * gradient**2
+            weights = weights - rate * (first / (1 - 0.9**step)) / (np.sqrt(second / (1 - 0.95**step)) + 1e-8)
+
+    return train
+
+
+def test_without_a_sharp_limit_the_run_that_ends_lowest_counts() -> None:
+    train = adam(SPECTRA["wide"])
+    found = find_learning_rate(train, 1e-6, 100.0, 100, 50, 1.25, sharp=False)
+    ends = {probe.rate: probe.end for probe in found.probes if probe.stable}
+    assert found.value == min(ends, key=ends.__getitem__)
+    grid = [float(rate) for rate in np.logspace(-5, 0, 41)]
+    best = min(grid, key=lambda rate: np.mean(list(train([rate] * 50))[-8:]))
+    assert best / 2.5 <= found.value <= best * 2.5
+    assert "ended with the lowest loss" in found.reasoning
+
+
 def test_a_range_that_is_stable_to_its_end_says_so() -> None:
     found = find_learning_rate(quadratic([1.0], 0.0, 0.0), 1e-6, 0.1, 100, 50, 2.0)
     assert (found.bounded, found.largest_stable, found.value) == (True, 0.1, 0.05)
