@@ -31,7 +31,7 @@ def main() -> int:
             lr_find._search(run, plan, info, lr_find.RangeTest(), folder)
             ranks.barrier()
             left = sorted(path.name for path in folder.iterdir())
-            print("LOSSES " + json.dumps({"name": run.name, "rank": info.rank, "parts": parts, "left": left}), flush=True)
+            print("LOSSES " + json.dumps({"name": run.name, "parts": parts, "left": left}), flush=True)
 
     return ranks.run_to_exit_code(body)
 
