@@ -82,7 +82,10 @@ def test_fifty_steps_follow_float64(kind: str, sizes: str) -> None:
     name = "sum" if kind.startswith("adagrad") else "exp_avg_sq"
     v = torch.cat([optimizer.state[p][name] for p in parameters]).double()
     assert ((v - torch.cat(exact.v)).abs() / torch.cat(exact.v)).max() <= 5e-6
-    assert (mine - theirs).abs().mean() <= 3e-7
+    # Each step rounds a parameter once, by at most half of its last place: 2^-24 of it. Over many that averages out.
+    off = (mine - theirs).abs()
+    assert off.max() <= 50 * 2**-24 * (theirs.abs().max() + 50 * LR)
+    assert len(off) < 1000 or off.mean() <= 3e-7
 
 
 def with_gradient(parameter: Tensor, gradient: Tensor) -> None:
