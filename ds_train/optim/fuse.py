@@ -76,15 +76,26 @@ def _norm_in_one_pass(zero: Any) -> None:
 
 
 def _clip_in_step(zero: Any, fused: Any) -> None:
-    """DeepSpeed's bf16 optimizer: its own clipping pass is off, the update has the factor of the norm that it took."""
-    largest, zero.clip_grad = zero.clip_grad, 0.0
-    plain_step = fused.step
+    """DeepSpeed's bf16 optimizer: its own clipping pass is off, the update has the factor of the norm that it took.
+
+    Off during a step alone: `clip_grad` goes into checkpoints, and comes back from them (bf16_optimizer.py:631, 676).
+    """
+    whole_step, update = zero.step, fused.step
+    largest = 0.0
 
     def step(closure: Any = None) -> Any:
-        fused.grad_scale = clip_factor(float(zero._global_grad_norm), largest)
-        return plain_step(closure)
+        nonlocal largest
+        largest, zero.clip_grad = zero.clip_grad, 0.0
+        try:
+            return whole_step(closure)
+        finally:
+            zero.clip_grad = largest
 
-    fused.step = step
+    def scaled_update(closure: Any = None) -> Any:
+        fused.grad_scale = clip_factor(float(zero._global_grad_norm), largest)
+        return update(closure)
+
+    zero.step, fused.step = step, scaled_update
 
 
 def _clip_without_zero(engine: Any, fused: Any, norm: Callable[[nn.Module], float]) -> None:
