@@ -21,7 +21,8 @@ _FLAGS = (
     "-std=c++17", "-O3", "-fPIC", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math",
     "-Wno-unknown-pragmas",
 )  # fmt: skip
-_ISAS: dict[str, tuple[str, ...]] = {
+# In the order of csrc/cpu.cpp's numbers.
+ISAS: dict[str, tuple[str, ...]] = {
     "plain": (),
     "avx2": ("-mavx2", "-mfma", "-mf16c"),
     "avx512": (
@@ -44,7 +45,7 @@ def build_cpu_library() -> Path:
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:
         raise BuildError(f"there is no {os.environ.get('CXX', 'g++')} here")
-    isas = {isa: flags for isa, flags in _ISAS.items() if isa == "plain" or platform.machine() == "x86_64"}
+    isas = {isa: flags for isa, flags in ISAS.items() if isa == "plain" or platform.machine() == "x86_64"}
     folder = _cache() / _key(compiler, isas)
     library = folder / "libds_kernels_cpu.so"
     if library.is_file():

@@ -12,9 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ds_kernels.build import BuildError, build_cpu_library
+from ds_kernels.build import ISAS, BuildError, build_cpu_library
 
-ISAS = ("plain", "avx2", "avx512")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 TENSOR = np.dtype(
@@ -92,7 +91,7 @@ def choose(device: str = "cpu") -> Choice:
         return Choice("torch", f"the kernels are built for CPUs, and the parameters are on {device}")
     library = cpu_library()
     if isinstance(library, CpuLibrary):
-        isa = ISAS[library.isa]
+        isa = list(ISAS)[library.isa]
         return Choice(f"cpu-{isa}", f"the widest instruction set of this processor is {isa}")
     return Choice("torch", f"the kernels can't be built: {str(library).splitlines()[0]}")
 

@@ -126,25 +126,26 @@ class _Fused(torch.optim.Optimizer):
         places = [
             (
                 parameter.data_ptr(),
+                parameter.numel(),  # a buffer may be used again for another size
                 0 if copy is None else copy.data_ptr(),
                 *(state[name].data_ptr() for name in self.states),
             )
             for parameter, state, copy in zip(parameters, states, copies, strict=True)
         ]
-        known, table = self._tables.get(len(parameters), (None, None))
+        key = id(parameters[0])
+        known, table = self._tables.get(key, (None, None))
         if table is not None and known == places:
             return table
         table = np.zeros(len(parameters), TENSOR)
-        table["p"], table["copy"] = [place[0] for place in places], [place[1] for place in places]
+        table["p"], table["n"], table["copy"] = ([place[at] for place in places] for at in range(3))
         table["v"] = [place[-1] for place in places]
         if len(self.states) == 2:
-            table["m"] = [place[2] for place in places]
-        table["n"] = [parameter.numel() for parameter in parameters]
+            table["m"] = [place[3] for place in places]
         table["first"] = np.cumsum(table["n"]) - table["n"]
         table["p_type"] = [DTYPES[parameter.dtype] for parameter in parameters]
         table["state_type"] = [DTYPES[state[self.states[-1]].dtype] for state in states]
         table["copy_type"] = [0 if copy is None else DTYPES[copy.dtype] for copy in copies]
-        self._tables[len(parameters)] = (places, table)
+        self._tables[key] = (places, table)
         return table
 
     def _arguments(self, group: dict[str, Any], step: int) -> Arguments:

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from ds_kernels import FusedAdagrad, FusedAdam, FusedAdamW, choose, global_norm
-from ds_kernels.library import ISAS, CpuLibrary, cpu_library, records
+from ds_kernels.build import ISAS
+from ds_kernels.library import CpuLibrary, cpu_library, records
 from torch import Tensor
 
 pytestmark = pytest.mark.skipif(not choose().fused, reason=str(choose()))
@@ -179,7 +180,7 @@ def test_threads_and_instruction_sets_give_the_same_bits(kind: str, dtype: torch
                     optimizer.step()
                 states = [optimizer.state[p][name] for p in parameters for name in optimizer.states]
                 norm = library.sum_of_squares(records(gradients[0]), threads)
-                results.append((ISAS[isa], threads, norm, [*(p.detach() for p in parameters), *states]))
+                results.append((list(ISAS)[isa], threads, norm, [*(p.detach() for p in parameters), *states]))
     finally:
         torch.set_num_threads(threads_before)
         library.isa = isa_before
@@ -276,3 +277,21 @@ def test_what_they_do_not_take_is_refused() -> None:
     wide.grad = torch.ones_like(wide)
     with pytest.raises(ValueError, match="float32"):
         FusedAdamW([wide]).step()
+
+
+def test_memory_that_is_used_again_for_another_size_is_updated_in_that_size() -> None:
+    """ZeRO's swapped sub-groups come into the same buffers, some of them shorter."""
+    buffers = {name: torch.randn(100) for name in ("p", "exp_avg", "exp_avg_sq")}
+    buffers["exp_avg_sq"].abs_()
+    optimizer = FusedAdamW([torch.nn.Parameter(torch.zeros(1))], lr=LR)
+    (group,) = optimizer.param_groups
+    for size in (10, 100, 40):
+        parameter = torch.nn.Parameter(buffers["p"][:size])
+        parameter.grad = torch.randn(size)
+        optimizer.state[parameter] = {"step": 3} | {name: buffers[name][:size] for name in optimizer.states}
+        before = {name: buffer.clone() for name, buffer in buffers.items()}
+        group["params"] = [parameter]
+        optimizer.step()
+        for name, buffer in buffers.items():
+            assert (buffer[:size] != before[name][:size]).all(), (name, size)
+            assert torch.equal(buffer[size:], before[name][size:]), (name, size)
