@@ -79,26 +79,23 @@ def plan(
     plot_file: Annotated[Path | None, typer.Option(help="The PNG; NAME-curves.png here without it.")] = None,
 ) -> None:
     """What a launch would do, need and reach: layout, memory, step time, or every reason why not. Starts nothing."""
-    from typing import cast, get_args
-
     from ds_train.plan import show
     from ds_train.plan.clusters import cluster_of
     from ds_train.plan.make import make_plan
     from ds_train.plan.search import with_auto
-    from ds_train.plan.topology import Cluster, Device
+    from ds_train.plan.topology import Cluster, known_device
     from ds_train.plan.why import explain
 
     run = load(recipe, overrides or [])
     if cluster is not None:
         imagined = cluster_of(cluster)
     else:
-        if device not in get_args(Device):
-            raise user_error("--device", "no such device", f"one of {', '.join(get_args(Device))}", device)
+        known = known_device(device, "--device")
         on_host = ranks_per_host or ranks
         if ranks % on_host:
             fix = f"give a divisor of {ranks}; hosts are alike"
             raise user_error("--ranks-per-host", f"doesn't divide the {ranks} ranks", fix, on_host)
-        imagined = Cluster(ranks, on_host, cast(Device, device), here=False)
+        imagined = Cluster(ranks, on_host, known, here=False)
     if auto:
         run = with_auto(run)
     if why is not None:
@@ -126,10 +123,11 @@ def calibrate(
 ) -> None:
     """Measure this machine (products, memory, collectives) for the plans that are made on it. Takes a minute."""
     from ds_train.engine.calibrate import calibrate as measure
-    from ds_train.engine.calibrate import default_counts, device_here
+    from ds_train.engine.calibrate import default_counts
     from ds_train.plan.hardware import store_calibration
+    from ds_train.plan.topology import device_here, known_device
 
-    kind = device_here(device)
+    kind = known_device(device, "--device") if device else device_here()
     try:
         counts = sorted({int(count) for count in ranks.split(",")}) if ranks else default_counts(kind)
     except ValueError:

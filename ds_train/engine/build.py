@@ -74,6 +74,8 @@ def assemble(run: RunConfig, plan: RunPlan, info: RankInfo, tokenizer: Any, prep
     if plan.size is None:
         # A hub model's sizes are known only now that its config is on this machine.
         make_plan(run, plan.cluster)
+    offloaded = run.parallel.offload_optimizer != "none"
+    kernel = choose_kernel(run.optimizer, "cpu" if offloaded else info.device)
     mesh = Mesh(layout, info.rank)
     if layout.ranks > layout.data:
         check_layout(run, config, layout, mesh, get_accelerator().current_device_name())
@@ -84,8 +86,6 @@ def assemble(run: RunConfig, plan: RunPlan, info: RankInfo, tokenizer: Any, prep
         use_fp32_products(part.model)
     if run.model.lean_activations and not run.model.activation_checkpointing and not run.model.compile:
         use_lean_layers(part.model)
-    offloaded = run.parallel.offload_optimizer != "none"
-    kernel = choose_kernel(run.optimizer, "cpu" if offloaded else info.device)
     # DeepSpeed keeps the groups of the last engine of this process.
     deepspeed.utils.groups.mpu = None
     engine, *_ = deepspeed.initialize(

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any
 
 from ds_train.engine.port import free_port
 from ds_train.errors import user_error
@@ -36,18 +36,6 @@ _TRAFFIC_ON_DEVICES = 256 * 2**20
 _LARGE_MESSAGE = {"cpu": 4 * 2**20}
 _LARGE_ON_DEVICES = 256 * 2**20
 _SMALL_MESSAGE = 1024
-
-
-def device_here(wanted: str = "") -> Device:
-    """The kind of device that ranks of this machine use, or the wanted one.
-
-    Raises:
-        UserError: there is no such kind.
-    """
-    kind = wanted or ("cuda" if Path("/dev/nvidiactl").exists() else "cpu")
-    if kind not in get_args(Device):
-        raise user_error("--device", "no such device", f"one of {', '.join(get_args(Device))}", kind)
-    return cast(Device, kind)
 
 
 def default_counts(device: Device) -> list[int]:

@@ -54,7 +54,7 @@ def train(run: RunConfig, info: RankInfo) -> None:
     # Below this line torch is imported; everything above answers in well under a second.
     meet(info)
     quiet_libraries()
-    on_main_first(info, lambda: _make_run_folder(folder))
+    on_main_first(info, lambda: make_run_folder(folder))
     prepared, tokenizer = _prepare_data(run, info)
 
     from ds_train.checkpoint import hf, native
@@ -234,7 +234,12 @@ def _settled(run: RunConfig, cluster: Cluster, folder: Path) -> RunConfig:
     return make_plan(run, cluster).run
 
 
-def _make_run_folder(folder: Path) -> None:
+def make_run_folder(folder: Path) -> None:
+    """Make the folder of a run, if it isn't there.
+
+    Raises:
+        UserError: it can't be written.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

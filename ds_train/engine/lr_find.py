@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ds_train.config import RunConfig
-from ds_train.engine.job import quiet_libraries
+from ds_train.engine.job import make_run_folder, quiet_libraries
 from ds_train.engine.ranks import RankInfo, barrier, meet, on_main_first, return_freed_memory
 from ds_train.errors import user_error
 from ds_train.plan.make import make_plan
@@ -161,12 +161,8 @@ class _Trainer:
 
 
 def _make(folder: Path) -> None:
-    try:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-    except OSError as error:
-        reason = f"the run folder can't be written: {error}"
-        raise user_error("run_root", reason, "choose a folder that you may write to", folder.parent) from error
+    shutil.rmtree(folder, ignore_errors=True)
+    make_run_folder(folder)
 
 
 def _write(folder: Path, finding: Finding, record: dict[str, Any]) -> None:

@@ -10,11 +10,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast, get_args
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from ds_train.errors import EXIT_CODE, UserError, user_error
-from ds_train.plan.topology import Device
+from ds_train.errors import EXIT_CODE, UserError
+from ds_train.plan.topology import Device, device_here, known_device
 
 if TYPE_CHECKING:
     import torch
@@ -51,15 +50,13 @@ def rank_info() -> RankInfo:
     """This process's place. Outside of a launcher it is the only rank. Imports no torch."""
     env = os.environ
     ranks = int(env.get("WORLD_SIZE", 1))
-    device = env.get("DS_ACCELERATOR") or ("cuda" if Path("/dev/nvidiactl").exists() else "cpu")
-    if device not in get_args(Device):
-        raise user_error("DS_ACCELERATOR", "no such device", f"one of {', '.join(get_args(Device))}", device)
+    named = env.get("DS_ACCELERATOR")
     return RankInfo(
         rank=int(env.get("RANK", 0)),
         ranks=ranks,
         local_rank=int(env.get("LOCAL_RANK", 0)),
         ranks_per_host=int(env.get("LOCAL_SIZE", ranks)),
-        device=cast(Device, device),
+        device=known_device(named, "DS_ACCELERATOR") if named else device_here(),
     )
 
 

@@ -58,7 +58,7 @@ def look_alike(config: PreTrainedConfig, layers: int, ranks: int = 1) -> PreTrai
             given[own] = size
     # These change nothing but the comparison: noise has no oracle, and weights near zero would hide differences.
     for name, value in given.items():
-        if isinstance(value, float) and any(word in name for word in ("dropout", "pdrop", "jitter")):
+        if isinstance(value, float) and any(word in name for word in ("drop", "jitter")):
             given[name] = 0.0
         if isinstance(value, float) and name in ("initializer_range", "init_std"):
             given[name] = 0.1

@@ -84,9 +84,6 @@ def check_token_dropping(run: RunConfig, config: PreTrainedConfig) -> None:
     """
     try:
         small_run, small = _small(run, config, Layout(1, 1, 1, 1))
-        for key, value in small.to_dict().items():
-            if "drop" in key and isinstance(value, float):
-                setattr(small, key, 0.0)
         model = build_model(small_run, small, {}, 0)
         dropping = TokenDropping(model, run.seed, 1)
         dropping.kept = _LENGTH // 2

@@ -11,7 +11,7 @@ from ds_train.config.load import nearest
 from ds_train.errors import user_error
 from ds_train.plan.hardware import TABLE
 from ds_train.plan.hostfile import read_hostfile
-from ds_train.plan.topology import Cluster, Device
+from ds_train.plan.topology import Cluster, Device, device_here
 
 _WRITTEN = re.compile(r"(?:(\d+)x)?(\d+)(?::([\w-]+))?")
 _EXAMPLE = "write hosts x devices:kind, such as 16x8:H100"
@@ -32,7 +32,7 @@ def cluster_of(text: str) -> Cluster:
     if not hosts or not devices:
         raise user_error("--cluster", "a cluster has at least one rank", _EXAMPLE, text)
     if kind is None:
-        return Cluster(hosts * devices, devices, _device_here(), here=False)
+        return Cluster(hosts * devices, devices, device_here(), here=False)
     known = next((name for name in TABLE if name.lower() == kind.lower()), None)
     if known is not None:
         return Cluster(hosts * devices, devices, TABLE[known].device, here=False, kind=known)
@@ -53,9 +53,5 @@ def cluster_of_hosts(hosts: Sequence[tuple[str, int]], kind: str | None = None) 
     if len(slots) != 1:
         found = ", ".join(f"{host} has {count}" for host, count in hosts)
         raise user_error("--cluster", f"hosts differ in their slots: {found}", "give each host as many slots")
-    device = TABLE[kind].device if kind is not None else _device_here()
+    device = TABLE[kind].device if kind is not None else device_here()
     return Cluster(len(hosts) * slots[0], slots[0], device, here=False, kind=kind)
-
-
-def _device_here() -> Device:
-    return "cuda" if Path("/dev/nvidiactl").exists() else "cpu"

@@ -5,9 +5,27 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast, get_args
+
+from ds_train.errors import user_error
 
 Device = Literal["cpu", "cuda", "xpu", "hpu", "npu"]
+
+
+def known_device(name: str, key: str) -> Device:
+    """`name` as a kind of device.
+
+    Raises:
+        UserError: about `key`: there is no such kind.
+    """
+    if name not in get_args(Device):
+        raise user_error(key, "no such device", f"one of {', '.join(get_args(Device))}", name)
+    return cast(Device, name)
+
+
+def device_here() -> Device:
+    """The kind of device that ranks of this machine use where nobody says it. Imports no torch."""
+    return "cuda" if Path("/dev/nvidiactl").exists() else "cpu"
 
 
 @dataclass(frozen=True)

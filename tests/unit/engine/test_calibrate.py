@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from ds_train.engine.calibrate import _together, default_counts, device_here
+from ds_train.engine.calibrate import _together, default_counts
 from ds_train.errors import UserError
+from ds_train.plan.topology import known_device
 
 
 def test_rates_add_up_and_latencies_are_the_slowest_ranks() -> None:
@@ -24,6 +25,6 @@ def test_rates_add_up_and_latencies_are_the_slowest_ranks() -> None:
 def test_a_cpu_is_measured_to_twice_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(6)))
     assert default_counts("cpu") == [1, 2, 4, 8]
-    assert device_here("cpu") == "cpu"
+    assert known_device("cpu", "--device") == "cpu"
     with pytest.raises(UserError, match="--device=tpu"):
-        device_here("tpu")
+        known_device("tpu", "--device")
