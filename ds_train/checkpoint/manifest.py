@@ -5,19 +5,34 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 MANIFEST = "manifest.json"
 
 
-def write_manifest(folder: Path, extra: dict[str, Any]) -> None:
-    """Hash every file of `folder` into its manifest, with `extra`; it appears at once or not at all."""
-    files = {
-        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": sha256(path)}
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != MANIFEST
-    }
+@dataclass(frozen=True)
+class Written:
+    """What a file has to be: its name, size and SHA-256 in hex."""
+
+    name: str
+    bytes: int
+    sha256: str
+
+
+def write_manifest(folder: Path, extra: dict[str, Any], known: Sequence[Written] = ()) -> None:
+    """Write every file of `folder` into its manifest, with `extra`; it appears at once or not at all.
+
+    Files other than the `known` ones are read and hashed.
+    """
+    files = {file.name: {"bytes": file.bytes, "sha256": file.sha256} for file in known}
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        if path.is_file() and path.name != MANIFEST and name not in files:
+            files[name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
     write_json(folder / MANIFEST, {**extra, "files": files})
 
 
@@ -30,12 +45,15 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     return manifest if isinstance(manifest, dict) and isinstance(manifest.get("files"), dict) else None
 
 
-def damage(folder: Path) -> str | None:
-    """What is wrong with the files of `folder`, in a phrase; None if every one is as the manifest says."""
+def damage(folder: Path, first: int = 0, every: int = 1) -> str | None:
+    """What is wrong with the files of `folder`, in a phrase; None if every one is as the manifest says.
+
+    Where readers share the work, one looks at file `first` of the list and at `every` so many-th after it.
+    """
     manifest = read_manifest(folder)
     if manifest is None:
         return f"{MANIFEST} is missing or unreadable"
-    for name, expected in manifest["files"].items():
+    for name, expected in islice(manifest["files"].items(), first, None, every):
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
@@ -55,6 +73,15 @@ def sha256(path: Path) -> str:
 def write_json(path: Path, value: Any) -> None:
     """Write JSON so that `path` holds either the old content or the whole new one, also after a crash."""
     write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def make_durable(folder: Path) -> None:
+    """Make sure that names in `folder` are on the disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def write_text(path: Path, text: str) -> None:

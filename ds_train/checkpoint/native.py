@@ -1,32 +1,59 @@
-"""Save and resume: DeepSpeed's shards plus our state, made whole by a manifest and an atomic rename.
+"""Save and resume: every rank's fragments in files of its own, made whole by a manifest and an atomic rename.
 
-RUN/checkpoints/step-00000100/   one whole checkpoint: DeepSpeed's files, state.json, manifest.json
+RUN/checkpoints/step-00000100/   one whole checkpoint: rank-*.safetensors, state.json, manifest.json
 RUN/checkpoints/*.partial/       a save that did not end; removed by the next one
+RUN/checkpoints/*.old/           what a later save of the same step is about to replace
 RUN/checkpoints/latest           name of the newest whole checkpoint, replaced atomically, written last
 
-What a step depends on besides the engine's state is a pure function of (recipe, step): the order of samples, masking,
-dropout's seeds, the learning rate. So `state.json` needs one integer, and the rest of it is for checks and for people.
+The files say what each element belongs to, so that any layout reads them (checkpoint/shards.py). What a step depends on
+besides is a pure function of (recipe, step): the order of samples, masking, dropout's seeds, the learning rate. So
+`state.json` needs one integer, and the rest of it is for checks and for people.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from ds_train.checkpoint.manifest import MANIFEST, damage, write_json, write_manifest, write_text
-from ds_train.errors import Problem, UserError, user_error
+import torch
+import torch.distributed as dist
+from torch import Tensor
 
+from ds_train.checkpoint.fragments import Fragment, fill, fragments, scalars
+from ds_train.checkpoint.manifest import (
+    MANIFEST,
+    Written,
+    damage,
+    make_durable,
+    read_manifest,
+    write_json,
+    write_manifest,
+    write_text,
+)  # fmt: skip
+from ds_train.checkpoint.shards import FragmentFiles, write_fragments
+from ds_train.errors import Problem, UserError, first_line, user_error
+from ds_train.parallel.build import Part
+
+FORMAT = 2
 STATE = "state.json"
 LATEST = "latest"
+
+Shared = TypeVar("Shared")
 
 
 @dataclass(frozen=True)
 class TrainState:
-    """Where a run stands after `step` optimizer steps, and what it was started with."""
+    """Where a run stands after `step` optimizer steps, and what it was started with.
+
+    `known` is what the engine knows besides tensors (`fragments.scalars`).
+    """
 
     step: int
     tokens: int
@@ -35,37 +62,154 @@ class TrainState:
     versions: dict[str, str]
     data_fingerprint: str
     wandb_id: str | None = None
+    known: dict[str, Any] = field(default_factory=dict)
 
 
-def save(engine: Any, folder: Path, state: TrainState, keep_last: int, rank: int, barrier: Callable[[], None]) -> Path:
-    """Save a whole checkpoint under `folder`, on all ranks together; older ones beyond `keep_last` go afterwards.
+@dataclass(frozen=True)
+class Saved:
+    """How a save ended. `error` says why there is no checkpoint of this step; the older ones are as they were.
 
-    Older checkpoints stay untouched until the new one is whole.
+    `seconds` went by from its start to its end, and in `stall_seconds` of them no step was trained.
     """
-    final = folder / f"step-{state.step:08d}"
-    partial = folder / f"{final.name}.partial"
-    if rank == 0:
-        for leftover in folder.glob("*.partial"):
+
+    step: int
+    path: Path
+    bytes: int
+    seconds: float
+    stall_seconds: float
+    error: str | None
+
+
+class Saver:
+    """Saves checkpoints of one engine under `folder`, on all ranks together.
+
+    Older checkpoints stay untouched until a new one is whole; what can't be written leaves them, and the run, alone.
+    """
+
+    def __init__(
+        self, folder: Path, engine: Any, part: Part, keep_last: int, keep_every: int | None = None,
+        in_background: bool = False,
+    ) -> None:  # fmt: skip
+        """Collective.
+
+        Args:
+            keep_last: newest checkpoints that are kept.
+            keep_every: those of every so many steps are kept too.
+            in_background: training goes on as soon as the host has a copy of everything.
+        """
+        self._folder, self._engine, self._part = folder, engine, part
+        self._keep_last, self._keep_every = keep_last, keep_every
+        # Collectives of the thread that writes never meet those of the thread that trains.
+        self._group = dist.new_group(backend="gloo")
+        self._pool = ThreadPoolExecutor(1, "checkpoint") if in_background else None
+        self._copies: dict[tuple[str, str], Tensor] = {}
+        self._running: Future[Saved] | None = None
+        self._stalled = 0.0
+
+    def save(self, state: TrainState) -> list[Saved]:
+        """Save after the current step. Collective. Gives the saves that have ended since the last call."""
+        ended = self.wait()
+        started = time.monotonic()
+        state = replace(state, known=scalars(self._engine))
+        batches = fragments(self._engine, self._part)
+        if self._pool is None:
+            saved = self._write(state, batches, started)
+            return [*ended, replace(saved, stall_seconds=saved.seconds)]
+        self._running = self._pool.submit(self._write, state, self._copy(batches), started)
+        self._stalled = time.monotonic() - started
+        return ended
+
+    def wait(self) -> list[Saved]:
+        """The save that goes on in the background, after its end; the list is empty where none does."""
+        if self._running is None:
+            return []
+        started = time.monotonic()
+        running, self._running = self._running, None
+        saved = running.result()
+        return [replace(saved, stall_seconds=self._stalled + time.monotonic() - started)]
+
+    def ended(self) -> list[Saved]:
+        """As `wait`, for a save that has ended already. Each rank by itself."""
+        return self.wait() if self._running is not None and self._running.done() else []
+
+    def _copy(self, batches: Iterable[list[Fragment]]) -> list[list[Fragment]]:
+        """The fragments in memory of the host that is kept from one save to the next."""
+        copies = []
+        for batch in batches:
+            copies.append([replace(item, tensors=self._copies_of(item)) for item in batch])
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return copies
+
+    def _copies_of(self, fragment: Fragment) -> dict[str, Tensor]:
+        for kind, tensor in fragment.tensors.items():
+            key = (kind, fragment.name)
+            if key not in self._copies:
+                self._copies[key] = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+            self._copies[key].copy_(tensor, non_blocking=True)
+        return {kind: self._copies[kind, fragment.name] for kind in fragment.tensors}
+
+    def _write(self, state: TrainState, batches: Iterable[list[Fragment]], started: float) -> Saved:
+        final = self._folder / f"step-{state.step:08d}"
+        partial = final.with_name(f"{final.name}.partial")
+        files: list[Written] = []
+        error = self._first_error(self._on_main(lambda: self._prepare(partial)))
+        if error is None:
+            error = self._first_error(_attempt(lambda: files.extend(self._write_own(partial, batches))))
+        everyones = self._gather(files)
+        if error is None:
+            written = [file for files in everyones for file in files]
+            error = self._first_error(self._on_main(lambda: self._commit(state, partial, final, written)))
+        if error is not None:
+            self._on_main(lambda: shutil.rmtree(partial, ignore_errors=True))
+        size = sum(file.bytes for files in everyones for file in files)
+        return Saved(state.step, final, size, time.monotonic() - started, 0.0, error)
+
+    def _prepare(self, partial: Path) -> None:
+        for leftover in self._folder.glob("*.partial"):
             shutil.rmtree(leftover, ignore_errors=True)
         partial.mkdir(parents=True)
-    barrier()
-    # save_latest=False: DeepSpeed names the newest checkpoint before all ranks have written theirs (engine.py:4960).
-    engine.save_checkpoint(str(folder), tag=partial.name, save_latest=False)
-    barrier()
-    if rank == 0:
+
+    def _write_own(self, partial: Path, batches: Iterable[list[Fragment]]) -> Iterable[Written]:
+        rank = dist.get_rank()
+        return [
+            write_fragments(partial / f"rank-{rank:05d}-{number}.safetensors", batch)
+            for number, batch in enumerate(batches)
+        ]
+
+    def _commit(self, state: TrainState, partial: Path, final: Path, written: Sequence[Written]) -> None:
         write_json(partial / STATE, asdict(state))
-        write_manifest(partial, {"step": state.step})
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-        write_text(folder / LATEST, final.name)
-        for old in _whole(folder)[keep_last:]:
+        write_manifest(partial, {"format": FORMAT, "step": state.step}, written)
+        make_durable(partial)
+        old = final.with_name(f"{final.name}.old")
+        if final.exists():
             shutil.rmtree(old, ignore_errors=True)
-    barrier()
-    return final
+            final.rename(old)
+        partial.rename(final)
+        make_durable(self._folder)
+        write_text(self._folder / LATEST, final.name)
+        shutil.rmtree(old, ignore_errors=True)
+        for path in _whole(self._folder)[self._keep_last :]:
+            if self._keep_every is None or _step(path) % self._keep_every:
+                shutil.rmtree(path, ignore_errors=True)
+
+    def _on_main(self, work: Callable[[], None]) -> str | None:
+        return _attempt(work) if dist.get_rank() == 0 else None
+
+    def _first_error(self, own: str | None) -> str | None:
+        """The first rank's error that has one, on every rank."""
+        return next((error for error in self._gather(own) if error is not None), None)
+
+    def _gather(self, own: Shared) -> list[Shared]:
+        everyones: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyones, own, group=self._group)
+        return everyones
 
 
 def find(folder: Path, resume: str, note: Callable[[str], None]) -> Path | None:
     """The checkpoint that `checkpoint.resume` means, or None for a fresh start; damaged ones are passed over aloud.
+
+    Collective: each rank reads its share of the files. `note` is rank 0's.
 
     Raises:
         UserError: a named checkpoint that is not there or not whole; `never` in a folder that has checkpoints;
@@ -73,11 +217,11 @@ def find(folder: Path, resume: str, note: Callable[[str], None]) -> Path | None:
     """
     if resume not in ("auto", "never"):
         path = Path(resume).expanduser()
-        reason = damage(path)
+        reason = _damage(path)
         if reason:
             raise user_error("checkpoint.resume", reason, "give the folder of a whole checkpoint, or auto", resume)
         return path
-    candidates = _whole(folder)
+    candidates = _from_main(_whole(folder))
     if not candidates:
         return None
     if resume == "never":
@@ -88,10 +232,11 @@ def find(folder: Path, resume: str, note: Callable[[str], None]) -> Path | None:
             resume,
         )
     for candidate in candidates:
-        reason = damage(candidate)
+        reason = _damage(candidate)
         if reason is None:
             return candidate
-        note(f"checkpoint {candidate.name} is passed over: {reason}")
+        if dist.get_rank() == 0:
+            note(f"checkpoint {candidate.name} is passed over: {reason}")
     raise user_error(
         "checkpoint.resume", f"no complete checkpoint in {folder}", "set another `name` to start anew", resume
     )
@@ -102,10 +247,13 @@ def read_state(checkpoint: Path) -> TrainState:
     return TrainState(**json.loads((checkpoint / STATE).read_text()))
 
 
-def check_resumable(
-    state: TrainState, recipe: Mapping[str, Any], layout: Mapping[str, Any], data_fingerprint: str
-) -> None:
-    """Refuse to continue a checkpoint under a recipe or layout that it wasn't made with.
+def open_fragments(checkpoint: Path) -> FragmentFiles:
+    """The tensors of a whole checkpoint."""
+    return FragmentFiles(sorted(checkpoint.glob("rank-*.safetensors")))
+
+
+def check_resumable(state: TrainState, recipe: Mapping[str, Any], data_fingerprint: str) -> None:
+    """Refuse to continue a checkpoint under a recipe that means another run. The layout may be any.
 
     Raises:
         UserError: naming every key that differs and both values.
@@ -114,22 +262,27 @@ def check_resumable(
         Problem(key, f"the checkpoint was made with {old}", "restore it, or set another `name` to start anew", new)
         for key, old, new in _differences(state.recipe, recipe)
     ]
-    problems += [
-        Problem(key, f"the checkpoint was saved with {state.layout.get(key)}", "start with the same layout", value)
-        for key, value in layout.items()
-        if state.layout.get(key) != value
-    ]
     if not problems and state.data_fingerprint != data_fingerprint:
         problems = [Problem("data", "the prepared data has changed since the checkpoint", "restore the source files")]
     if problems:
         raise UserError(problems)
 
 
-def load(engine: Any, checkpoint: Path) -> None:
-    """Load the engine's shards of a whole checkpoint, on all ranks together."""
-    loaded, _ = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name, load_lr_scheduler_states=False)
-    if loaded is None:
-        raise user_error("checkpoint.resume", "DeepSpeed found nothing to load", "set another `name`", str(checkpoint))
+def load(engine: Any, part: Part, checkpoint: Path) -> None:
+    """Give the engine what a whole checkpoint of any layout holds, on all ranks together.
+
+    Raises:
+        UserError: the checkpoint is of another model.
+    """
+    try:
+        files = open_fragments(checkpoint)
+        try:
+            fill(engine, part, files, files.kinds, read_state(checkpoint).known)
+        finally:
+            files.close()
+    except (KeyError, ValueError) as error:
+        reason = f"it isn't a checkpoint of this model: {first_line(error)}"
+        raise user_error("checkpoint.resume", reason, "set another `name` to start anew", str(checkpoint)) from error
 
 
 # Keys that change what a step computes. Everything else (logging, saving, evaluation, workers) may change on resume.
@@ -147,7 +300,15 @@ _MEANING = (
     "compress",
     "deepspeed",
 )
-_FREE = ("model.activation_checkpointing", "model.compile", "model.attention", "data.cache_dir", "data.workers")
+_FREE = (
+    "model.activation_checkpointing",
+    "model.attention",
+    "model.compile",
+    "model.lean_activations",
+    "data.cache_dir",
+    "data.workers",
+    "optimizer.kernel",
+)
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
@@ -171,7 +332,43 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return leaves
 
 
+_NAME = re.compile(r"step-(\d+)(\.old)?")
+
+
 def _whole(folder: Path) -> list[Path]:
-    """Checkpoints that have a manifest, newest first."""
-    found = [path for path in folder.glob("step-*") if path.suffix != ".partial" and (path / MANIFEST).is_file()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
+    """Checkpoints that have a manifest, newest first; one that was about to be replaced comes after its successor."""
+    found = [path for path in folder.glob("step-*") if _NAME.fullmatch(path.name) and (path / MANIFEST).is_file()]
+    return sorted(found, key=lambda path: (_step(path), path.suffix == ""), reverse=True)
+
+
+def _step(path: Path) -> int:
+    match = _NAME.fullmatch(path.name)
+    assert match is not None
+    return int(match[1])
+
+
+def _damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint, the same phrase on every rank; each reads its share of the files."""
+    manifest = _from_main(read_manifest(checkpoint))
+    if manifest is not None and manifest.get("format") != FORMAT:
+        return "it was written by another version of ds_train"
+    reasons: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(reasons, damage(checkpoint, dist.get_rank(), dist.get_world_size()))
+    return next((reason for reason in reasons if reason is not None), None)
+
+
+def _from_main(own: Shared) -> Shared:
+    box = [own]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def _attempt(work: Callable[[], Any]) -> str | None:
+    """Do `work`; why it failed, in a phrase. Whatever a save meets, the run goes on."""
+    try:
+        work()
+    except OSError as error:
+        return f"{error.strerror or error} ({error.filename})" if error.filename else str(error)
+    except Exception as error:
+        return f"{type(error).__name__}: {first_line(error)}"
+    return None

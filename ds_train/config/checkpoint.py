@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from ds_train.config.base import Section
+from ds_train.config.batch import Auto
 
 
 class CheckpointSection(Section):
@@ -14,11 +15,19 @@ class CheckpointSection(Section):
     """Save after every this many steps. `null` saves at the end only."""
 
     keep_last: int = Field(default=2, ge=1)
-    """Checkpoints that are kept; older ones are removed after a newer one is whole."""
+    """Newest checkpoints that are kept; older ones are removed after a newer one is whole."""
+
+    keep_every: int | None = Field(default=None, ge=1)
+    """Checkpoints of steps that this divides are kept for good."""
+
+    asynchronous: bool | Auto = "auto"
+    """Write while training goes on, from a copy in the host's memory. `auto`: on devices yes, but with nvme offload;
+    on CPU ranks the copy would take as much memory again as the states have."""
 
     resume: str = "auto"
-    """`auto` continues the newest whole checkpoint of the run folder, or starts anew where there is none;
-    `never` starts anew and refuses a folder that has checkpoints; a path continues that checkpoint."""
+    """`auto` continues the newest whole checkpoint of the run folder, or starts anew where there is none; `never`
+    starts anew and refuses a folder that has checkpoints; a path continues that checkpoint. The layout, the number of
+    ranks too, may be another one than it was saved on."""
 
     save_final: bool = True
     """Save after the last step."""

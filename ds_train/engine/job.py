@@ -8,7 +8,7 @@ import os
 import sys
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from functools import cache
 from importlib.metadata import version
@@ -23,7 +23,7 @@ from ds_train.plan.search import auto_fields, keep_choice
 from ds_train.plan.topology import Cluster
 
 if TYPE_CHECKING:
-    from ds_train.checkpoint.native import TrainState
+    from ds_train.checkpoint.native import Saved, TrainState
     from ds_train.engine.build import Assembly
     from ds_train.engine.loop import EvalResult, StepResult
     from ds_train.schedule.timeline import Timeline
@@ -66,7 +66,7 @@ def train(run: RunConfig, info: RankInfo) -> None:
 
     layout = _layout_record(run, plan)
     fingerprint = str(read_manifest(prepared)["content"])
-    resumed = on_main_first(info, lambda: _find_checkpoint(run, folder, layout, fingerprint))
+    resumed = _find_checkpoint(run, info, folder, fingerprint)
     # Only now: a run that is refused leaves the folder's records as they were.
     on_main_first(info, lambda: _write_records(folder, run, plan))
     parts = assemble(run, plan, info, tokenizer, prepared)
@@ -74,7 +74,7 @@ def train(run: RunConfig, info: RankInfo) -> None:
     done = 0
     state: TrainState | None = None
     if resumed is not None:
-        native.load(parts.engine, resumed)
+        native.load(parts.engine, parts.part, resumed)
         state = native.read_state(resumed)
         done = state.step
         _check_clock(timeline, state)
@@ -90,6 +90,8 @@ def train(run: RunConfig, info: RankInfo) -> None:
             tracker.note(f"{run.data.packing_by} packing: {efficiency:.2%} of the windows' tokens are text")
         if resumed is not None:
             tracker.note(f"continuing {resumed} after step {done}")
+            if state is not None and state.layout != layout:
+                tracker.note(f"its states were spread by {_words(state.layout)}, and are now by {_words(layout)}")
         session = _Session(run, plan, info, parts, tracker, folder, layout, fingerprint)
         session.train(done, timeline)
         _note_noise_scale(run, folder, tracker, info)
@@ -119,9 +121,20 @@ class _Session:
         layout: dict[str, Any],
         fingerprint: str,
     ) -> None:
+        from ds_train.checkpoint.native import Saver
+
         self.run, self.plan, self.info, self.parts, self.tracker = run, plan, info, parts, tracker
         self.folder, self.layout, self.fingerprint = folder, layout, fingerprint
         self.rate = _Throughput(run, parts, info)
+        section = run.checkpoint
+        self.saver = Saver(
+            folder / "checkpoints",
+            parts.engine,
+            parts.part,
+            section.keep_last,
+            section.keep_every,
+            in_background=saves_in_background(run, info.device),
+        )
 
     def train(self, done: int, timeline: Timeline) -> None:
         """Steps `done` + 1 to the timeline's last, each followed by what is due after it."""
@@ -137,6 +150,8 @@ class _Session:
                 self._log_evaluation(evaluate(run, self.parts, result.step), result.tokens)
             if (last and run.checkpoint.save_final) or due(run.checkpoint.every_steps, result.step):
                 self._save(result)
+            self._note_saves(self.saver.ended())
+        self._note_saves(self.saver.wait())
 
     def _record(self, result: StepResult) -> dict[str, Any]:
         from ds_train.track.memory import memory
@@ -151,9 +166,9 @@ class _Session:
             self.tracker.log(record, scores.step)
 
     def _save(self, result: StepResult) -> None:
-        from ds_train.checkpoint import native
+        from ds_train.checkpoint.native import TrainState
 
-        state = native.TrainState(
+        state = TrainState(
             step=result.step,
             tokens=result.tokens,
             recipe=self.run.model_dump(mode="json"),
@@ -162,9 +177,16 @@ class _Session:
             data_fingerprint=self.fingerprint,
             wandb_id=self.tracker.wandb_id,
         )
-        keep = self.run.checkpoint.keep_last
-        path = native.save(self.parts.engine, self.folder / "checkpoints", state, keep, self.info.rank, barrier)
-        self.tracker.note(f"saved {path}")
+        self._note_saves(self.saver.save(state))
+
+    def _note_saves(self, saves: Iterable[Saved]) -> None:
+        for saved in saves:
+            record = {"kind": "save", **asdict(saved), "path": str(saved.path)}
+            self.tracker.log(record, saved.step)
+            if saved.error is None:
+                self.tracker.note(f"saved {saved.path}")
+            else:
+                self.tracker.note(f"step {saved.step} could not be saved: {saved.error}; older checkpoints are whole")
 
 
 class _Throughput:
@@ -268,17 +290,18 @@ def _prepare_data(run: RunConfig, info: RankInfo) -> tuple[Path, Any]:
     return prepared, prepared_tokenizer(prepared)
 
 
-def _find_checkpoint(run: RunConfig, folder: Path, layout: dict[str, Any], fingerprint: str) -> Path | None:
+def _find_checkpoint(run: RunConfig, info: RankInfo, folder: Path, fingerprint: str) -> Path | None:
     from ds_train.checkpoint import native
 
     path = native.find(folder / "checkpoints", run.checkpoint.resume, lambda text: print(text, flush=True))
     if path is not None:
-        native.check_resumable(native.read_state(path), run.model_dump(mode="json"), layout, fingerprint)
+        recipe = run.model_dump(mode="json")
+        on_main_first(info, lambda: native.check_resumable(native.read_state(path), recipe, fingerprint))
     return path
 
 
 def _layout_record(run: RunConfig, plan: RunPlan) -> dict[str, Any]:
-    """What must be equal for DeepSpeed's shards to be loaded."""
+    """How the run's states are spread over ranks, for people and for a word when it changes."""
     return {
         "ranks": plan.layout.ranks,
         "parallel.pipeline": plan.layout.pipe,
@@ -288,6 +311,18 @@ def _layout_record(run: RunConfig, plan: RunPlan) -> dict[str, Any]:
         "parallel.zero_stage": plan.zero_stage,
         "parallel.offload_optimizer": "offload_optimizer" in plan.deepspeed_json["zero_optimization"],
     }
+
+
+def _words(layout: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in layout.items() if value is not None)
+
+
+def saves_in_background(run: RunConfig, device: str) -> bool:
+    """What `checkpoint.asynchronous` means here."""
+    asked = run.checkpoint.asynchronous
+    if asked != "auto":
+        return asked
+    return device != "cpu" and "nvme" not in (run.parallel.offload_optimizer, run.parallel.offload_params)
 
 
 def quiet_libraries() -> None:

@@ -87,7 +87,7 @@ REFUSED: dict[str, tuple[str, str]] = {
     "use_data_before_expert_parallelism": _EXPERTS,
     "hybrid_engine": ("it is an engine for reinforcement learning, not for this step loop", "leave it out"),
     "autotuning": ("it ends the run after a few profiled steps", "leave it out"),
-    "checkpoint.load_universal": ("checkpoints here resume on the layout that wrote them", "leave it out"),
+    "checkpoint.load_universal": ("every checkpoint here resumes on any layout", "leave it out"),
     "checkpoint.use_node_local_storage": ("a checkpoint here is one folder that all hosts see", "leave it out"),
     "datastates_ckpt": ("a checkpoint here is whole before it is named the newest", "leave it out"),
 }

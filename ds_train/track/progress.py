@@ -33,10 +33,12 @@ class StepDisplay:
             self._bar.start()
 
     def show(self, record: Mapping[str, Any], step: int) -> None:
-        """Show a metrics record of kind train or eval."""
+        """Show a metrics record of kind train or eval; other kinds come with a note."""
         if record["kind"] == "eval":
             scores = "  ".join(f"{name} {record[name]:.4f}" for name in ("loss", "perplexity", "accuracy"))
             self.note(f"step {step:>6}  held out: {scores}")
+            return
+        if record["kind"] != "train":
             return
         text = (
             f"loss {record['loss']:.4f}  lr {record['lr']:.2e}  norm {record['grad_norm']:.2f}  "

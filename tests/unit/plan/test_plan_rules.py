@@ -158,6 +158,12 @@ CASES = [
     Broken("patch-packing", {"patch.size": 4, "data.packing_by": "best-fit"}, "without padding"),
     Broken("patch-divides", {"patch.size": 3}, "data.sequence_length=512 isn't a multiple of it"),
     Broken("patch-alone", {"patch.size": 4, "token_drop.kind": "random-ltd"}, "in one way"),
+    Broken(
+        "save-nvme",
+        STAGE3
+        | {"parallel.offload_optimizer": "nvme", "parallel.nvme_path": "/tmp", "checkpoint.asynchronous": True},
+        "checkpoint.asynchronous=auto",
+    ),
     Broken("noise-scale-layout", {"track.noise_scale_every_steps": 2, "parallel.pipeline": 2}, "data and tensor ranks"),
     Broken(
         "noise-scale-fp16", {"track.noise_scale_every_steps": 2, "precision.dtype": "fp16"}, "precision.dtype=bf16",
