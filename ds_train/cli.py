@@ -274,6 +274,40 @@ def lr_find(
     sys.exit(run_to_exit_code(body))
 
 
+Checkpoint = Annotated[Path, typer.Argument(help="RUN/checkpoints/step-*, of any layout.")]
+
+
+@app.command()
+def export(
+    checkpoint: Checkpoint,
+    folder: Annotated[Path, typer.Argument(help="Folder that transformers will load; replaced if it is there.")],
+    dtype: Annotated[str, typer.Option(help="Number format of the weights: fp32, bf16, fp16.")] = "bf16",
+) -> None:
+    """Write a checkpoint as a transformers folder, from its fp32 weights, without starting its run."""
+    formats = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+    if dtype not in formats:
+        raise user_error("--dtype", "no such number format", "one of fp32, bf16, fp16", dtype)
+    import torch
+
+    from ds_train.checkpoint import offline
+
+    offline.export(checkpoint, folder, getattr(torch, formats[dtype]))
+    print(folder.resolve())
+
+
+@app.command()
+def reshard(
+    checkpoint: Checkpoint,
+    folder: Annotated[Path, typer.Argument(help="Folder of the new checkpoint.")],
+    file_gb: Annotated[float, typer.Option(min=0.001, help="Size of its files.")] = 5.0,
+) -> None:
+    """Write a checkpoint again in few files of whole parameters, verified. A run resumes from either on any layout."""
+    from ds_train.checkpoint import offline
+
+    offline.rewrite(checkpoint, folder, int(file_gb * 1e9))
+    print(f"{folder.resolve()}: continue it with checkpoint.resume={folder}")
+
+
 @app.command()
 def version() -> None:
     """The version of ds_train."""

@@ -2,49 +2,101 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.core_model_loading import revert_weight_conversion
 
+from ds_train.checkpoint.fragments import names_of_whole
+from ds_train.checkpoint.shards import FragmentFiles, write_safetensors
 from ds_train.models.load import gathered
 from ds_train.parallel.build import Part
 from ds_train.parallel.tensor import gather_whole
-from ds_train.plan.topology import Coordinates
+
+FILE_BYTES = 5 * 10**9
+"""Weights in one file, about; the ranks of a pipeline stage write one after the other's worth."""
+
+CARD = "README.md"
 
 
-def export(part: Part, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write safetensors, config and tokenizer of the whole model into `folder`. Collective; rank 0 writes.
+def export(
+    part: Part, tokenizer: PreTrainedTokenizerBase, folder: Path, card: str, file_bytes: int = FILE_BYTES
+) -> None:
+    """Write safetensors, config, tokenizer and model card of the whole model into `folder`. Collective.
 
-    Parameters that ZeRO-3 has partitioned or tensor ranks share are gathered one at a time, and those of other
-    pipeline stages sent one at a time; rank 0 keeps each on the host. An older export is replaced only when the new
-    one is whole.
+    Parameters that ZeRO-3 has partitioned or tensor ranks share are gathered one at a time, and each is kept by one
+    rank of its pipeline stage until that has a file full of them: no rank holds the model. An older export is replaced
+    only when the new one is whole.
     """
-    state = _own_state(part)
-    for stage in range(1, part.mesh.layout.pipe):
-        _hand_over(state, part, part.mesh.layout.rank(Coordinates(stage, 0, 0, 0)))
-    if dist.get_rank() != 0:
-        return
-    # Tied weights are one tensor again, so that they are stored once.
+    partial = folder.with_name(folder.name + ".partial")
+    if dist.get_rank() == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    dist.barrier()
     model = part.outline
     if hasattr(part.model, "generation_config"):  # classifiers have none
         model.generation_config = part.model.generation_config
     if part.pipeline is None and hasattr(part.model, "_weight_conversions"):
         # The names that the files had; a stage has seen but its own, and the family's usual ones are taken.
         model._weight_conversions = part.model._weight_conversions
-    owners: dict[int, str] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        state[name] = state[owners.setdefault(id(parameter), name)]
+    own = list(_write_weights(partial, model, _own_groups(part, file_bytes), dist.get_rank(), file_bytes))
+    everyones: list[list[_File]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everyones, own)
+    if dist.get_rank() == 0:
+        _finish(partial, folder, model, tokenizer, card, [file for files in everyones for file in files])
+    dist.barrier()
+
+
+def export_fragments(
+    files: FragmentFiles, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, card: str,
+    dtype: torch.dtype, file_bytes: int = FILE_BYTES,
+) -> None:  # fmt: skip
+    """As `export`, from a checkpoint and an outline of the model, in this process alone.
+
+    The weights are the fp32 ones in `dtype`; in memory are those of one file.
+    """
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    use_cache, model.config.use_cache = model.config.use_cache, True
-    model.save_pretrained(partial, state_dict=state)
-    model.config.use_cache = use_cache
-    tokenizer.save_pretrained(partial)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    partial.mkdir(parents=True)
+    model.to(dtype=dtype)  # type: ignore[call-arg]  # transformers wraps it
+    groups = _by_layer(files.shapes)
+    states = ({name: files.whole(name).to(dtype) for name in names} for names in groups)
+    _finish(partial, folder, model, tokenizer, card, list(_write_weights(partial, model, states, 0, file_bytes)))
+
+
+def model_card(name: str, facts: Mapping[str, Any], recipe: str, base_model: str | None = None) -> str:
+    """The text of a model card: what the model is, how it was trained, and the recipe that does it again."""
+    from huggingface_hub import ModelCardData
+
+    header = ModelCardData(library_name="transformers", tags=["ds_train"], base_model=base_model, model_name=name)
+    rows = "\n".join(f"| {key} | {value} |" for key, value in facts.items() if value is not None)
+    return (
+        f"---\n{header.to_yaml()}\n---\n\n# {name}\n\nTrained with ds_train.\n\n| | |\n|---|---|\n{rows}\n\n"
+        f"## Recipe\n\n```yaml\n{recipe.strip()}\n```\n"
+    )
+
+
+def push(folder: Path, repository: str) -> str:
+    """Upload an exported folder to the hub; the address of the commit. The repository is made if it isn't there.
+
+    Raises:
+        huggingface_hub.errors.HfHubHTTPError, OSError: the hub doesn't take it.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    api.create_repo(repository, exist_ok=True, private=True)
+    return str(api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Trained with ds_train"))
 
 
 def generate_sample(folder: Path, prompt: str, new_tokens: int) -> str:
@@ -69,37 +121,112 @@ def generate_sample(folder: Path, prompt: str, new_tokens: int) -> str:
     return str(tokenizer.decode(output[0]))
 
 
-def _own_state(part: Part) -> dict[str, torch.Tensor]:
-    """What this rank's stage holds, whole, on the host; empty on ranks that another one speaks for. Collective."""
-    place = part.mesh.place
-    speaks = place.data == place.sequence == place.tensor == 0
-    state: dict[str, torch.Tensor] = {}
-    for name, parameter in part.model.named_parameters(remove_duplicate=False):
-        with gathered([parameter]):
-            whole = gather_whole(parameter, part.mesh.tensor)
-            if speaks:
-                state[name] = whole.to("cpu", copy=True)
-    if speaks:
-        state.update({name: buffer.detach().cpu() for name, buffer in _persistent_buffers(part.model).items()})
-    return state
+@dataclass(frozen=True)
+class _File:
+    """A file of weights: its name until all are there, the names and the bytes of its tensors."""
+
+    name: str
+    tensors: tuple[str, ...]
+    bytes: int
 
 
-def _hand_over(state: dict[str, torch.Tensor], part: Part, speaker: int) -> None:
-    """Give rank 0 what `speaker` holds, a tensor at a time. The other ranks do nothing."""
-    rank, device = dist.get_rank(), next(part.module.parameters()).device
-    if rank == speaker:
-        dist.send_object_list([[(name, tensor.shape, tensor.dtype) for name, tensor in state.items()]], dst=0)
-        for tensor in state.values():
-            dist.send(tensor.contiguous().to(device), dst=0)
-    elif rank == 0:
-        box: list[list[tuple[str, torch.Size, torch.dtype]]] = [[]]
-        dist.recv_object_list(box, src=speaker)
-        for name, shape, dtype in box[0]:
-            tensor = torch.empty(shape, dtype=dtype, device=device)
-            dist.recv(tensor, src=speaker)
-            state[name] = tensor.cpu()
+def _write_weights(
+    folder: Path, model: PreTrainedModel, groups: Iterable[dict[str, Tensor]], rank: int, file_bytes: int
+) -> Iterator[_File]:
+    """Write this rank's weights, under the names that the family's files have."""
+    ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
+    waiting: dict[str, Tensor] = {}
+    number = 0
+
+    def written() -> _File:
+        file = _File(f"part-{rank:05d}-{number:05d}.safetensors", tuple(waiting), _bytes(waiting))
+        write_safetensors(folder / file.name, list(waiting.items()), {"format": "pt"})
+        return file
+
+    for state in groups:
+        named = {name: tensor for name, tensor in state.items() if name not in ignored}
+        converted = revert_weight_conversion(model, named)
+        if waiting and _bytes(waiting) + _bytes(converted) > file_bytes:
+            yield written()
+            waiting.clear()
+            number += 1
+        waiting.update(converted)
+    if waiting:
+        yield written()
 
 
-def _persistent_buffers(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+def _finish(
+    partial: Path, folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, card: str,
+    files: list[_File],
+) -> None:  # fmt: skip
+    """Everything besides the weights; then the folder takes the place of an older one."""
+    use_cache, model.config.use_cache = model.config.use_cache, True
+    # Config, generation config, a hub model's own code: all that belongs to it, with a file of no weights.
+    model.save_pretrained(partial, state_dict={})
+    model.config.use_cache = use_cache
+    for empty in partial.glob("model*.safetensors"):
+        empty.unlink()
+    tokenizer.save_pretrained(partial)
+    (partial / CARD).write_text(card, encoding="utf-8")
+    weights: dict[str, str] = {}
+    for number, file in enumerate(files, 1):
+        one = "model.safetensors" if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        (partial / file.name).rename(partial / one)
+        weights |= dict.fromkeys(file.tensors, one)
+    if len(files) > 1:
+        index = {"metadata": {"total_size": sum(file.bytes for file in files)}, "weight_map": weights}
+        (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+
+
+def _own_groups(part: Part, file_bytes: int) -> Iterator[dict[str, Tensor]]:
+    """Whole layers that this rank writes, on the host. Collective: every rank of a stage gathers all of the stage."""
+    place, layout = part.mesh.place, part.mesh.layout
+    first = names_of_whole(part)
+    parameters = {first[name]: parameter for name, parameter in part.model.named_parameters()}
+    replicas = layout.data * layout.sequence * layout.tensor
+    index = (place.data * layout.sequence + place.sequence) * layout.tensor + place.tensor
+    shapes = (getattr(parameter, "ds_shape", parameter.shape) for parameter in parameters.values())
+    size = sum(torch.Size(shape).numel() for shape in shapes) * part.model.dtype.itemsize
+    writers = min(replicas, ceil(size / file_bytes))
+    buffers = _persistent_buffers(part.model)
+    stages: list[tuple[int, list[str]]] = [(0, [])] * layout.ranks
+    dist.all_gather_object(stages, (place.pipe, list(buffers)))
+    earlier = {name for pipe, names in stages if pipe < place.pipe for name in names}
+    buffers = {name: buffer for name, buffer in buffers.items() if name not in earlier}
+    for number, names in enumerate(_by_layer([*parameters, *buffers])):
+        mine = number % writers == index
+        state = {}
+        for name in names:
+            if name in buffers:
+                if mine:
+                    state[name] = buffers[name].detach().cpu()
+                continue
+            parameter = parameters[name]
+            if getattr(parameter, "ds_pipe_replicated", False):
+                continue  # the first stage's, which is the same
+            with gathered([parameter]):
+                whole = gather_whole(parameter, part.mesh.tensor)
+                if mine:
+                    state[name] = whole.to("cpu", copy=True)
+        if mine:
+            yield state
+
+
+def _by_layer(names: Iterable[str]) -> list[list[str]]:
+    """Names of one layer together, since a family's files may join or split a layer's weights."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        layer = re.match(r".*?\.\d+(?=\.)", name)
+        groups.setdefault(layer[0] if layer else name, []).append(name)
+    return list(groups.values())
+
+
+def _bytes(tensors: Mapping[str, Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def _persistent_buffers(model: PreTrainedModel) -> dict[str, Tensor]:
     names = model.state_dict().keys()
     return {name: buffer for name, buffer in model.named_buffers() if name in names}

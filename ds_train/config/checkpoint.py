@@ -34,3 +34,7 @@ class CheckpointSection(Section):
 
     export: bool = True
     """Write the trained model as a transformers folder at the end."""
+
+    push_to: str | None = None
+    """Repository of the Hugging Face hub, `owner/name`, that the export is uploaded to; made private if it isn't there.
+    Needs a token (HF_TOKEN, or `hf auth login`)."""

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ds_train.config import RunConfig, dump, load
-from ds_train.engine.ranks import RankInfo, barrier, meet, on_main_first, return_freed_memory, run_to_exit_code
-from ds_train.errors import user_error
+from ds_train.engine.ranks import RankInfo, meet, on_main_first, return_freed_memory, run_to_exit_code
+from ds_train.errors import first_line, user_error
 from ds_train.plan.make import RunPlan, make_plan
 from ds_train.plan.search import auto_fields, keep_choice
 from ds_train.plan.topology import Cluster
@@ -54,7 +54,7 @@ def train(run: RunConfig, info: RankInfo) -> None:
     # Below this line torch is imported; everything above answers in well under a second.
     meet(info)
     quiet_libraries()
-    on_main_first(info, lambda: make_run_folder(folder))
+    on_main_first(info, lambda: _check_places(run, folder))
     prepared, tokenizer = _prepare_data(run, info)
 
     from ds_train.checkpoint import hf, native
@@ -96,8 +96,8 @@ def train(run: RunConfig, info: RankInfo) -> None:
         session.train(done, timeline)
         _note_noise_scale(run, folder, tracker, info)
         if run.checkpoint.export:
-            hf.export(parts.part, tokenizer, folder / "export")
-            barrier()
+            hf.export(parts.part, tokenizer, folder / "export", _model_card(run, plan, folder) if info.is_main else "")
+            _push(run, folder / "export", tracker, info)
         exit_code = 0
     finally:
         tracker.close(exit_code)
@@ -273,6 +273,47 @@ def make_run_folder(folder: Path) -> None:
             "choose a folder that you may write to",
             str(folder),
         ) from error
+
+
+def _check_places(run: RunConfig, folder: Path) -> None:
+    make_run_folder(folder)
+    if run.checkpoint.push_to is not None:
+        from huggingface_hub import get_token
+
+        if get_token() is None:
+            reason = "this machine has no token of the hub"
+            fix = "set HF_TOKEN or run `hf auth login`, or leave it out"
+            raise user_error("checkpoint.push_to", reason, fix, run.checkpoint.push_to)
+
+
+def _model_card(run: RunConfig, plan: RunPlan, folder: Path) -> str:
+    from ds_train.checkpoint.hf import model_card
+    from ds_train.track.metrics import read_metrics
+
+    records = read_metrics(folder / "metrics.jsonl")
+    last = {kind: [record for record in records if record["kind"] == kind][-1:] for kind in ("train", "eval")}
+    facts: dict[str, Any] = {}
+    for record in last["train"]:
+        facts |= {"steps": record["step"], "tokens": f"{record['tokens']:,}", "training loss": f"{record['loss']:.4f}"}
+    for record in last["eval"]:
+        facts |= {"held-out loss": f"{record['loss']:.4f}", "held-out accuracy": f"{record['accuracy']:.4f}"}
+    facts |= {"task": run.task.kind, "layout": _words(_layout_record(run, plan))}
+    facts |= {name: version(name) for name in ("ds_train", "deepspeed", "torch", "transformers")}
+    return model_card(run.name, facts, dump(run), run.model.path)
+
+
+def _push(run: RunConfig, folder: Path, tracker: Tracker, info: RankInfo) -> None:
+    """Upload the export; what the hub refuses is said, and the folder is still there."""
+    from ds_train.checkpoint.hf import push
+
+    repository = run.checkpoint.push_to
+    if repository is None or not info.is_main:
+        return
+    try:
+        tracker.note(f"uploaded: {push(folder, repository)}")
+    except Exception as error:  # network, login, rights: the hub's library raises many kinds
+        again = f"hf upload {repository} {folder}"
+        tracker.note(f"the export could not be uploaded: {first_line(error)}; to try again: {again}")
 
 
 def _write_records(folder: Path, run: RunConfig, plan: RunPlan) -> None:

@@ -35,10 +35,10 @@ MODELS: dict[str, dict[str, Any]] = {
     # Grouped queries, and embedding and head that share a weight.
     "llama": {
         "arch": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True,
+        "num_attention_heads": 8, "num_key_value_heads": 4, "tie_word_embeddings": True,
     },
     # Three matrices side by side, biases, dropout.
-    "gpt2": {"arch": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64},
+    "gpt2": {"arch": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
 }  # fmt: skip
 
 

@@ -158,6 +158,7 @@ CASES = [
     Broken("patch-packing", {"patch.size": 4, "data.packing_by": "best-fit"}, "without padding"),
     Broken("patch-divides", {"patch.size": 3}, "data.sequence_length=512 isn't a multiple of it"),
     Broken("patch-alone", {"patch.size": 4, "token_drop.kind": "random-ltd"}, "in one way"),
+    Broken("push-export", {"checkpoint.export": False, "checkpoint.push_to": "a/b"}, "checkpoint.export=true"),
     Broken(
         "save-nvme",
         STAGE3
