@@ -312,7 +312,7 @@ _FREE = (
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    old_leaves, new_leaves = _leaves(old), _leaves(new)
+    old_leaves, new_leaves = leaves(old), leaves(new)
     return [
         (key, old_leaves.get(key), new_leaves.get(key))
         for key in sorted(old_leaves.keys() | new_leaves.keys())
@@ -322,14 +322,15 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[s
     ]
 
 
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    leaves: dict[str, Any] = {}
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Every value of nested mappings by its dotted key."""
+    found: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping):
-            leaves |= _leaves(value, f"{prefix}{key}.")
+            found |= leaves(value, f"{prefix}{key}.")
         else:
-            leaves[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
-    return leaves
+            found[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
+    return found
 
 
 _NAME = re.compile(r"step-(\d+)(\.old)?")

@@ -12,6 +12,7 @@ from ds_train.config.checkpoint import CheckpointSection
 from ds_train.config.compress import CompressSection
 from ds_train.config.curriculum import CurriculumSection
 from ds_train.config.data import DataSection
+from ds_train.config.faults import FaultsSection
 from ds_train.config.model import ModelSection
 from ds_train.config.optimizer import OptimizerSection
 from ds_train.config.parallel import ParallelSection
@@ -70,6 +71,9 @@ class RunConfig(Section):
 
     checkpoint: CheckpointSection = CheckpointSection()
     """Saving, resuming, exporting."""
+
+    faults: FaultsSection = FaultsSection()
+    """Stopping in order, and what a run that hangs does."""
 
     track: TrackSection = TrackSection()
     """What is measured and shown."""

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from ds_train.config import RunConfig, dump, load
 from ds_train.engine.ranks import RankInfo, meet, on_main_first, return_freed_memory, run_to_exit_code
-from ds_train.errors import first_line, user_error
+from ds_train.engine.stop import StopRequest
+from ds_train.errors import STOPPED_CODE, Stopped, first_line, user_error
 from ds_train.plan.make import RunPlan, make_plan
 from ds_train.plan.search import auto_fields, keep_choice
 from ds_train.plan.topology import Cluster
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from ds_train.checkpoint.native import Saved, TrainState
     from ds_train.engine.build import Assembly
     from ds_train.engine.loop import EvalResult, StepResult
+    from ds_train.engine.watchdog import Watchdog
     from ds_train.schedule.timeline import Timeline
     from ds_train.track.tracker import Tracker
 
@@ -54,18 +56,29 @@ def train(run: RunConfig, info: RankInfo) -> None:
     # Below this line torch is imported; everything above answers in well under a second.
     meet(info)
     quiet_libraries()
+    with StopRequest(run.faults.grace_seconds) as stop:
+        _train(run, plan, info, folder, stop)
+
+
+def _train(run: RunConfig, plan: RunPlan, info: RankInfo, folder: Path, stop: StopRequest) -> None:
+    from ds_train.engine.contract import check_common, check_facts, check_parameters
+
+    recipe = run.model_dump(mode="json")
+    check_common(recipe, plan)
     on_main_first(info, lambda: _check_places(run, folder))
     prepared, tokenizer = _prepare_data(run, info)
 
     from ds_train.checkpoint import hf, native
     from ds_train.data.prepare import read_manifest
     from ds_train.engine.build import assemble
+    from ds_train.engine.watchdog import Watchdog
     from ds_train.parallel.sequence import leave_sequence
     from ds_train.schedule.timeline import make_timeline
     from ds_train.track.tracker import Tracker
 
     layout = _layout_record(run, plan)
     fingerprint = str(read_manifest(prepared)["content"])
+    check_facts({"data": read_manifest(prepared)})
     resumed = _find_checkpoint(run, info, folder, fingerprint)
     # Only now: a run that is refused leaves the folder's records as they were.
     on_main_first(info, lambda: _write_records(folder, run, plan))
@@ -78,6 +91,7 @@ def train(run: RunConfig, info: RankInfo) -> None:
         state = native.read_state(resumed)
         done = state.step
         _check_clock(timeline, state)
+    check_parameters(parts.part, plan.zero_stage == 3)
     wandb_id = state.wandb_id if state else None
     tracker = Tracker(run, plan.to_dict(), folder, info.is_main, timeline.steps, done, wandb_id)
     exit_code = 1
@@ -92,17 +106,22 @@ def train(run: RunConfig, info: RankInfo) -> None:
             tracker.note(f"continuing {resumed} after step {done}")
             if state is not None and state.layout != layout:
                 tracker.note(f"its states were spread by {_words(state.layout)}, and are now by {_words(layout)}")
-        session = _Session(run, plan, info, parts, tracker, folder, layout, fingerprint)
-        session.train(done, timeline)
-        _note_noise_scale(run, folder, tracker, info)
-        if run.checkpoint.export:
-            hf.export(parts.part, tokenizer, folder / "export", _model_card(run, plan, folder) if info.is_main else "")
-            _push(run, folder / "export", tracker, info)
-        exit_code = 0
+        session = _Session(run, plan, info, parts, tracker, folder, layout, fingerprint, stop)
+        with Watchdog(run.faults, info, folder / "faults", session.note_fault) as watchdog:
+            session.train(done, timeline, watchdog)
+            if not stop.agreed:
+                _note_noise_scale(run, folder, tracker, info)
+                if run.checkpoint.export:
+                    card = _model_card(run, plan, folder) if info.is_main else ""
+                    hf.export(parts.part, tokenizer, folder / "export", card)
+                    _push(run, folder / "export", tracker, info)
+        exit_code = STOPPED_CODE if stop.agreed else 0
     finally:
         tracker.close(exit_code)
         # What follows is rank 0's alone: no attention may wait for the others.
         leave_sequence()
+    if stop.agreed:
+        raise Stopped
     if info.is_main:
         _farewell(run, folder)
 
@@ -120,9 +139,13 @@ class _Session:
         folder: Path,
         layout: dict[str, Any],
         fingerprint: str,
+        stop: StopRequest,
     ) -> None:
         from ds_train.checkpoint.native import Saver
 
+        self.stop = stop
+        self._last: StepResult | None = None
+        self._saved_step = 0
         self.run, self.plan, self.info, self.parts, self.tracker = run, plan, info, parts, tracker
         self.folder, self.layout, self.fingerprint = folder, layout, fingerprint
         self.rate = _Throughput(run, parts, info)
@@ -136,12 +159,16 @@ class _Session:
             in_background=saves_in_background(run, info.device),
         )
 
-    def train(self, done: int, timeline: Timeline) -> None:
-        """Steps `done` + 1 to the timeline's last, each followed by what is due after it."""
+    def train(self, done: int, timeline: Timeline, watchdog: Watchdog) -> None:
+        """Steps `done` + 1 to the timeline's last, each followed by what is due after it; fewer where it is to stop."""
         from ds_train.engine.loop import due, evaluate, train_steps
 
         run = self.run
-        for result in train_steps(run, self.plan, self.info, self.parts, timeline, done):
+        steps = train_steps(
+            run, self.plan, self.info, self.parts, timeline, done, stop=self.stop, watchdog=watchdog
+        )  # fmt: skip
+        for result in steps:
+            self._last = result
             last = result.step == timeline.steps
             self.rate.add(result)
             if last or result.measured or due(run.track.log_every_steps, result.step):
@@ -151,7 +178,22 @@ class _Session:
             if (last and run.checkpoint.save_final) or due(run.checkpoint.every_steps, result.step):
                 self._save(result)
             self._note_saves(self.saver.ended())
+        if self.stop.agreed:
+            self._save_and_stop(done)
         self._note_saves(self.saver.wait())
+
+    def _save_and_stop(self, done: int) -> None:
+        step = done if self._last is None else self._last.step
+        self.tracker.note(f"stopping after step {step}: {self.stop.reason or 'another rank was told to'}")
+        if self._last is not None and self._saved_step != step:
+            self._save(self._last)
+        self._note_saves(self.saver.wait())
+        self.tracker.log({"kind": "stop", "step": step, "reason": self.stop.reason}, step)
+
+    def note_fault(self, verdict: str) -> None:
+        """Leave a word on why the run is about to end; from any thread."""
+        step = 0 if self._last is None else self._last.step
+        self.tracker.log({"kind": "fault", "step": step, "reason": verdict}, step)
 
     def _record(self, result: StepResult) -> dict[str, Any]:
         from ds_train.track.memory import memory
@@ -177,6 +219,7 @@ class _Session:
             data_fingerprint=self.fingerprint,
             wandb_id=self.tracker.wandb_id,
         )
+        self._saved_step = result.step
         self._note_saves(self.saver.save(state))
 
     def _note_saves(self, saves: Iterable[Saved]) -> None:

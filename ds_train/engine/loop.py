@@ -16,6 +16,8 @@ from ds_train.data.batches import count_labels
 from ds_train.engine.build import Assembly
 from ds_train.engine.noise import MicroGradients
 from ds_train.engine.ranks import RankInfo, all_sum
+from ds_train.engine.stop import StopRequest
+from ds_train.engine.watchdog import Watchdog
 from ds_train.models.load import fold_seed
 from ds_train.models.tasks import Batch
 from ds_train.optim.build import set_learning_rate
@@ -76,20 +78,22 @@ def train_steps(
     timeline: Timeline,
     first: int = 0,
     rates: Sequence[float] | None = None,
+    stop: StopRequest | None = None,
+    watchdog: Watchdog | None = None,
 ) -> Iterator[StepResult]:
     """Train steps `first` (counted from 0) to the timeline's last, yielding after each. Collective.
 
     `rates` are the learning rates of all steps from 0, and there are as many steps; without them the recipe's schedule
-    says them.
+    says them. Where `stop` of any rank is requested, all ranks end after the same step; `watchdog` times each.
     """
-    stop = timeline.steps if rates is None else len(rates)
+    end = timeline.steps if rates is None else len(rates)
     place = plan.layout.coordinates(info.rank)
     # Ranks that share a layer's matrices draw the same dropout.
     seat = f"{place.pipe}/{place.data}/{place.sequence}"
     # Of ranks that work on the same samples one counts them.
     counting = int(place.pipe == place.sequence == place.tensor == 0)
     replicas = plan.layout.data * plan.layout.sequence
-    for shape, batches in parts.data.train.steps(lambda: timeline.shapes(first, stop), run.data.workers):
+    for shape, batches in parts.data.train.steps(lambda: timeline.shapes(first, end), run.data.workers):
         started = time.perf_counter()
         step = shape.step
         if rates is None:
@@ -101,8 +105,14 @@ def train_steps(
             parts.part.dropping.kept = kept_tokens(run.token_drop, shape.length, shape.before, timeline.total_tokens)
         # Dropout draws from a seed of its own at every step and rank, so there is no generator state to save.
         torch.manual_seed(fold_seed(run.seed, "step", step, seat))
-        counts = all_sum(counting * _counts(batches, run.data.pads_rows).to(parts.engine.device))
-        labels, real_tokens = (int(count) for count in counts)
+        if watchdog is not None:
+            watchdog.begin(step + 1, (shape.length, shape.patch), shape.samples * shape.length)
+        asked = torch.tensor([stop is not None and stop.requested])
+        own = torch.cat([counting * _counts(batches, run.data.pads_rows), asked])
+        labels, real_tokens, stopping = all_sum(own.to(parts.engine.device)).tolist()
+        if stop is not None and stopping:
+            stop.agreed = True
+            return
         # DeepSpeed averages over accumulation and replicas; the loss is a mean over the global batch's labels.
         weight = plan.batch.accumulation * replicas / max(1, labels)
         measured: dict[str, float] = {}
@@ -112,7 +122,7 @@ def train_steps(
             measured = gradients.scale(norm, labels)
         else:
             loss_sum, norm = _update(parts, batches, weight, plan.zero_stage)
-        yield StepResult(
+        result = StepResult(
             step=step + 1,
             tokens=shape.after,
             samples=shape.samples,
@@ -127,6 +137,9 @@ def train_steps(
             seconds=time.perf_counter() - started,
             measured=measured,
         )
+        if watchdog is not None:
+            watchdog.end()
+        yield result
 
 
 def evaluate(run: RunConfig, parts: Assembly, step: int) -> EvalResult | None:
