@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -75,7 +75,7 @@ def train_steps(
     timeline: Timeline,
     first: int = 0,
     rates: Sequence[float] | None = None,
-) -> Iterator[StepResult]:
+) -> Generator[StepResult, None, None]:
     """Train steps `first` (counted from 0) to the timeline's last, yielding after each. Collective.
 
     `rates` are the learning rates of all steps from 0, and there are as many steps; without them the recipe's schedule

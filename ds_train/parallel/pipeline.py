@@ -344,6 +344,11 @@ class _Elsewhere(nn.Module):
         return (hidden_BTD,) if self._gives_tuple else hidden_BTD
 
 
+def is_elsewhere(module: nn.Module) -> bool:
+    """Whether `module` stands for one of another stage."""
+    return isinstance(module, _Elsewhere)
+
+
 def _replace(model: nn.Module, name: str) -> None:
     parent, _, child = name.rpartition(".")
     owner = model.get_submodule(parent)
