@@ -13,6 +13,7 @@ from ds_train.config.compress import CompressSection
 from ds_train.config.curriculum import CurriculumSection
 from ds_train.config.data import DataSection
 from ds_train.config.faults import FaultsSection
+from ds_train.config.health import HealthSection
 from ds_train.config.model import ModelSection
 from ds_train.config.optimizer import OptimizerSection
 from ds_train.config.parallel import ParallelSection
@@ -74,6 +75,9 @@ class RunConfig(Section):
 
     faults: FaultsSection = FaultsSection()
     """Stopping in order, and what a run that hangs does."""
+
+    health: HealthSection = HealthSection()
+    """Steps that aren't numbers, losses that leap."""
 
     track: TrackSection = TrackSection()
     """What is measured and shown."""

@@ -9,6 +9,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict
 from functools import cache
 from importlib.metadata import version
@@ -26,7 +27,8 @@ from ds_train.plan.topology import Cluster
 if TYPE_CHECKING:
     from ds_train.checkpoint.native import Saved, TrainState
     from ds_train.engine.build import Assembly
-    from ds_train.engine.loop import EvalResult, StepResult
+    from ds_train.engine.loop import StepResult
+    from ds_train.engine.watch import RunWatch
     from ds_train.engine.watchdog import Watchdog
     from ds_train.schedule.timeline import Timeline
     from ds_train.track.tracker import Tracker
@@ -71,6 +73,7 @@ def _train(run: RunConfig, plan: RunPlan, info: RankInfo, folder: Path, stop: St
     from ds_train.checkpoint import hf, native
     from ds_train.data.prepare import read_manifest
     from ds_train.engine.build import assemble
+    from ds_train.engine.watch import RunWatch
     from ds_train.engine.watchdog import Watchdog
     from ds_train.parallel.sequence import leave_sequence
     from ds_train.schedule.timeline import make_timeline
@@ -106,13 +109,15 @@ def _train(run: RunConfig, plan: RunPlan, info: RankInfo, folder: Path, stop: St
             tracker.note(f"continuing {resumed} after step {done}")
             if state is not None and state.layout != layout:
                 tracker.note(f"its states were spread by {_words(state.layout)}, and are now by {_words(layout)}")
-        session = _Session(run, plan, info, parts, tracker, folder, layout, fingerprint, stop)
+        watch = RunWatch(run, info, parts, tracker, folder, timeline, state)
+        session = _Session(run, plan, info, parts, tracker, folder, layout, fingerprint, watch, stop)
         with Watchdog(run.faults, info, folder / "faults", session.note_fault) as watchdog:
-            session.train(done, timeline, watchdog)
+            session.train(done, watchdog)
             if not stop.agreed:
                 _note_noise_scale(run, folder, tracker, info)
                 if run.checkpoint.export:
-                    card = _model_card(run, plan, folder) if info.is_main else ""
+                    step = watch.use_best()
+                    card = _model_card(run, plan, folder, step) if info.is_main else ""
                     hf.export(parts.part, tokenizer, folder / "export", card)
                     _push(run, folder / "export", tracker, info)
         exit_code = STOPPED_CODE if stop.agreed else 0
@@ -139,15 +144,16 @@ class _Session:
         folder: Path,
         layout: dict[str, Any],
         fingerprint: str,
+        watch: RunWatch,
         stop: StopRequest,
     ) -> None:
         from ds_train.checkpoint.native import Saver
 
         self.stop = stop
-        self._last: StepResult | None = None
+        self._at: tuple[int, int] | None = None  # step and tokens
         self._saved_step = 0
         self.run, self.plan, self.info, self.parts, self.tracker = run, plan, info, parts, tracker
-        self.folder, self.layout, self.fingerprint = folder, layout, fingerprint
+        self.folder, self.layout, self.fingerprint, self.watch = folder, layout, fingerprint, watch
         self.rate = _Throughput(run, parts, info)
         section = run.checkpoint
         self.saver = Saver(
@@ -159,40 +165,67 @@ class _Session:
             in_background=saves_in_background(run, info.device),
         )
 
-    def train(self, done: int, timeline: Timeline, watchdog: Watchdog) -> None:
+    def train(self, done: int, watchdog: Watchdog) -> None:
         """Steps `done` + 1 to the timeline's last, each followed by what is due after it; fewer where it is to stop."""
-        from ds_train.engine.loop import due, evaluate, train_steps
-
-        run = self.run
-        steps = train_steps(
-            run, self.plan, self.info, self.parts, timeline, done, stop=self.stop, watchdog=watchdog
-        )  # fmt: skip
-        for result in steps:
-            self._last = result
-            last = result.step == timeline.steps
-            self.rate.add(result)
-            if last or result.measured or due(run.track.log_every_steps, result.step):
-                self.tracker.log(self._record(result), result.step)
-            if last or due(run.track.eval_every_steps, result.step):
-                self._log_evaluation(evaluate(run, self.parts, result.step), result.tokens)
-            if (last and run.checkpoint.save_final) or due(run.checkpoint.every_steps, result.step):
-                self._save(result)
-            self._note_saves(self.saver.ended())
+        start = None if self.watch.patience_ended else done
+        while start is not None:
+            start = self._train_from(start, watchdog)
         if self.stop.agreed:
             self._save_and_stop(done)
         self._note_saves(self.saver.wait())
 
+    def _train_from(self, done: int, watchdog: Watchdog) -> int | None:
+        """Train to the end; or to a step that is rolled back, which gives the one to go on from."""
+        from ds_train.engine.loop import due, train_steps
+
+        run, timeline = self.run, self.watch.timeline
+        steps = train_steps(run, self.plan, self.info, self.parts, timeline, done, stop=self.stop, watchdog=watchdog)
+        with closing(steps) as results:
+            for result in results:
+                self._at = result.step, result.tokens
+                last = result.step == timeline.steps
+                self.rate.add(result)
+                if last or result.measured or due(run.track.log_every_steps, result.step):
+                    self.tracker.log(self._record(result), result.step)
+                back = self._see(result)
+                if back is not None:
+                    return back
+                evaluated = last or due(run.track.eval_every_steps, result.step)
+                better = evaluated and self._evaluate(result)
+                if self.watch.patience_ended and not last:
+                    last = True
+                    self.watch.note_early_end()
+                if better or (last and run.checkpoint.save_final) or due(run.checkpoint.every_steps, result.step):
+                    self._save(result.step, result.tokens)
+                self._note_saves(self.saver.ended())
+                if last:
+                    break
+        return None
+
+    def _see(self, result: StepResult) -> int | None:
+        """See to what isn't as usual: the step to go on from after a roll-back."""
+        verdict = self.watch.see(result)
+        if verdict.action == "go-on":
+            return None
+        self._note_saves(self.saver.wait())
+        if verdict.action == "stop":
+            raise self.watch.diagnosed(result)
+        back = self.watch.roll_back(verdict, self.saver)
+        if back is not None:
+            self._save(back, self.watch.timeline.tokens_after(back))
+        return back
+
     def _save_and_stop(self, done: int) -> None:
-        step = done if self._last is None else self._last.step
+        step, tokens = self._at or (done, 0)
         self.tracker.note(f"stopping after step {step}: {self.stop.reason or 'another rank was told to'}")
-        if self._last is not None and self._saved_step != step:
-            self._save(self._last)
+        if self._at is not None and self._saved_step != step:
+            self._save(step, tokens)
         self._note_saves(self.saver.wait())
         self.tracker.log({"kind": "stop", "step": step, "reason": self.stop.reason}, step)
 
     def note_fault(self, verdict: str) -> None:
         """Leave a word on why the run is about to end; from any thread."""
-        step = 0 if self._last is None else self._last.step
+        step = 0 if self._at is None else self._at[0]
         self.tracker.log({"kind": "fault", "step": step, "reason": verdict}, step)
 
     def _record(self, result: StepResult) -> dict[str, Any]:
@@ -202,24 +235,38 @@ class _Session:
         measured = record.pop("measured")
         return {"kind": "train", **record, **measured, **self.rate.take(), **memory(self.info.device)}
 
-    def _log_evaluation(self, scores: EvalResult | None, tokens: int) -> None:
-        if scores is not None:
-            record = {"kind": "eval", **asdict(scores), "perplexity": scores.perplexity, "tokens": tokens}
-            self.tracker.log(record, scores.step)
+    def _evaluate(self, result: StepResult) -> bool:
+        """Score what is held out; whether it is better than ever before."""
+        from ds_train.engine.continuations import continue_prompts
+        from ds_train.engine.loop import evaluate
 
-    def _save(self, result: StepResult) -> None:
+        scores = evaluate(self.run, self.parts, result.step)
+        if scores is None:
+            return False
+        better = self.watch.judge(scores)
+        record = {"kind": "eval", **asdict(scores), "perplexity": scores.perplexity, "tokens": result.tokens}
+        self.tracker.log(record | ({"best": better} if self.run.checkpoint.best else {}), result.step)
+        for prompt, text in continue_prompts(self.run, self.parts):
+            line = {"kind": "sample", "step": result.step, "tokens": result.tokens, "prompt": prompt, "text": text}
+            self.tracker.log(line, result.step)
+            self.tracker.note(f"step {result.step}: {prompt}{text}")
+        return better
+
+    def _save(self, step: int, tokens: int) -> None:
         from ds_train.checkpoint.native import TrainState
 
         state = TrainState(
-            step=result.step,
-            tokens=result.tokens,
+            step=step,
+            tokens=tokens,
             recipe=self.run.model_dump(mode="json"),
             layout=self.layout,
             versions={name: version(name) for name in ("ds_train", "torch", "deepspeed", "transformers")},
             data_fingerprint=self.fingerprint,
             wandb_id=self.tracker.wandb_id,
+            **self.watch.decided(),
         )
-        self._saved_step = result.step
+        self._saved_step = step
+        self._at = step, tokens
         self._note_saves(self.saver.save(state))
 
     def _note_saves(self, saves: Iterable[Saved]) -> None:
@@ -329,11 +376,12 @@ def _check_places(run: RunConfig, folder: Path) -> None:
             raise user_error("checkpoint.push_to", reason, fix, run.checkpoint.push_to)
 
 
-def _model_card(run: RunConfig, plan: RunPlan, folder: Path) -> str:
+def _model_card(run: RunConfig, plan: RunPlan, folder: Path, step: int) -> str:
+    """The card of the model of step `step`."""
     from ds_train.checkpoint.hf import model_card
     from ds_train.track.metrics import read_metrics
 
-    records = read_metrics(folder / "metrics.jsonl")
+    records = [record for record in read_metrics(folder / "metrics.jsonl") if record.get("step", 0) <= step]
     last = {kind: [record for record in records if record["kind"] == kind][-1:] for kind in ("train", "eval")}
     facts: dict[str, Any] = {}
     for record in last["train"]:

@@ -132,12 +132,12 @@ class Watchdog:
         # Where a thread of Python can't run, since another one holds the interpreter, this one of C still does.
         faulthandler.dump_traceback_later(1.5 * limit + 2 * _ANSWER_S, exit=True, file=sys.__stderr__ or 2)
 
-    def end(self) -> None:
-        """It has ended; what comes until the next one may take its time."""
+    def end(self, whole: bool = True) -> None:
+        """It has ended, or was given up; what comes until the next one may take its time."""
         faulthandler.cancel_dump_traceback_later()
         step, self._step = self._step, None
         seconds, self._since = time.monotonic() - self._since, time.monotonic()
-        if step is not None:
+        if step is not None and whole:
             self._pace.add(step.kind, step.tokens, seconds)
 
     def _watch(self) -> None:

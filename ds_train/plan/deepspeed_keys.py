@@ -82,6 +82,7 @@ REFUSED: dict[str, tuple[str, str]] = {
     "zero_optimization.offload_optimizer.ratio": _OWN_OPTIMIZER,
     "zero_optimization.offload_optimizer.super_offload": _OWN_OPTIMIZER,
     "zero_optimization.compute_grad_norm": ("every step reports the norm of its gradients", "leave it out"),
+    "bf16.check_grad_overflow": ("steps with non-finite gradients never reach the weights", "leave it out"),
     "zero_optimization.legacy_stage1": ("its checkpoints and losses differ from stage 1's", "leave it out"),
     "expert_parallel": _EXPERTS,
     "use_data_before_expert_parallelism": _EXPERTS,

@@ -114,6 +114,8 @@ _SEQUENCE = _above_one("parallel.sequence")
 _PATCHES = _above_one("patch.size")
 _DROPPING = _not(_at("token_drop.kind", "none"))
 _CURRICULUM = _not(_at("curriculum.kind", "none"))
+_PROMPTS = _not(_at("track.eval_prompts", ()))
+_ROLL_BACK = _at("health.on_spike", "roll-back")
 _HEADS = ("num_attention_heads", "num_key_value_heads")
 _CUT_BY_TENSOR = (*_HEADS, "hidden_size", "intermediate_size")
 # DeepSpeed's folders op_builder/{cpu,xpu,hpu} have no quantizer.
@@ -680,6 +682,48 @@ RULES: tuple[Rule | KeyRule, ...] = (
     Rule(
         "push-export", "checkpoint.push_to", _all(_given("checkpoint.push_to"), _at("checkpoint.export", False)),
         "it is the export that is uploaded", "set checkpoint.export=true, or leave it out",
+    ),
+    Rule(
+        "best-data", "checkpoint.best", _all(_given("checkpoint.best"), _nothing_held_out),
+        "nothing is held out to evaluate on", "set data.validation_fraction above 0, or leave it out",
+    ),
+    Rule(
+        "best-evaluations", "checkpoint.best", _all(_given("checkpoint.best"), _not(_given("track.eval_every_steps"))),
+        "with one evaluation at the end there is nothing to choose from", "set track.eval_every_steps",
+    ),
+    Rule(
+        "patience-best", "checkpoint.patience", _all(_given("checkpoint.patience"), _not(_given("checkpoint.best"))),
+        "no score says which evaluation is better", "set checkpoint.best=loss",
+    ),
+    Rule(
+        "eval-prompts-task", "track.eval_prompts", _all(_PROMPTS, _not(_at("task.kind", "causal-lm"))),
+        "only causal language models continue a text", "leave it out",
+    ),
+    Rule(
+        "eval-prompts-data", "track.eval_prompts", _all(_PROMPTS, _nothing_held_out),
+        "nothing is held out, so there are no evaluations", "set data.validation_fraction above 0, or leave it out",
+    ),
+    Rule(
+        "eval-prompts-layout", "track.eval_prompts", _all(_PROMPTS, _any(_PIPELINE, _TENSOR, _SEQUENCE)),
+        "one rank can't generate while its parts of the model are on others",
+        "leave it out, or use data ranks with any parallel.zero_stage; track.sample_prompt samples the export",
+    ),
+    Rule(
+        "roll-back-saves", "health.on_spike", _all(_ROLL_BACK, _not(_given("checkpoint.every_steps"))),
+        "there is no checkpoint to go back to before the end", "set checkpoint.every_steps, or health.on_spike=note",
+    ),
+    Rule(
+        "roll-back-kept", "health.spike_steps",
+        lambda f: _ROLL_BACK(f) and f.run.checkpoint.every_steps
+        and f.run.health.spike_steps - 1 > (f.run.checkpoint.keep_last - 1) * f.run.checkpoint.every_steps,
+        "when a spike is known, the checkpoint before it is gone",
+        lambda f: "raise checkpoint.keep_last to "
+        f"{-(-(f.run.health.spike_steps - 1) // (f.run.checkpoint.every_steps or 1)) + 1}, or set it to 1",
+    ),
+    Rule(
+        "roll-back-nvme", "health.on_spike", _all(_ROLL_BACK, _nvme),
+        "states on nvme are read from a checkpoint when a run starts, not in the middle of one",
+        "set health.on_spike=note, or offload to cpu",
     ),
     Rule(
         "save-nvme", "checkpoint.asynchronous", _all(_at("checkpoint.asynchronous", True), _nvme),

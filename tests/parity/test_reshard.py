@@ -103,7 +103,6 @@ def check_pairs(folder: Path, model: str, pairs: list[tuple[str, str]], **change
                 apart.append(f"{source} to {target}: {furthest:.1e}, {found.tolist()} instead of {expected.tolist()}")
             same_states(checkpoint, next((folder / root / target / "resaved").glob("step-*")))
 
-
     assert not apart, "\n".join(apart)
 
 
