@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -272,6 +273,88 @@ def lr_find(
             print(f"{record['seconds']:.0f} s; {Path(run.run_root).expanduser() / run.name}/lr-find.json and .png")
 
     sys.exit(run_to_exit_code(body))
+
+
+Hostfile = Annotated[
+    Path | None, typer.Option("--hostfile", "-H", help="Hosts, `name slots=N` a line; this machine without it.")
+]
+Include = Annotated[str, typer.Option("--include", "-i", help="Hosts and slots to use: worker-0@worker-1:0,2.")]
+Exclude = Annotated[str, typer.Option("--exclude", "-e", help="Hosts and slots not to use.")]
+Ranks = Annotated[
+    int | None, typer.Option(min=1, help="Ranks in all; every slot without it, every device of this machine, or 1.")
+]
+MasterAddr = Annotated[
+    str | None, typer.Option(help="Address of the first host that ranks meet at; the one ssh reaches it by.")
+]
+MasterPort = Annotated[
+    int | None, typer.Option(min=1, max=65535, help="Port that ranks meet at; a free one where it is taken.")
+]
+
+
+@app.command()
+def launch(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    hostfile: Hostfile = None,
+    include: Include = "",
+    exclude: Exclude = "",
+    ranks: Ranks = None,
+    master_addr: MasterAddr = None,
+    master_port: MasterPort = None,
+) -> None:
+    """Train a recipe on this machine or on the hosts of a hostfile. Exits with the first failing rank's code.
+
+    Hosts and plan are looked at first; nothing is started where a launch would fail.
+    """
+    run = load(recipe, overrides or [])
+    from ds_train.engine import survey
+    from ds_train.engine.launch import run as run_ranks
+    from ds_train.plan.clusters import cluster_of_hosts
+    from ds_train.plan.make import make_plan
+
+    hosts = survey.hosts_of(hostfile, include, exclude, ranks)
+    found = survey.survey(hosts, master_port, run, recipe)
+    survey.refuse(found.findings())
+    world = found.world(master_addr)
+    cluster = cluster_of_hosts([(host.name, len(host.slots)) for host in hosts])
+    make_plan(run, replace(cluster, device=world.device, here=not world.remote))
+    print(survey.describe(world), flush=True)
+    ended = run_ranks(world, ["ds_train.engine", recipe, *(overrides or [])])
+    # What the user did wrong has been said by the rank that met it.
+    if ended.code not in (0, EXIT_CODE):
+        print(f"error: {ended}", file=sys.stderr)
+    sys.exit(ended.code)
+
+
+@app.command()
+def doctor(
+    recipe: Annotated[str, typer.Argument(help="Path of a YAML recipe, to see that it runs there.")] = "",
+    overrides: Overrides = None,
+    hostfile: Hostfile = None,
+    include: Include = "",
+    exclude: Exclude = "",
+    ranks: Ranks = None,
+    master_addr: MasterAddr = None,
+    master_port: MasterPort = None,
+    as_json: AsJson = False,
+) -> None:
+    """Would a launch on these hosts work? A line a finding, with the fix; exit code 1 when it would fail."""
+    from dataclasses import asdict
+
+    run = load(recipe, overrides or []) if recipe else None
+    from ds_train.engine.doctor import examine
+    from ds_train.engine.survey import hosts_of
+
+    hosts = hosts_of(hostfile, include, exclude, ranks)
+    found = []
+    for finding in examine(hosts, run, recipe, master_addr, master_port):
+        found.append(finding)
+        if not as_json:
+            print(finding, flush=True)
+    failed = any(finding.level == "fail" for finding in found)
+    if as_json:
+        print(json.dumps({"ok": not failed, "findings": [asdict(finding) for finding in found]}, indent=2))
+    sys.exit(1 if failed else 0)
 
 
 Checkpoint = Annotated[Path, typer.Argument(help="RUN/checkpoints/step-*, of any layout.")]

@@ -57,20 +57,22 @@ class Answer:
 
 
 def ask(requests: Mapping[str, str], module: str, arguments: Sequence[str], timeout_s: float) -> dict[str, Answer]:
-    """Run `module` on every host at once, each with its request on its standard input. Hosts that fail have a problem."""
+    """Run `module` on every host at once, with its request as standard input. Hosts that fail have a problem."""
 
     def one(host: str) -> Answer:
         asked = time.time()
-        command = module_command(host, module, arguments)
+        output, problem = "", None
         try:
             done = subprocess.run(
-                command, input=requests[host], capture_output=True, text=True, errors="replace", timeout=timeout_s
-            )
+                module_command(host, module, arguments),
+                input=requests[host], capture_output=True, text=True, errors="replace", timeout=timeout_s,
+            )  # fmt: skip
+            output = done.stdout
+            if done.returncode:
+                problem = explain(host, done.returncode, done.stderr)
         except subprocess.TimeoutExpired:
             problem = Problem(host, f"no answer within {timeout_s:.0f} s", _is_up(host))
-            return Answer(host, "", problem, asked, time.time())
-        problem = None if done.returncode == 0 else explain(host, done.returncode, done.stderr)
-        return Answer(host, done.stdout, problem, asked, time.time())
+        return Answer(host, output, problem, asked, time.time())
 
     with ThreadPoolExecutor(max_workers=min(_FAN_OUT, max(1, len(requests)))) as pool:
         return dict(zip(requests, pool.map(one, requests), strict=True))

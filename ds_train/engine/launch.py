@@ -1,7 +1,7 @@
 """Starting a training program as ranks on this machine or on the hosts of a hostfile, and ending all of them together.
 
-DeepSpeed's launcher starts the ranks of each host. Its front end (launcher/runner.py) is not used: it exits with 0 when a
-launcher is killed by a signal, takes a misspelt hostfile for none, tries ssh on the first host only, puts the
+DeepSpeed's launcher starts the ranks of each host. Its front end (launcher/runner.py) is not used: it exits with 0 when
+a launcher is killed by a signal, takes a misspelt hostfile for none, tries ssh on the first host only, puts the
 environment on command lines that anybody can list, and leaves the other hosts running when one is lost.
 """
 
@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import IO, Any
 
@@ -60,7 +60,7 @@ class World:
 
 
 def launcher_command(world: World, node: int, program: Sequence[str]) -> list[str]:
-    """The argv of DeepSpeed's launcher for the ranks of `world.hosts[node]`; `program` is a module and its arguments."""
+    """The argv of DeepSpeed's launcher on `world.hosts[node]`; `program` is a module and its arguments."""
     slots = {host.name: list(host.slots) for host in world.hosts}
     encoded = base64.urlsafe_b64encode(json.dumps(slots).encode()).decode()
     return [
@@ -89,10 +89,21 @@ class Ended:
 
 
 class Launch:
-    """The ranks of `program` (a module and its arguments) on the hosts of `world`, started by the constructor."""
+    """The ranks of `program` (a module and its arguments) on the hosts of `world`, started by the constructor.
 
-    def __init__(self, world: World, program: Sequence[str], environ: Mapping[str, str] | None = None) -> None:
+    Lines that they print go to `say` with the host's name. Without it the first host writes to this process's own
+    output (its rank 0 speaks for all), and what others say is marked with their names.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        program: Sequence[str],
+        environ: Mapping[str, str] | None = None,
+        say: Callable[[str, str], None] | None = None,
+    ) -> None:
         self.world = world
+        self._say = say
         self._words: dict[str, str] = {}
         self._threads: list[threading.Thread] = []
         environment = carried_environment(os.environ if environ is None else environ, world.device)
@@ -109,8 +120,7 @@ class Launch:
             self._processes[host.name] = self._start(host.name, first=node == 0, spec=spec)
 
     def _start(self, host: str, first: bool, spec: Mapping[str, Any]) -> subprocess.Popen[bytes]:
-        """The first host speaks for all (rank 0 does); what others say is marked with their names."""
-        output, errors = (None, None) if first else (subprocess.PIPE, subprocess.STDOUT)
+        output, errors = (None, None) if first and self._say is None else (subprocess.PIPE, subprocess.STDOUT)
         process = subprocess.Popen(
             module_command(host, "ds_train.engine.agent"),
             stdin=subprocess.PIPE,
@@ -142,7 +152,10 @@ class Launch:
         for line in pipe:
             text = line.decode(errors="replace").rstrip()
             self._words[host] = text
-            print(f"{host}: {text}", file=sys.stderr, flush=True)
+            if self._say is not None:
+                self._say(host, text)
+            else:
+                print(f"{host}: {text}", file=sys.stderr, flush=True)
 
     def wait(self) -> Ended:
         """Until all ranks have ended. When a host fails or is lost, the others are ended."""

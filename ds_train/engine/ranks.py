@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from ds_train.engine.schedulers import scheduler_place
 from ds_train.errors import EXIT_CODE, STOPPED_CODE, Stopped, UserError
 from ds_train.plan.topology import Device, device_here, known_device
 
@@ -47,7 +48,11 @@ class RankInfo:
 
 
 def rank_info() -> RankInfo:
-    """This process's place. Outside of a launcher it is the only rank. Imports no torch."""
+    """This process's place, also where Slurm or OpenMPI started it. Outside of a launcher it is the only rank.
+
+    Imports no torch.
+    """
+    os.environ.update(scheduler_place(os.environ))
     env = os.environ
     ranks = int(env.get("WORLD_SIZE", 1))
     named = env.get("DS_ACCELERATOR")
@@ -60,7 +65,7 @@ def rank_info() -> RankInfo:
     )
 
 
-def meet(info: RankInfo) -> None:
+def meet(info: RankInfo, timeout: timedelta = MEETING_TIMEOUT) -> None:
     """Initialise torch.distributed through DeepSpeed, quietly and without compiling anything."""
     os.environ["DS_ACCELERATOR"] = info.device
     for key, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
@@ -77,7 +82,7 @@ def meet(info: RankInfo) -> None:
     deepspeed.ops.__compatible_ops__[ShareMemCommBuilder.NAME] = False
     # Before the first collective: groups of NCCL belong to a device.
     get_accelerator().set_device(info.local_rank)
-    deepspeed.init_distributed(timeout=MEETING_TIMEOUT, verbose=False)
+    deepspeed.init_distributed(timeout=timeout, verbose=False)
 
 
 def return_freed_memory() -> None:

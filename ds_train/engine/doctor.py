@@ -1,0 +1,187 @@
+"""`ds-train doctor`: would a launch on these hosts work? Every host is asked at once, and each finding is a line."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import threading
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from ds_train.config import RunConfig
+from ds_train.engine import collective
+from ds_train.engine.findings import Facts, Finding, clocks, interfaces, together
+from ds_train.engine.hosts import LOCALHOST, ask, module_command
+from ds_train.engine.launch import Launch, World
+from ds_train.engine.survey import Survey, checkpoint_bytes, needs, survey
+from ds_train.errors import UserError
+from ds_train.plan.hostfile import Host
+from ds_train.plan.make import make_plan
+from ds_train.plan.topology import Cluster
+
+_BUILD_TIMEOUT_S = 600.0
+_MEET_TIMEOUT_S = 60.0
+
+
+def examine(
+    hosts: Sequence[Host],
+    run: RunConfig | None = None,
+    recipe: str = "",
+    address: str | None = None,
+    port: int | None = None,
+) -> Iterator[Finding]:
+    """Findings, as they are made: the hosts themselves, the recipe on them, what they see of each other, a collective.
+
+    What can't be tried because of an earlier failure is left out, with a note.
+    """
+    surveyed = survey(hosts, port, run, recipe)
+    planned, parameters = _plan(surveyed, run)
+    failed = False
+    for finding in [
+        *surveyed.findings(checkpoint_bytes(parameters)),
+        *clocks(surveyed.answers, surveyed.facts),
+        *planned,
+    ]:
+        failed |= finding.level == "fail"
+        yield finding
+    for finding in _kernels(surveyed):
+        failed |= finding.level == "fail"
+        yield finding
+    unanswered = len(surveyed.facts) < len(hosts)
+    if unanswered:
+        yield Finding("note", "network", "ports, folders and a collective are tried when every host answers")
+        return
+    try:
+        world = surveyed.world(address)
+    except UserError as error:
+        yield from (Finding("fail", "network", problem.reason, fix=problem.fix) for problem in error.problems)
+        return
+    if world.remote:
+        for finding in _meeting(surveyed, world, needs(run)["folders"]):
+            failed |= finding.level == "fail"
+            yield finding
+    if failed:
+        yield Finding("note", "collective", "tried when nothing else fails")
+    else:
+        yield _collective(world)
+
+
+def _plan(surveyed: Survey, run: RunConfig | None) -> tuple[list[Finding], int | None]:
+    """What the recipe's plan on these hosts says, and its parameters."""
+    if run is None or not surveyed.facts:
+        return [], None
+    slots = {len(host.slots) for host in surveyed.hosts}
+    if len(slots) > 1:
+        text = (
+            f"hosts differ in their slots: {', '.join(f'{host.name} has {len(host.slots)}' for host in surveyed.hosts)}"
+        )
+        return [Finding("fail", "recipe", text, fix="give each host as many slots, or use --include")], None
+    on_host, device = slots.pop(), next(iter(surveyed.facts.values()))["device"]
+    cluster = Cluster(on_host * len(surveyed.hosts), on_host, device, here=surveyed.hosts[0].name == LOCALHOST)
+    try:
+        plan = make_plan(run, cluster)
+    except UserError as error:
+        return [Finding("fail", "recipe", str(problem)) for problem in error.problems], None
+    degrees = ", ".join(f"{name} {getattr(plan.layout, name)}" for name in ("pipe", "data", "sequence", "tensor"))
+    found = [Finding("ok", "recipe", f"{cluster.ranks} ranks as {degrees}, ZeRO-{plan.zero_stage}")]
+    return [*found, *(Finding("note", "recipe", note) for note in plan.notes)], plan.parameters
+
+
+def _kernels(surveyed: Survey) -> list[Finding]:
+    """Build the kernels of every host that answered, all at once."""
+    answers = ask(dict.fromkeys(surveyed.facts, ""), "ds_kernels", (), _BUILD_TIMEOUT_S)
+    found, kinds = [], {}
+    for name, answer in answers.items():
+        if answer.problem is not None:
+            found.append(Finding("fail", "kernels", answer.problem.reason, name, "run `python -m ds_kernels` there"))
+            continue
+        words = answer.output.strip().splitlines()[0]
+        kinds[name] = words.partition(" ")[0]
+        if kinds[name] == "torch":
+            found.append(Finding("warn", "kernels", f"torch's optimizers run: {words}", name, "install g++ there"))
+    if len(set(kinds.values())) > 1:
+        text = (
+            f"hosts differ: {', '.join(f'{name} {kind}' for name, kind in kinds.items())}; its steps are the slowest's"
+        )
+        found.append(Finding("note", "kernels", text))
+    elif kinds and not found:
+        found.append(
+            Finding("ok", "kernels", f"{next(iter(kinds.values()))}, built on {len(kinds)} of {len(kinds)} hosts")
+        )
+    return found
+
+
+def _meeting(surveyed: Survey, world: World, folders: Sequence[str]) -> list[Finding]:
+    """Listen on the first host and let all others connect, and look for what it writes."""
+    first = world.hosts[0].name
+    request = {"port": world.port, "folders": folders, "mark": uuid.uuid4().hex}
+    with _listening(first, request) as ready:
+        if not ready:
+            text = f"it can't listen on port {world.port}"
+            return [Finding("fail", "port", text, first, "give a free one with --master-port")]
+        question = json.dumps({"address": world.address, "port": world.port, "marks": ready["marks"]})
+        answers = ask({host.name: question for host in world.hosts}, "ds_train.engine.probe", ["meet"], _MEET_TIMEOUT_S)
+    found = [
+        Finding("fail", "ssh", answer.problem.reason, name, answer.problem.fix)
+        for name, answer in answers.items()
+        if answer.problem is not None
+    ]
+    met: dict[str, Facts] = {name: json.loads(each.output) for name, each in answers.items() if each.problem is None}
+    leads = {name: each["interface"] for name, each in met.items()}
+    return [*found, *together(first, world.port, met), *interfaces(surveyed.facts, leads, os.environ)]
+
+
+@contextlib.contextmanager
+def _listening(host: str, request: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """The listener's first words, while it listens; empty where it can't."""
+    process = subprocess.Popen(
+        module_command(host, "ds_train.engine.probe", ["listen"]),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    watch = threading.Timer(_MEET_TIMEOUT_S, process.kill)
+    watch.start()
+    try:
+        process.stdin.write(json.dumps(request) + "\n")
+        process.stdin.flush()
+        yield json.loads(process.stdout.readline() or "{}")
+    except BrokenPipeError:
+        yield {}
+    finally:
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.close()
+        try:
+            process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        watch.cancel()
+        process.stdout.close()
+
+
+def _collective(world: World) -> Finding:
+    """A real all-reduce of all ranks."""
+    lines: list[str] = []
+    launch = Launch(world, ["ds_train.engine.collective"], say=lambda host, line: lines.append(f"{host}: {line}"))
+    timer = threading.Timer(collective.TIMEOUT_S + 30, launch.stop, (0.0,))
+    timer.start()
+    ended = launch.wait()
+    timer.cancel()
+    result = next((line.partition(collective.RESULT)[2] for line in lines if collective.RESULT in line), None)
+    fix = "see that hosts reach one another on all ports, and which interface GLOO_SOCKET_IFNAME names"
+    if ended.code or result is None:
+        words = next((line for line in reversed(lines) if "Error" in line), lines[-1] if lines else str(ended))
+        return Finding("fail", "collective", f"{world.ranks} ranks can't talk to one another: {words}", fix=fix)
+    record = json.loads(result)
+    if not record["right"]:
+        return Finding("fail", "collective", f"{world.ranks} ranks all-reduce to a wrong sum", fix=fix)
+    size, rate, latency = record["bytes"] / 2**20, record["bytes_per_second"] / 1e9, record["latency_s"] * 1e6
+    text = f"{world.ranks} ranks all-reduce {size:.0f} MiB at {rate:.2f} GB/s, 1 KiB in {latency:,.0f} us"
+    return Finding("ok", "collective", text)
