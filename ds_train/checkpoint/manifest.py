@@ -45,6 +45,16 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     return manifest if isinstance(manifest, dict) and isinstance(manifest.get("files"), dict) else None
 
 
+def newest_step(checkpoints: Path) -> int:
+    """The last step of which there is a checkpoint with a manifest; 0 where there is none."""
+    steps = [0]
+    for manifest in checkpoints.glob(f"step-*/{MANIFEST}"):
+        number = manifest.parent.name.removeprefix("step-")
+        if number.isdigit():
+            steps.append(int(number))
+    return max(steps)
+
+
 def damage(folder: Path, first: int = 0, every: int = 1) -> str | None:
     """What is wrong with the files of `folder`, in a phrase; None if every one is as the manifest says.
 
