@@ -115,18 +115,29 @@ def _heard_elsewhere(number: int, frame: FrameType | None) -> None:
 
 
 _hearing: list[StopRequest] = []
+_mask = threading.local()
+
+
+def _hold() -> None:
+    """Before a fork: a signal to the child must not be heard while it still has this process's pipe."""
+    _mask.before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+
+def _release() -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, _mask.before)
 
 
 def _forget() -> None:
-    """A forked child is no rank: what ends it is not meant for the run, whose pipe it shares."""
+    """A forked child is no rank: what ends it is not meant for the run."""
     if _hearing:
         signal.set_wakeup_fd(-1)
         for number in SIGNALS:
             signal.signal(number, signal.SIG_DFL)
         _hearing.clear()
+    _release()
 
 
-os.register_at_fork(after_in_child=_forget)
+os.register_at_fork(before=_hold, after_in_parent=_release, after_in_child=_forget)
 
 
 def _launchers() -> list[psutil.Process]:

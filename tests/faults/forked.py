@@ -18,7 +18,8 @@ Act = dict[str, Any]
 
 
 def act(rank: int, at: str, do: str = "SIGKILL", when: str = "before", call: int = 1, delay: float = 0.0) -> Act:
-    """What strikes `rank`: a signal, or `hang`, before, during (`delay` seconds later) or after a call of `at`."""
+    """What strikes `rank` before, during (`delay` seconds later) or after call number `call` of the function `at`: a
+    signal, `hang`, or `spoil` a weight of what the function gave."""
     return {"rank": rank, "at": at, "do": do, "when": when, "call": call, "delay": delay}
 
 
@@ -52,14 +53,20 @@ class Zygote:
 
     def start(
         self, recipe: Path, *overrides: str, acts: Sequence[Act] = (), ranks: int = 2, timeout_s: float = 120,
-        settle_s: float = 20, user: int | None = None,
+        settle_s: float = 20, user: int | None = None, own_overrides: dict[int, list[str]] | None = None,
     ) -> Launch:  # fmt: skip
-        """Start ranks that train `recipe`; after one has ended badly, the others get `settle_s`."""
+        """Start ranks that train `recipe`; after one has ended badly, the others get `settle_s`.
+
+        Args:
+            user: id of the user that they become.
+            own_overrides: overrides of single ranks.
+        """
         self._count += 1
         logs = self._logs / f"launch{self._count:03d}"
         launch = {
             "ranks": ranks, "recipe": str(recipe), "overrides": overrides, "acts": list(acts), "logs": str(logs),
             "timeout_s": timeout_s, "settle_s": settle_s, "user": user, "port": free_port(),
+            "own_overrides": own_overrides or {},
         }  # fmt: skip
         assert self._process.stdin is not None
         assert self._process.stdout is not None

@@ -27,12 +27,15 @@ WARM = (
 )  # fmt: skip
 
 
-def strike(act: Mapping[str, Any]) -> None:
-    """Do what an act says to this process: a signal's name, or `hang`."""
-    time.sleep(act.get("delay", 0.0))
+def strike(act: Mapping[str, Any], result: Any = None) -> None:
+    """Do what an act says to this process: a signal's name, `hang`, or `spoil` a weight of what the function gave."""
+    time.sleep(act["delay"])
     if act["do"] == "hang":
         time.sleep(3600)
-    os.kill(os.getpid(), getattr(signal, act["do"]))
+    elif act["do"] == "spoil":
+        next(result.model.parameters()).data.view(-1)[3] += 1e-3
+    else:
+        os.kill(os.getpid(), getattr(signal, act["do"]))
 
 
 def lay(act: Mapping[str, Any]) -> None:
@@ -43,7 +46,7 @@ def lay(act: Mapping[str, Any]) -> None:
     for part in outer:
         holder = getattr(holder, part)
     original: Callable[..., Any] = getattr(holder, name)
-    left = [act.get("call", 1)]
+    left = [act["call"]]
 
     def struck(*arguments: Any, **keywords: Any) -> Any:
         left[0] -= 1
@@ -55,7 +58,7 @@ def lay(act: Mapping[str, Any]) -> None:
             strike(act)
         result = original(*arguments, **keywords)
         if act["when"] == "after":
-            strike(act)
+            strike(act, result)
         return result
 
     setattr(holder, name, struck)
@@ -76,7 +79,7 @@ def be_rank(rank: int, launch: Mapping[str, Any]) -> int:
         os.setuid(launch["user"])
     from ds_train.engine.job import run_job
 
-    return run_job(launch["recipe"], launch["overrides"])
+    return run_job(launch["recipe"], [*launch["overrides"], *launch["own_overrides"].get(str(rank), ())])
 
 
 def fork(rank: int, launch: Mapping[str, Any]) -> int:

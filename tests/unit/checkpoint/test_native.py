@@ -93,6 +93,18 @@ def test_every_harm_to_every_file_is_noticed(tmp_path: Path, file: str, harm: st
     assert found.name == "step-00000005"
 
 
+def test_every_bit_of_the_manifest_counts(tmp_path: Path) -> None:
+    path = save(tmp_path, 5).path / MANIFEST
+    content = path.read_bytes()
+    assert damage(path.parent) is None
+    for place in range(len(content)):
+        for bit in range(8):
+            path.write_bytes(content[:place] + bytes([content[place] ^ 1 << bit]) + content[place + 1 :])
+            assert damage(path.parent) is not None, (place, bit)
+        path.write_bytes(content[:place])
+        assert damage(path.parent) is not None, place
+
+
 @pytest.fixture
 def small_disk() -> Iterator[None]:
     """No file may grow beyond 100 bytes, as on a disk that is full."""
