@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RANKS ?= 2
 RECIPE ?= ds_configs/quickstart.yaml
 
-.PHONY: install install-dev train kernels test lint format parity reshard families planner bench clean
+.PHONY: install install-dev train kernels test lint format parity reshard faults families planner bench clean
 
 # torch comes first and alone: a later install would replace its CPU build by a CUDA one of several GB.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -53,6 +53,10 @@ parity: install-dev
 # Checkpoints of 8 layouts, each continued on every other one, for two families (an hour on 2 cores).
 reshard: install-dev
 	$(BIN)/pytest tests/parity/test_reshard.py -m "parity or exhaustive"
+
+# Ranks that are killed, stopped, hung or told to stop, damaged files, full disks (about 40 minutes on 2 cores).
+faults: install-dev
+	$(BIN)/pytest tests/faults -m "faults or not faults"
 
 # docs/families.md: which model families train in a pipeline and with tensor ranks (half an hour on 2 cores).
 families: install-dev

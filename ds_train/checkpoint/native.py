@@ -288,16 +288,19 @@ def open_fragments(checkpoint: Path) -> FragmentFiles:
 
 
 def check_resumable(state: TrainState, recipe: Mapping[str, Any], data_fingerprint: str) -> None:
-    """Refuse to continue a checkpoint under a recipe that means another run. The layout may be any.
+    """Refuse to continue a checkpoint under a recipe that means another run. The layout may be any, and so may the
+    place of data whose content is the same.
 
     Raises:
         UserError: naming every key that differs and both values.
     """
+    same_data = state.data_fingerprint == data_fingerprint
     problems = [
         Problem(key, f"the checkpoint was made with {old}", "restore it, or set another `name` to start anew", new)
         for key, old, new in _differences(state.recipe, recipe)
+        if not (same_data and key in _PLACES_OF_DATA)
     ]
-    if not problems and state.data_fingerprint != data_fingerprint:
+    if not problems and not same_data:
         problems = [Problem("data", "the prepared data has changed since the checkpoint", "restore the source files")]
     if problems:
         raise UserError(problems)
@@ -344,6 +347,9 @@ _FREE = (
     "data.workers",
     "optimizer.kernel",
 )
+
+
+_PLACES_OF_DATA = ("data.path", "data.validation_path")
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:

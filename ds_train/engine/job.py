@@ -99,16 +99,7 @@ def _train(run: RunConfig, plan: RunPlan, info: RankInfo, folder: Path, stop: St
     tracker = Tracker(run, plan.to_dict(), folder, info.is_main, timeline.steps, done, wandb_id)
     exit_code = 1
     try:
-        tracker.note(f"optimizer kernel: {parts.kernel}")
-        if parts.part.stage_layers:
-            tracker.note(f"layers of the pipeline's stages: {', '.join(map(str, parts.part.stage_layers))}")
-        if parts.data.packing_efficiency is not None:
-            efficiency = parts.data.packing_efficiency
-            tracker.note(f"{run.data.packing_by} packing: {efficiency:.2%} of the windows' tokens are text")
-        if resumed is not None:
-            tracker.note(f"continuing {resumed} after step {done}")
-            if state is not None and state.layout != layout:
-                tracker.note(f"its states were spread by {_words(state.layout)}, and are now by {_words(layout)}")
+        _note_start(run, parts, tracker, layout, resumed, state)
         watch = RunWatch(run, info, parts, tracker, folder, timeline, state)
         session = _Session(run, plan, info, parts, tracker, folder, layout, fingerprint, watch, stop)
         with Watchdog(run.faults, info, folder / "faults", session.note_fault) as watchdog:
@@ -129,6 +120,30 @@ def _train(run: RunConfig, plan: RunPlan, info: RankInfo, folder: Path, stop: St
         raise Stopped
     if info.is_main:
         _farewell(run, folder)
+
+
+def _note_start(
+    run: RunConfig, parts: Assembly, tracker: Tracker, layout: dict[str, Any], resumed: Path | None,
+    state: TrainState | None,
+) -> None:  # fmt: skip
+    """Say what a run begins with, and what it goes on from."""
+    from ds_train.engine.contract import versions
+
+    tracker.note(f"optimizer kernel: {parts.kernel}")
+    if parts.part.stage_layers:
+        tracker.note(f"layers of the pipeline's stages: {', '.join(map(str, parts.part.stage_layers))}")
+    if parts.data.packing_efficiency is not None:
+        efficiency = parts.data.packing_efficiency
+        tracker.note(f"{run.data.packing_by} packing: {efficiency:.2%} of the windows' tokens are text")
+    if state is None:
+        return
+    tracker.note(f"continuing {resumed} after step {state.step}")
+    if state.layout != layout:
+        tracker.note(f"its states were spread by {_words(state.layout)}, and are now by {_words(layout)}")
+    for name, now in versions().items():
+        before = state.versions.get(name, now)
+        if before != now:
+            tracker.note(f"it was made with {name} {before}, and goes on with {now}: last bits may differ")
 
 
 class _Session:
@@ -254,13 +269,14 @@ class _Session:
 
     def _save(self, step: int, tokens: int) -> None:
         from ds_train.checkpoint.native import TrainState
+        from ds_train.engine.contract import versions
 
         state = TrainState(
             step=step,
             tokens=tokens,
             recipe=self.run.model_dump(mode="json"),
             layout=self.layout,
-            versions={name: version(name) for name in ("ds_train", "torch", "deepspeed", "transformers")},
+            versions=versions(),
             data_fingerprint=self.fingerprint,
             wandb_id=self.tracker.wandb_id,
             **self.watch.decided(),

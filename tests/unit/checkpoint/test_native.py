@@ -237,6 +237,10 @@ def test_what_may_and_what_may_not_change_on_resume() -> None:
     native.check_resumable(saved, recipe | {"track": {"wandb": "online"}}, "abc")
     native.check_resumable(saved, recipe | {"data": {"source": "text", "workers": 4}}, "abc")
     native.check_resumable(saved, recipe | {"optimizer": {"betas": (0.9, 0.95)}}, "abc")
+    moved = recipe | {"data": {"source": "text", "workers": 1, "path": "/elsewhere"}}
+    native.check_resumable(saved, moved, "abc")
+    with pytest.raises(UserError, match=r"data\.path=/elsewhere: the checkpoint was made with None"):
+        native.check_resumable(saved, moved, "xyz")
     with pytest.raises(UserError, match=r"(?s)data.source=stdlib.*made with text.*seed=2"):
         native.check_resumable(saved, recipe | {"seed": 2, "data": {"source": "stdlib"}}, "abc")
     with pytest.raises(UserError, match="data has changed"):
