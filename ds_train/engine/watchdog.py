@@ -8,6 +8,7 @@ met, since collectives are what hangs. Nothing is added to a step but two readin
 from __future__ import annotations
 
 import faulthandler
+import itertools
 import json
 import os
 import socket
@@ -153,26 +154,30 @@ class Watchdog:
 
     def _beat(self) -> None:
         """Say that this rank is there, listen for an alarm; rank 0 looks whether the others are there."""
-        store, started = self._connect(), time.monotonic()
-        heard = dict.fromkeys(range(1, self._info.ranks), (b"", started)) if self._info.is_main else {}
-        count = 0
-        while not self._closing.wait(self._look_every_s):
-            try:
-                count += 1
-                store.set(f"beat/{self._info.rank}", str(count))
-                if store.check(["alarm"]):
-                    self._alarm = store.get("alarm").decode()
+        others = range(1, self._info.ranks) if self._info.is_main else ()
+        heard = dict.fromkeys(others, (b"", time.monotonic()))
+        beats = itertools.count()
+        try:
+            store = self._connect()
+            while not self._closing.wait(self._look_every_s):
+                store.set(f"beat/{self._info.rank}", str(next(beats)))
+                self._alarm = store.get("alarm").decode() if store.check(["alarm"]) else self._silent(store, heard)
+                if self._alarm is not None:
                     return
-                self._answered = now = time.monotonic()
-                for rank, (before, since) in heard.items():
-                    beat = store.get(f"beat/{rank}") if before or store.check([f"beat/{rank}"]) else b""
-                    if beat != before:
-                        heard[rank] = beat, now
-                    elif now - since > self._section.late_floor_seconds:
-                        self._alarm = f"rank {rank} hasn't answered for {now - since:.0f} s"
-                        return
-            except RuntimeError:  # the store is gone, and with it rank 0: `_watch` will say so
-                return
+                self._answered = time.monotonic()
+        except RuntimeError:  # the store is gone, and with it rank 0: `_watch` will say so
+            return
+
+    def _silent(self, store: Store, heard: dict[int, tuple[bytes, float]]) -> str | None:
+        """Which rank has said nothing for too long; `heard` are the last words of each, and since when they're known."""
+        now = time.monotonic()
+        for rank, (before, since) in heard.items():
+            beat = store.get(f"beat/{rank}") if before or store.check([f"beat/{rank}"]) else b""
+            if beat != before:
+                heard[rank] = beat, now
+            elif now - since > self._section.late_floor_seconds:
+                return f"rank {rank} hasn't answered for {now - since:.0f} s"
+        return None
 
     def _connect(self) -> Store:
         """A connection of its own to the store of rank 0: the main thread's may be in use by what hangs."""
@@ -184,6 +189,13 @@ class Watchdog:
 
     def _end(self, reason: str) -> None:
         """Write down where this rank is, hear and tell where the others are, and end the process."""
+        try:
+            self._tell_all(reason)
+        except Exception:  # whatever it is, the run must not go on hanging
+            traceback.print_exc()
+        os._exit(HUNG_CODE)
+
+    def _tell_all(self, reason: str) -> None:
         faulthandler.cancel_dump_traceback_later()
         report = self._report()
         self._write_stacks(reason, report)
@@ -195,7 +207,6 @@ class Watchdog:
         if self._info.is_main or not verdict:
             lost = f"{reason}; rank 0 gives no answer: dead, stopped, or its host is gone"
             self._say(verdict[0] if verdict else lost, report)
-        os._exit(HUNG_CODE)
 
     def _say(self, verdict: str, report: Report) -> None:
         if self._info.is_main:
@@ -318,24 +329,29 @@ def _in_collective(frame: FrameType) -> bool:
     return any(part in entry.filename for entry in stack[-8:] for part in _COLLECTIVES)
 
 
-def _flight_record() -> Mapping[str, Any]:
-    """What torch's flight recorder has kept of the collectives; empty in versions that have none."""
+def _flight_records() -> Iterator[Mapping[str, Any]]:
+    """What torch's flight recorders have kept of the collectives, NCCL's and the others'."""
     from torch._C import _distributed_c10d
 
-    dump = getattr(_distributed_c10d, "_dump_fr_trace_json", None)
-    record: Mapping[str, Any] = json.loads(dump()) if dump is not None else {}
-    return record
+    for name in ("_dump_nccl_trace_json", "_dump_fr_trace_json"):
+        dump = getattr(_distributed_c10d, name, None)
+        if dump is not None:
+            yield json.loads(dump())
 
 
 def _begun() -> dict[str, int]:
     """Collectives begun in each group so far."""
-    status = _flight_record().get("pg_status", {})
-    return {group: int(counts["last_enqueued_collective"]) for group, counts in status.items()}
+    return {
+        group: int(counts["last_enqueued_collective"])
+        for record in _flight_records()
+        for group, counts in record.get("pg_status", {}).items()
+    }
 
 
 def _last_collectives(most: int = 20) -> Iterator[str]:
-    for entry in list(_flight_record().get("entries", ()))[-most:]:
-        yield (
-            f"{entry['collective_seq_id']:>8} {entry['profiling_name']} in {' '.join(entry['process_group'])}: "
-            f"{entry['input_sizes']} -> {entry['output_sizes']}, {'done' if entry.get('retired') else entry['state']}"
-        )
+    for record in _flight_records():
+        for entry in list(record.get("entries", ()))[-most:]:
+            state = "done" if entry.get("retired") else entry.get("state")
+            sizes = f"{entry.get('input_sizes')} -> {entry.get('output_sizes')}"
+            group = " ".join(entry.get("process_group", ()))
+            yield f"{entry.get('collective_seq_id', 0):>8} {entry.get('profiling_name')} in {group}: {sizes}, {state}"
