@@ -169,7 +169,7 @@ class Watchdog:
             return
 
     def _silent(self, store: Store, heard: dict[int, tuple[bytes, float]]) -> str | None:
-        """Which rank has been silent for too long; `heard` are the last words of each, and since when they are known."""
+        """Which rank has been silent for too long; `heard` are the last beats of each, and since when."""
         now = time.monotonic()
         for rank, (before, since) in heard.items():
             beat = store.get(f"beat/{rank}") if before or store.check([f"beat/{rank}"]) else b""
