@@ -136,12 +136,15 @@ def _slots(hosts: Sequence[Host], facts: Mapping[str, Facts]) -> Iterator[Findin
 
 
 def _folders(facts: Mapping[str, Facts], checkpoint_bytes: int | None) -> Iterator[Finding]:
-    for name, each in facts.items():
+    """Rights on all hosts; room on the first, as they share their folders."""
+    for place, (name, each) in enumerate(facts.items()):
         for folder, room in each["folders"].items():
             free = room["free"]
             if not room["writable"]:
                 fix = "give this user the right to, or set run_root and data.cache_dir elsewhere"
                 yield Finding("fail", "disk", f"{room['place']} can't be written ({folder})", name, fix)
+            elif place:
+                continue
             elif checkpoint_bytes is not None and free < checkpoint_bytes:
                 text = f"{_gib(free)} are free for {folder}, and a checkpoint takes {_gib(checkpoint_bytes)}"
                 yield Finding("fail", "disk", text, name, "free some, or set run_root elsewhere")
