@@ -113,8 +113,6 @@ class Launch:
                 "command": launcher_command(world, node, program),
                 "environment": environment,
                 "ranks": len(host.slots),
-                "address": world.address,
-                "several_hosts": len(world.hosts) > 1,
                 "remote": world.remote,
             }
             self._processes[host.name] = self._start(host.name, first=node == 0, spec=spec)

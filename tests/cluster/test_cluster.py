@@ -52,7 +52,7 @@ def test_two_hosts_end_with_the_losses_of_one(lab: Lab, recipe: str, layout: tup
 def test_deepspeeds_own_front_end_gives_them_too(lab: Lab, recipe: str) -> None:
     """`deepspeed --hostfile` over pdsh, with what docs/launching.md says it needs."""
     environment = lab.folder / "deepspeed_env"
-    environment.write_text("DS_ACCELERATOR=cpu\nOMP_NUM_THREADS=1\nGLOO_SOCKET_IFNAME=eth0\n")
+    environment.write_text("DS_ACCELERATOR=cpu\nOMP_NUM_THREADS=1\n")
     hosts = lab.hostfile("worker-0 slots=1", "worker-1 slots=1")
     done = lab.run(
         "deepspeed", "--hostfile", hosts, "launch/train.py", recipe, "name=raw", *ZERO_2,

@@ -21,7 +21,7 @@ def facts(**changed: Any) -> dict[str, Any]:
     return {
         "time": 100.0, "name": "x", "python": "3.11.7", "project": "aaaa", "device": "cuda", "devices": 2, "cores": 8,
         "libraries": {"torch": "2.13.0", "deepspeed": "0.19.8", "transformers": "5.23.0"}, "addresses": ["10.0.0.1"],
-        "port": 29500, "files": {"r.yaml": "d1"}, "missing": [], "gloo": "lo", "nccl": "ib0",
+        "port": 29500, "files": {"r.yaml": "d1"}, "missing": [], "interfaces": ["eth0", "lo"], "nccl": "ib0",
         "folders": {"runs": {"place": "/w", "writable": True, "free": 2**40}},
     } | changed  # fmt: skip
 
@@ -65,7 +65,7 @@ def changed(path: list[str], value: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("path", "value", "level", "says"),
     [
-        (["libraries", "torch"], "2.12.0", "fail", "b: it has torch 2.12.0, and others have 2.13.0. Fix: pip install torch"),
+        (["libraries", "torch"], "2.12.0", "fail", "b: it has torch 2.12.0, and others have 2.13.0. Fix: pip"),
         (["libraries", "deepspeed"], None, "fail", "b: it has deepspeed none, and others have 0.19.8"),
         (["python"], "3.12.1", "fail", "b: it has Python 3.12.1, and others have 3.11.7"),
         (["project"], "bbbb", "fail", "b: it has code bbbb of ds_train, and others have aaaa"),
@@ -128,5 +128,6 @@ def test_what_hosts_see_of_the_first() -> None:
     bad = together("a", 29500, {"a": fine, "b": {**fine, "blocked": "timed out"}, "c": {**fine, "unseen": ["runs"]}})
     assert [(finding.host, finding.check) for finding in bad] == [("b", "port"), ("c", "shared")]
     (line,) = map(str, interfaces({"a": facts(), "b": facts()}, {"a": "eth0", "b": "eth0"}, {}))
-    assert "gloo takes eth0 (by `ds-train launch`; else lo" in line
-    assert "NCCL ib0 on a, b" in line
+    assert line == "ok    network     gloo takes eth0, NCCL ib0 on a, b"
+    (line,) = map(str, interfaces({"a": facts()}, {"a": "eth0"}, {"GLOO_SOCKET_IFNAME": "eth1"}))
+    assert line.startswith("fail  network     a: GLOO_SOCKET_IFNAME=eth1, and it has no eth1. Fix: it has eth0, lo")

@@ -6,13 +6,16 @@ import base64
 import json
 import os
 import shlex
+import socket
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
-from ds_train.engine.agent import exit_code, interface_to, rank_environment
+from ds_train.engine import network
+from ds_train.engine.agent import exit_code, rank_environment
 from ds_train.engine.hosts import LOCALHOST, LOST, explain, module_command
 from ds_train.engine.launch import World, carried_environment, launcher_command
 from ds_train.engine.survey import hosts_of
@@ -57,19 +60,27 @@ def test_secrets_are_sent_and_on_no_command_line() -> None:
     assert "s3cret" not in " ".join(lines)
 
 
-def test_ranks_get_threads_and_an_interface_unless_the_user_says_otherwise() -> None:
-    spec = {"environment": {"A": "1"}, "ranks": 1, "several_hosts": True, "address": "127.0.0.1"}
+def test_ranks_get_threads_unless_the_user_says_otherwise() -> None:
+    spec = {"environment": {"A": "1"}, "ranks": 1}
     env = rank_environment({"PATH": "/bin", "A": "0"}, spec)
     assert env["A"] == "1"
     assert env["OMP_NUM_THREADS"] == str(len(os.sched_getaffinity(0)))
     assert env["PATH"].split(":")[-1] == "/bin"
-    loopback = [name for name, found in psutil.net_if_addrs().items() if any(a.address == "127.0.0.1" for a in found)]
-    assert [env["GLOO_SOCKET_IFNAME"]] == loopback == [interface_to("localhost")]
     assert rank_environment({}, {**spec, "ranks": 10**6})["OMP_NUM_THREADS"] == "1"
-    chosen = {"GLOO_SOCKET_IFNAME": "eth7", "OMP_NUM_THREADS": "3"}
-    assert chosen.items() <= rank_environment({}, {**spec, "environment": chosen}).items()
-    assert "GLOO_SOCKET_IFNAME" not in rank_environment({}, {**spec, "several_hosts": False})
-    assert interface_to("no.such.host.invalid") is None
+    assert rank_environment({}, {**spec, "environment": {"OMP_NUM_THREADS": "3"}})["OMP_NUM_THREADS"] == "3"
+
+
+def test_the_interface_to_another_host_is_not_the_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also on the first host, whose own name may stand for 127.0.1.1."""
+    own = SimpleNamespace(family=socket.AF_INET, address="10.9.8.7")
+    local = SimpleNamespace(family=socket.AF_INET, address="127.0.0.1")
+    monkeypatch.setattr(psutil, "net_if_addrs", lambda: {"lo": [local], "ib1": [own]})
+    monkeypatch.setattr(network, "_source", {"worker-1": "10.9.8.7", "localhost": "127.0.1.1"}.get)
+    assert network.interface_to("worker-1") == "ib1"
+    assert network.interface_to("localhost") == "ib1"
+    assert network.interface_to("nowhere") is None
+    monkeypatch.setenv("SSH_CONNECTION", "10.0.0.9 50000 10.0.0.1 22")
+    assert network.addresses() == ["10.0.0.1", "10.9.8.7"]
 
 
 def test_exit_codes_are_the_shells() -> None:
