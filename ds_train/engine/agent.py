@@ -60,7 +60,9 @@ def rank_environment(environ: Mapping[str, str], spec: Mapping[str, Any]) -> dic
     env = {**environ, **spec["environment"]}
     # What is compiled at first use looks for ninja there.
     env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env.get('PATH', os.defpath)}"
-    env.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // spec["ranks"])))
+    cores = len(os.sched_getaffinity(0))
+    threads = min(cores, psutil.cpu_count(logical=False) or cores) // spec["ranks"]
+    env.setdefault("OMP_NUM_THREADS", str(max(1, threads)))
     return env
 
 
