@@ -150,7 +150,8 @@ class Launch:
                     pipe.write(line.encode() + b"\n")
                 pipe.flush()
                 time.sleep(_POLL_S)
-                orders, sent = self._orders[sent:], len(self._orders)
+                orders = self._orders[sent:]
+                sent += len(orders)
                 lines = [f"stop {grace_s}" for grace_s in orders]
                 if time.monotonic() - spoken > _HEARTBEAT_S:
                     spoken = time.monotonic()
