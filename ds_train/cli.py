@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -304,15 +303,13 @@ def launch(
     run = load(recipe, overrides or [])
     from ds_train.engine import survey
     from ds_train.engine.launch import run as run_ranks
-    from ds_train.plan.clusters import cluster_of_hosts
     from ds_train.plan.make import make_plan
 
     hosts = survey.hosts_of(hostfile, include, exclude, ranks)
     found = survey.survey(hosts, master_port, run, recipe)
     survey.refuse(found.findings())
     world = found.world(master_addr)
-    cluster = cluster_of_hosts([(host.name, len(host.slots)) for host in hosts])
-    make_plan(run, replace(cluster, device=world.device, here=not world.remote))
+    make_plan(run, found.cluster())
     print(survey.describe(world), flush=True)
     ended = run_ranks(world, ["ds_train.engine", recipe, *(overrides or [])])
     # What the user did wrong has been said by the rank that met it.
