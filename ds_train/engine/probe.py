@@ -60,12 +60,9 @@ def look(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def devices() -> int | None:
-    """Number of NVIDIA devices of this host; None where other devices can't be counted without their libraries."""
+    """NVIDIA devices of this host, visible to this process or not; None where only their libraries could count."""
     if device_here() != "cuda":
         return None
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return len([part for part in visible.split(",") if part.strip()])
     return len([path for path in Path("/dev").glob("nvidia*") if re.fullmatch(r"nvidia\d+", path.name)])
 
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import copy
 import socket
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from ds_train.engine.findings import Finding, clocks, findings, interfaces, together, unreachable
-from ds_train.engine.hosts import Answer
+from ds_train.engine.hosts import LOCALHOST, Answer
 from ds_train.engine.probe import look
-from ds_train.errors import Problem
+from ds_train.engine.survey import Survey, refuse, survey
+from ds_train.errors import Problem, UserError
 from ds_train.plan.hostfile import Host
 
 HOSTS = [Host("a", (0, 1)), Host("b", (0, 1)), Host("c", (0, 1))]
@@ -131,3 +133,36 @@ def test_what_hosts_see_of_the_first() -> None:
     assert line == "ok    network     gloo takes eth0, NCCL ib0 on a, b"
     (line,) = map(str, interfaces({"a": facts()}, {"a": "eth0"}, {"GLOO_SOCKET_IFNAME": "eth1"}))
     assert line.startswith("fail  network     a: GLOO_SOCKET_IFNAME=eth1, and it has no eth1. Fix: it has eth0, lo")
+
+
+def surveyed(**changed: Any) -> Survey:
+    hosts = tuple(HOSTS[:2])
+    return Survey(hosts, {}, {"a": facts(**changed), "b": facts()}, facts(), 29500)
+
+
+def test_ranks_meet_at_the_address_that_ssh_reaches_the_first_host_by() -> None:
+    world = surveyed(addresses=["10.0.0.7", "172.17.0.1"], port=31000).world()
+    assert (world.address, world.port, world.device, world.ranks) == ("10.0.0.7", 31000, "cuda", 4)
+    assert surveyed().world("head").address == "head"
+    with pytest.raises(UserError, match="a has no address that others could reach"):
+        surveyed(addresses=[]).world()
+
+
+def test_the_planner_gets_hosts_that_are_alike() -> None:
+    cluster = surveyed().cluster()
+    assert (cluster.ranks, cluster.ranks_per_host, cluster.device, cluster.here) == (4, 2, "cuda", False)
+    uneven = replace(surveyed(), hosts=(Host("a", (0,)), Host("b", (0, 1))))
+    with pytest.raises(UserError, match="a has 1, b has 2. Fix: give each host as many slots, or choose among them"):
+        uneven.cluster()
+
+
+def test_this_machine_needs_no_ssh(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    found = survey([Host(LOCALHOST, (0,))])
+    assert wrong(found.findings()) == []
+    world = found.world()
+    assert (world.address, world.device, world.remote) == ("127.0.0.1", "cpu", False)
+    assert found.cluster().here
+    refuse(found.findings())
+    with pytest.raises(UserError, match="a: it is off. Fix: switch it on"):
+        refuse([Finding("warn", "x", "y"), Finding("fail", "ssh", "it is off", "a", "switch it on")])
