@@ -152,7 +152,7 @@ def test_the_planner_gets_hosts_that_are_alike() -> None:
     cluster = surveyed().cluster()
     assert (cluster.ranks, cluster.ranks_per_host, cluster.device, cluster.here) == (4, 2, "cuda", False)
     uneven = replace(surveyed(), hosts=(Host("a", (0,)), Host("b", (0, 1))))
-    with pytest.raises(UserError, match="a has 1, b has 2. Fix: give each host as many slots, or choose among them"):
+    with pytest.raises(UserError, match=r"a has 1, b has 2\. Fix: give each host as many slots, or choose among them"):
         uneven.cluster()
 
 
@@ -164,5 +164,5 @@ def test_this_machine_needs_no_ssh(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (world.address, world.device, world.remote) == ("127.0.0.1", "cpu", False)
     assert found.cluster().here
     refuse(found.findings())
-    with pytest.raises(UserError, match="a: it is off. Fix: switch it on"):
+    with pytest.raises(UserError, match=r"a: it is off\. Fix: switch it on"):
         refuse([Finding("warn", "x", "y"), Finding("fail", "ssh", "it is off", "a", "switch it on")])
