@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -20,6 +19,21 @@ app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_e
 Recipe = Annotated[str, typer.Argument(help="Path of a YAML recipe.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key=value]...", help="Recipe keys to replace.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+
+Hostfile = Annotated[
+    Path | None, typer.Option("--hostfile", "-H", help="Hosts, `name slots=N` a line; this machine without it.")
+]
+Include = Annotated[str, typer.Option("--include", "-i", help="Hosts and slots to use: worker-0@worker-1:0,2.")]
+Exclude = Annotated[str, typer.Option("--exclude", "-e", help="Hosts and slots not to use.")]
+Ranks = Annotated[
+    int | None, typer.Option(min=1, help="Ranks in all; every slot without it, every device of this machine, or 1.")
+]
+MasterAddr = Annotated[
+    str | None, typer.Option(help="Address of the first host that ranks meet at; the one ssh reaches it by.")
+]
+MasterPort = Annotated[
+    int | None, typer.Option(min=1, max=65535, help="Port that ranks meet at; a free one where it is taken.")
+]
 
 
 def main() -> None:
@@ -231,7 +245,8 @@ def tokenizers(
 def lr_find(
     recipe: Recipe,
     overrides: Overrides = None,
-    ranks: Annotated[int, typer.Option(min=1, help="Ranks to start on this host.")] = 1,
+    hostfile: Hostfile = None,
+    ranks: Ranks = None,
     lowest: Annotated[float, typer.Option(min=0.0, help="Lowest learning rate of the sweep.")] = 1e-6,
     highest: Annotated[float, typer.Option(min=0.0, help="Highest learning rate.")] = 10.0,
     steps: Annotated[int, typer.Option(min=10, help="Steps of the sweep.")] = 100,
@@ -239,24 +254,19 @@ def lr_find(
     safety: Annotated[float, typer.Option(min=1.0, help="The largest stable rate is divided by this.")] = 1.25,
     proxy_width: Annotated[int | None, typer.Option(min=1, help="Search on a model of this hidden size.")] = None,
 ) -> None:
-    """Find a learning rate for the recipe by a range test; RUN/lr-find.json and .png say how.
-
-    On several hosts: `deepspeed --hostfile ... --no_local_rank --module ds_train.cli lr-find RECIPE`.
-    """
+    """Find a learning rate for the recipe by a range test; RUN/lr-find.json and .png say how."""
     import os
-    import subprocess
 
     if not 0 < lowest < highest:
         raise user_error("--lowest", f"isn't above 0 and below --highest={highest:g}", "give a range", lowest)
     run = load(recipe, overrides or [])
-    if ranks > 1 and "RANK" not in os.environ:
-        from ds_train.engine.port import free_port
+    if (hostfile is not None or ranks is not None) and "RANK" not in os.environ:
+        from ds_train.engine import survey
+        from ds_train.engine.launch import run as run_ranks
 
-        again = sys.argv[1:]
-        launcher = Path(sys.executable).with_name("deepspeed")
-        started = [str(launcher), "--num_accelerators", str(ranks), "--master_port", str(free_port())]
-        quiet = ["--log_level", "error"]
-        sys.exit(subprocess.run([*started, *quiet, "--no_local_rank", "--module", "ds_train.cli", *again]).returncode)
+        found = survey.survey(survey.hosts_of(hostfile, "", "", ranks), run=run, recipe=recipe)
+        survey.refuse(found.findings())
+        sys.exit(run_ranks(found.world(), ["ds_train.cli", *sys.argv[1:]]).code)
     from ds_train.engine.lr_find import RangeTest, find
     from ds_train.engine.ranks import RankInfo, run_to_exit_code
 
@@ -273,22 +283,6 @@ def lr_find(
             print(f"{record['seconds']:.0f} s; {Path(run.run_root).expanduser() / run.name}/lr-find.json and .png")
 
     sys.exit(run_to_exit_code(body))
-
-
-Hostfile = Annotated[
-    Path | None, typer.Option("--hostfile", "-H", help="Hosts, `name slots=N` a line; this machine without it.")
-]
-Include = Annotated[str, typer.Option("--include", "-i", help="Hosts and slots to use: worker-0@worker-1:0,2.")]
-Exclude = Annotated[str, typer.Option("--exclude", "-e", help="Hosts and slots not to use.")]
-Ranks = Annotated[
-    int | None, typer.Option(min=1, help="Ranks in all; every slot without it, every device of this machine, or 1.")
-]
-MasterAddr = Annotated[
-    str | None, typer.Option(help="Address of the first host that ranks meet at; the one ssh reaches it by.")
-]
-MasterPort = Annotated[
-    int | None, typer.Option(min=1, max=65535, help="Port that ranks meet at; a free one where it is taken.")
-]
 
 
 @app.command()
@@ -310,15 +304,13 @@ def launch(
     from ds_train.engine import survey
     from ds_train.engine.launch import run as run_ranks
     from ds_train.engine.supervise import MARGIN_S
-    from ds_train.plan.clusters import cluster_of_hosts
     from ds_train.plan.make import make_plan
 
     hosts = survey.hosts_of(hostfile, include, exclude, ranks)
     found = survey.survey(hosts, master_port, run, recipe)
     survey.refuse(found.findings())
     world = found.world(master_addr)
-    cluster = cluster_of_hosts([(host.name, len(host.slots)) for host in hosts])
-    make_plan(run, replace(cluster, device=world.device, here=not world.remote))
+    make_plan(run, found.cluster())
     print(survey.describe(world), flush=True)
     ended = run_ranks(world, ["ds_train.engine", recipe, *(overrides or [])], run.faults.grace_seconds + MARGIN_S)
     # What the user did wrong has been said by the rank that met it.

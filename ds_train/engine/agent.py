@@ -14,7 +14,6 @@ import json
 import os
 import select
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -60,28 +59,10 @@ def rank_environment(environ: Mapping[str, str], spec: Mapping[str, Any]) -> dic
     env = {**environ, **spec["environment"]}
     # What is compiled at first use looks for ninja there.
     env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env.get('PATH', os.defpath)}"
-    env.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // spec["ranks"])))
-    if spec["several_hosts"] and "GLOO_SOCKET_IFNAME" not in env:
-        interface = interface_to(spec["address"])
-        if interface is not None:
-            env["GLOO_SOCKET_IFNAME"] = interface
+    cores = len(os.sched_getaffinity(0))
+    threads = min(cores, psutil.cpu_count(logical=False) or cores) // spec["ranks"]
+    env.setdefault("OMP_NUM_THREADS", str(max(1, threads)))
     return env
-
-
-def interface_to(address: str) -> str | None:
-    """Name of the network interface of this host that leads to `address`; None where nothing does.
-
-    Gloo would take the one that the host's own name stands for, which is the loopback on many distributions.
-    """
-    try:
-        family, _, _, _, place = socket.getaddrinfo(address, 1, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.connect(place)  # sends nothing
-            own = probe.getsockname()[0]
-    except OSError:
-        return None
-    names = {each.address.partition("%")[0]: name for name, found in psutil.net_if_addrs().items() for each in found}
-    return names.get(own)
 
 
 def exit_code(code: int) -> int:

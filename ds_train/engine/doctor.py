@@ -14,13 +14,12 @@ from typing import Any
 from ds_train.config import RunConfig
 from ds_train.engine import collective
 from ds_train.engine.findings import Facts, Finding, clocks, interfaces, together
-from ds_train.engine.hosts import LOCALHOST, ask, module_command
+from ds_train.engine.hosts import ask, module_command
 from ds_train.engine.launch import Launch, World
 from ds_train.engine.survey import Survey, checkpoint_bytes, needs, survey
 from ds_train.errors import UserError
 from ds_train.plan.hostfile import Host
 from ds_train.plan.make import make_plan
-from ds_train.plan.topology import Cluster
 
 _BUILD_TIMEOUT_S = 600.0
 _MEET_TIMEOUT_S = 60.0
@@ -40,53 +39,35 @@ def examine(
     surveyed = survey(hosts, port, run, recipe)
     planned, parameters = _plan(surveyed, run)
     failed = False
-    for finding in [
-        *surveyed.findings(checkpoint_bytes(parameters)),
-        *clocks(surveyed.answers, surveyed.facts),
-        *planned,
-    ]:
-        failed |= finding.level == "fail"
-        yield finding
-    for finding in _kernels(surveyed):
-        failed |= finding.level == "fail"
-        yield finding
-    unanswered = len(surveyed.facts) < len(hosts)
-    if unanswered:
-        yield Finding("note", "network", "ports, folders and a collective are tried when every host answers")
-        return
-    try:
-        world = surveyed.world(address)
-    except UserError as error:
-        yield from (Finding("fail", "network", problem.reason, fix=problem.fix) for problem in error.problems)
-        return
-    if world.remote:
-        for finding in _meeting(surveyed, world, needs(run)["folders"]):
+    for part in (
+        lambda: surveyed.findings(checkpoint_bytes(parameters)),
+        lambda: clocks(surveyed.answers, surveyed.facts),
+        lambda: planned,
+        lambda: _kernels(surveyed),
+        lambda: _meeting(surveyed, address, needs(run)["folders"]),
+    ):
+        for finding in part():
             failed |= finding.level == "fail"
             yield finding
     if failed:
         yield Finding("note", "collective", "tried when nothing else fails")
     else:
-        yield _collective(world)
+        yield _collective(surveyed.world(address))
 
 
 def _plan(surveyed: Survey, run: RunConfig | None) -> tuple[list[Finding], int | None]:
     """What the recipe's plan on these hosts says, and its parameters."""
-    if run is None or not surveyed.facts:
+    if not surveyed.facts:
         return [], None
-    slots = {len(host.slots) for host in surveyed.hosts}
-    if len(slots) > 1:
-        text = (
-            f"hosts differ in their slots: {', '.join(f'{host.name} has {len(host.slots)}' for host in surveyed.hosts)}"
-        )
-        return [Finding("fail", "recipe", text, fix="give each host as many slots, or use --include")], None
-    on_host, device = slots.pop(), next(iter(surveyed.facts.values()))["device"]
-    cluster = Cluster(on_host * len(surveyed.hosts), on_host, device, here=surveyed.hosts[0].name == LOCALHOST)
     try:
+        cluster = surveyed.cluster()
+        if run is None:
+            return [], None
         plan = make_plan(run, cluster)
     except UserError as error:
-        return [Finding("fail", "recipe", str(problem)) for problem in error.problems], None
+        return [Finding("fail", "recipe", problem.reason, problem.key, problem.fix) for problem in error.problems], None
     degrees = ", ".join(f"{name} {getattr(plan.layout, name)}" for name in ("pipe", "data", "sequence", "tensor"))
-    found = [Finding("ok", "recipe", f"{cluster.ranks} ranks as {degrees}, ZeRO-{plan.zero_stage}")]
+    found = [Finding("ok", "recipe", f"{plan.layout.ranks} ranks as {degrees}, ZeRO-{plan.zero_stage}")]
     return [*found, *(Finding("note", "recipe", note) for note in plan.notes)], plan.parameters
 
 
@@ -114,8 +95,16 @@ def _kernels(surveyed: Survey) -> list[Finding]:
     return found
 
 
-def _meeting(surveyed: Survey, world: World, folders: Sequence[str]) -> list[Finding]:
+def _meeting(surveyed: Survey, address: str | None, folders: Sequence[str]) -> list[Finding]:
     """Listen on the first host and let all others connect, and look for what it writes."""
+    if len(surveyed.facts) < len(surveyed.hosts):
+        return [Finding("note", "network", "ports and folders are tried when every host answers")]
+    try:
+        world = surveyed.world(address)
+    except UserError as error:
+        return [Finding("fail", "network", problem.reason, fix=problem.fix) for problem in error.problems]
+    if not world.remote:
+        return []
     first = world.hosts[0].name
     request = {"port": world.port, "folders": folders, "mark": uuid.uuid4().hex}
     with _listening(first, request) as ready:
@@ -183,5 +172,7 @@ def _collective(world: World) -> Finding:
     if not record["right"]:
         return Finding("fail", "collective", f"{world.ranks} ranks all-reduce to a wrong sum", fix=fix)
     size, rate, latency = record["bytes"] / 2**20, record["bytes_per_second"] / 1e9, record["latency_s"] * 1e6
+    if world.ranks == 1:
+        return Finding("ok", "collective", "one rank starts and ends")
     text = f"{world.ranks} ranks all-reduce {size:.0f} MiB at {rate:.2f} GB/s, 1 KiB in {latency:,.0f} us"
     return Finding("ok", "collective", text)

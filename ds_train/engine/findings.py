@@ -136,12 +136,15 @@ def _slots(hosts: Sequence[Host], facts: Mapping[str, Facts]) -> Iterator[Findin
 
 
 def _folders(facts: Mapping[str, Facts], checkpoint_bytes: int | None) -> Iterator[Finding]:
-    for name, each in facts.items():
+    """Rights on all hosts; room on the first, as they share their folders."""
+    for place, (name, each) in enumerate(facts.items()):
         for folder, room in each["folders"].items():
             free = room["free"]
             if not room["writable"]:
                 fix = "give this user the right to, or set run_root and data.cache_dir elsewhere"
                 yield Finding("fail", "disk", f"{room['place']} can't be written ({folder})", name, fix)
+            elif place:
+                continue
             elif checkpoint_bytes is not None and free < checkpoint_bytes:
                 text = f"{_gib(free)} are free for {folder}, and a checkpoint takes {_gib(checkpoint_bytes)}"
                 yield Finding("fail", "disk", text, name, "free some, or set run_root elsewhere")
@@ -164,17 +167,20 @@ def clocks(answers: Mapping[str, Answer], facts: Mapping[str, Facts]) -> Iterato
 
 
 def interfaces(
-    facts: Mapping[str, Facts], leads: Mapping[str, str | None], chosen: Mapping[str, str]
+    facts: Mapping[str, Facts], leads: Mapping[str, str | None], environ: Mapping[str, str]
 ) -> Iterator[Finding]:
-    """What gloo and NCCL take on each host: `leads` is the interface to the first host, `chosen` the environment's."""
+    """What gloo and NCCL take on each host: `leads` is its interface to the first one; the environment goes before."""
     told: dict[str, list[str]] = {}
     for name, each in facts.items():
-        gloo = chosen.get("GLOO_SOCKET_IFNAME") or leads.get(name)
-        words = f"gloo takes {gloo or 'none'}"
-        if gloo != each["gloo"] and "GLOO_SOCKET_IFNAME" not in chosen:
-            words += f" (by `ds-train launch`; else {each['gloo'] or 'none'}, which the host's name stands for)"
+        chosen = environ.get("GLOO_SOCKET_IFNAME")
+        if chosen and (unknown := set(chosen.split(",")) - set(each["interfaces"])):
+            text = f"GLOO_SOCKET_IFNAME={chosen}, and it has no {', '.join(sorted(unknown))}"
+            fix = f"it has {', '.join(each['interfaces'])}; without the variable gloo takes {leads.get(name)}"
+            yield Finding("fail", "network", text, name, fix)
+            continue
+        words = f"gloo takes {chosen or leads.get(name)}"
         if each["device"] == "cuda":
-            words += f", NCCL {chosen.get('NCCL_SOCKET_IFNAME') or each['nccl'] or 'none'}"
+            words += f", NCCL {environ.get('NCCL_SOCKET_IFNAME') or each['nccl']}"
         told.setdefault(words, []).append(name)
     for words, names in told.items():
         yield Finding("ok", "network", f"{words} on {', '.join(names[:4])}{' ...' if len(names) > 4 else ''}")

@@ -72,6 +72,8 @@ def ask(requests: Mapping[str, str], module: str, arguments: Sequence[str], time
                 problem = explain(host, done.returncode, done.stderr)
         except subprocess.TimeoutExpired:
             problem = Problem(host, f"no answer within {timeout_s:.0f} s", _is_up(host))
+        except OSError as error:
+            problem = Problem(host, f"{error.filename} can't be run here", "install OpenSSH's client on this machine")
         return Answer(host, output, problem, asked, time.time())
 
     with ThreadPoolExecutor(max_workers=min(_FAN_OUT, max(1, len(requests)))) as pool:
@@ -87,10 +89,7 @@ def explain(host: str, code: int, words: str) -> Problem:
     lines = [line.strip() for line in words.splitlines() if line.strip()]
     last = lines[-1] if lines else f"exit code {code}"
     if code == LOST:
-        for sign, reason, fix in _SSH_ERRORS:
-            if sign in words:
-                return Problem(host, reason, fix.format(host=host))
-        return Problem(host, f"ssh: {last}", _is_up(host))
+        return ssh_problem(host, words) or Problem(host, f"ssh: {last}", _is_up(host))
     if "No module named" in last:
         return Problem(host, f"{last} there", "install this project there, at the same path as here")
     if code in (126, 127):
@@ -101,6 +100,14 @@ def explain(host: str, code: int, words: str) -> Problem:
             host, f"it has no folder {os.getcwd()}", "share this folder, or start from one that all hosts have"
         )
     return Problem(host, last, _is_up(host))
+
+
+def ssh_problem(host: str, words: str) -> Problem | None:
+    """What ssh's own words mean; None where they are none that are known."""
+    for sign, reason, fix in _SSH_ERRORS:
+        if sign in words:
+            return Problem(host, reason, fix.format(host=host))
+    return None
 
 
 _SSH_ERRORS = (

@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -21,7 +22,7 @@ from dataclasses import dataclass
 from typing import IO, Any
 
 from ds_train.engine.agent import GRACE_S
-from ds_train.engine.hosts import LOCALHOST, LOST, LOST_AFTER_S, explain, module_command
+from ds_train.engine.hosts import LOCALHOST, LOST, LOST_AFTER_S, module_command, ssh_problem
 from ds_train.engine.stop import SIGNALS
 from ds_train.errors import HUNG_CODE, STOPPED_CODE
 from ds_train.plan.hostfile import Host
@@ -35,8 +36,11 @@ CARRIED = (
 """Beginnings of the environment variables that go to other hosts; each host keeps its own of all others."""
 
 _CODES = {STOPPED_CODE: "told to stop; the same command goes on", HUNG_CODE: "it hung; RUN/faults says where"}
+_BY_SIGNAL = 128
+_CAUSE_WITHIN_S = 3.0
 _FAILED_GRACE_S = 10.0
 _HEARTBEAT_S = 5.0
+_POLL_S = 0.1
 
 
 @dataclass(frozen=True)
@@ -108,6 +112,7 @@ class Launch:
         self.world = world
         self._say = say
         self._words: dict[str, str] = {}
+        self._orders: list[float] = []
         self._threads: list[threading.Thread] = []
         environment = carried_environment(os.environ if environ is None else environ, world.device)
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
@@ -116,8 +121,6 @@ class Launch:
                 "command": launcher_command(world, node, program),
                 "environment": environment,
                 "ranks": len(host.slots),
-                "address": world.address,
-                "several_hosts": len(world.hosts) > 1,
                 "remote": world.remote,
             }
             self._processes[host.name] = self._start(host.name, first=node == 0, spec=spec)
@@ -141,15 +144,21 @@ class Launch:
         return process
 
     def _speak(self, process: subprocess.Popen[bytes], pipe: IO[bytes], spec: Mapping[str, Any]) -> None:
-        self._send(pipe, json.dumps(spec))
-        while self.world.remote and process.poll() is None:
-            self._send(pipe, "")
-            time.sleep(_HEARTBEAT_S)
-
-    def _send(self, pipe: IO[bytes], line: str) -> None:
-        with contextlib.suppress(OSError, ValueError):  # it has ended, which `wait` sees
-            pipe.write(line.encode() + b"\n")
-            pipe.flush()
+        """The one writer to a host: what to run, then orders as they come and a line now and then."""
+        sent, spoken = 0, time.monotonic()
+        lines = [json.dumps(spec)]
+        with contextlib.suppress(OSError):  # it has ended, which `wait` sees
+            while process.poll() is None:
+                for line in lines:
+                    pipe.write(line.encode() + b"\n")
+                pipe.flush()
+                time.sleep(_POLL_S)
+                orders = self._orders[sent:]
+                sent += len(orders)
+                lines = [f"stop {grace_s}" for grace_s in orders]
+                if time.monotonic() - spoken > _HEARTBEAT_S:
+                    spoken = time.monotonic()
+                    lines.append("")
 
     def _echo(self, host: str, pipe: IO[bytes]) -> None:
         for line in pipe:
@@ -163,6 +172,7 @@ class Launch:
     def wait(self) -> Ended:
         """Until all ranks have ended. When a host fails or is lost, the others are ended."""
         ended = Ended(0)
+        stop_at = math.inf
         running = dict(self._processes)
         while running:
             for host, process in list(running.items()):
@@ -170,23 +180,27 @@ class Launch:
                 if code is None:
                     continue
                 del running[host]
-                if code and not ended.code:
+                killed = code > _BY_SIGNAL
+                if (code and not ended.code) or (killed and ended.code <= _BY_SIGNAL and stop_at < math.inf):
                     ended = self._ending(host, code)
-                    # Ranks wait for those of a lost host until they are killed.
-                    self.stop(0.0 if code == LOST else _FAILED_GRACE_S)
-            time.sleep(0.1)
+                    # Ranks that merely notice a killed one may end before its launcher does.
+                    stop_at = time.monotonic() + (0.0 if killed else _CAUSE_WITHIN_S)
+            if time.monotonic() >= stop_at:
+                stop_at = math.inf
+                # Ranks wait for those of a lost host until they are killed.
+                self.stop(0.0 if ended.code == LOST else _FAILED_GRACE_S)
+            time.sleep(_POLL_S)
         for thread in self._threads:
             thread.join(timeout=1.0)
         return ended
 
     def _ending(self, host: str, code: int) -> Ended:
         if code == LOST:
-            words = self._words.get(host, "")
-            fallback = f"the connection is lost, or it was silent for {LOST_AFTER_S} s"
-            reason = f"{explain(host, code, words).reason}" if words.startswith("ssh") else fallback
+            known = ssh_problem(host, self._words.get(host, ""))
+            reason = known.reason if known else f"the connection is lost, or it was silent for {LOST_AFTER_S} s"
             return Ended(code, host, f"{reason}; the launch ends on all hosts")
-        if code > 128:
-            number = code - 128
+        if code > _BY_SIGNAL:
+            number = code - _BY_SIGNAL
             name = signal.Signals(number).name if number in set(signal.Signals) else str(number)
             return Ended(code, host, f"a rank or its launcher was ended by signal {name}")
         meaning = f" ({_CODES[code]})" if code in _CODES else ""
@@ -194,9 +208,7 @@ class Launch:
 
     def stop(self, grace_s: float = GRACE_S) -> None:
         """Ask all ranks to end (SIGTERM), and kill those that are there after `grace_s` seconds. Returns at once."""
-        for process in self._processes.values():
-            if process.poll() is None and process.stdin is not None:
-                self._send(process.stdin, f"stop {grace_s}")
+        self._orders.append(grace_s)
 
 
 def run(world: World, program: Sequence[str], grace_s: float = GRACE_S) -> Ended:

@@ -23,7 +23,7 @@ from typing import Any
 
 import psutil
 
-from ds_train.engine.agent import interface_to
+from ds_train.engine.network import addresses, interface_to, is_free, nccl_interface
 from ds_train.engine.port import free_port
 from ds_train.plan.topology import device_here
 
@@ -54,37 +54,16 @@ def look(request: dict[str, Any]) -> dict[str, Any]:
         "files": {name: _digest([Path(name).expanduser()]) for name in request["files"]},
         "missing": [name for name in request["paths"] if not Path(name).expanduser().exists()],
         "folders": {name: _room(name) for name in request["folders"]},
-        "gloo": _interface_of_name(),
-        "nccl": _nccl_interface(),
+        "interfaces": sorted(psutil.net_if_addrs()),
+        "nccl": nccl_interface(),
     }
 
 
 def devices() -> int | None:
-    """Number of NVIDIA devices of this host; None where other devices can't be counted without their libraries."""
+    """NVIDIA devices of this host, visible to this process or not; None where only their libraries could count."""
     if device_here() != "cuda":
         return None
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return len([part for part in visible.split(",") if part.strip()])
     return len([path for path in Path("/dev").glob("nvidia*") if re.fullmatch(r"nvidia\d+", path.name)])
-
-
-def addresses() -> list[str]:
-    """IPv4 addresses of this host by which others may reach it, that of the ssh connection first."""
-    asked = os.environ.get("SSH_CONNECTION", "").split()[2:3]
-    own = [each.address for found in psutil.net_if_addrs().values() for each in found if each.family == socket.AF_INET]
-    return [each for each in dict.fromkeys(asked + own) if not each.startswith("127.") and each != "::1"]
-
-
-def is_free(port: int) -> bool:
-    """Whether nobody on this host listens on `port`."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("", port))
-        except OSError:
-            return False
-    return True
 
 
 def project_digest() -> str:
@@ -127,22 +106,6 @@ def standing(folder: str) -> Path:
 def _room(folder: str) -> dict[str, Any]:
     place = standing(folder)
     return {"place": str(place), "writable": os.access(place, os.W_OK), "free": shutil.disk_usage(place).free}
-
-
-def _interface_of_name() -> str | None:
-    """The interface that this host's own name stands for: gloo's choice (torch's ProcessGroupGloo.cpp)."""
-    return interface_to(socket.gethostname())
-
-
-def _nccl_interface() -> str | None:
-    """What NCCL would take for its sockets: InfiniBand first, then what isn't docker's or the loopback."""
-    up = psutil.net_if_stats()
-    ranked = [
-        (not name.startswith("ib"), name.startswith("docker"), name.startswith("lo"), place, name)
-        for place, (name, found) in enumerate(psutil.net_if_addrs().items())
-        if up[name].isup and any(each.family in (socket.AF_INET, socket.AF_INET6) for each in found)
-    ]
-    return min(ranked)[-1] if ranked else None
 
 
 # -- two hosts at once -----------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from ds_train.engine.network import interface_to
 from ds_train.engine.schedulers import scheduler_place
 from ds_train.errors import EXIT_CODE, STOPPED_CODE, Stopped, UserError
 from ds_train.plan.topology import Device, device_here, known_device
@@ -72,6 +73,8 @@ def meet(info: RankInfo, timeout: timedelta = MEETING_TIMEOUT) -> None:
         os.environ.setdefault(key, value)
     if info.ranks == 1:
         os.environ.setdefault("MASTER_PORT", "0")  # nobody else needs to know the port
+    if info.ranks > info.ranks_per_host and (interface := interface_to(os.environ["MASTER_ADDR"])) is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     import deepspeed
     from deepspeed.accelerator import get_accelerator
     from deepspeed.ops.op_builder.cpu.comm import ShareMemCommBuilder

@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from ds_train.config import RunConfig
 from ds_train.engine.findings import Facts, Finding, findings, unreachable
@@ -16,8 +15,9 @@ from ds_train.engine.launch import World
 from ds_train.engine.port import free_port
 from ds_train.engine.probe import devices, look
 from ds_train.errors import UserError, user_error
+from ds_train.plan.clusters import cluster_of_hosts
 from ds_train.plan.hostfile import Host, read_hostfile, select
-from ds_train.plan.topology import device_here, known_device
+from ds_train.plan.topology import Cluster, device_here, known_device
 
 DEFAULT_PORT = 29500
 """Where ranks of several hosts meet, as DeepSpeed's launcher has it; firewalls know it."""
@@ -94,6 +94,16 @@ class Survey:
         found = unreachable(self.answers)
         return [*found, *findings(self.hosts, self.facts, self.here, self.port, checkpoint_bytes)]
 
+    def cluster(self) -> Cluster:
+        """These hosts, for the planner; the kind of device is that of the first that answered.
+
+        Raises:
+            UserError: hosts differ in their slots.
+        """
+        device = known_device(next(iter(self.facts.values()))["device"], "DS_ACCELERATOR")
+        cluster = cluster_of_hosts([(host.name, len(host.slots)) for host in self.hosts])
+        return replace(cluster, device=device, here=self.hosts[0].name == LOCALHOST)
+
     def world(self, address: str | None = None) -> World:
         """Where ranks run and meet. All hosts have answered.
 
@@ -152,6 +162,6 @@ def refuse(found: Sequence[Finding]) -> None:
 
 def describe(world: World) -> str:
     """A launch in a line."""
-    where: Any = "this machine" if not world.remote else f"{len(world.hosts)} hosts"
+    where = "this machine" if not world.remote else f"{len(world.hosts)} hosts"
     count = f"{world.ranks} rank{'s' if world.ranks > 1 else ''}"
     return f"{count} on {where} ({world.device}), which meet at {world.address}:{world.port}"

@@ -62,7 +62,7 @@ class Lab:
         for index in range(count):
             self.boot(f"worker-{index}")
         for host in self.hosts:
-            self._wait_for_sshd(host)
+            self.wait_for_sshd(host)
         return self
 
     def boot(self, host: str, key: str = "user.pub", mounts: Mapping[Path, Path] | None = None) -> None:
@@ -85,7 +85,7 @@ class Lab:
         ]
         script = [f"hostname {host}", *binds, "mount -t tmpfs none /run", "mkdir /run/sshd"]
         script.append(f"exec /usr/sbin/sshd -D -e -f {config}")
-        with (self.folder / f"{host}.log").open("ab") as log:
+        with (self.folder / f"{host}.log").open("wb") as log:
             self.hosts[host] = subprocess.Popen(
                 [
                     "ip", "netns", "exec", name, "unshare", "--mount", "--uts", "--pid", "--fork", "--kill-child",
@@ -107,13 +107,17 @@ class Lab:
 
     def inside(self, host: str) -> list[str]:
         """Command lines of all processes of `host` but its sshd's."""
-        space = os.readlink(f"/proc/{_first_process(self.hosts[host])}/ns/pid")
+        space = os.readlink(f"/proc/{self.first_process(host)}/ns/pid")
         found = []
         for process in psutil.process_iter():
             with contextlib.suppress(OSError, psutil.Error):
                 if os.readlink(f"/proc/{process.pid}/ns/pid") == space:
                     found.append(" ".join(process.cmdline()))
         return [line for line in found if "sshd" not in line and line]
+
+    def first_process(self, host: str) -> int:
+        """Process 1 of `host`, by its number here."""
+        return _first_process(self.hosts[host])
 
     def on(self, host: str, *command: str) -> subprocess.CompletedProcess[str]:
         """Run a command in the network of `host`."""
@@ -214,7 +218,8 @@ class Lab:
         )
         return path
 
-    def _wait_for_sshd(self, host: str) -> None:
+    def wait_for_sshd(self, host: str) -> None:
+        """Until `host` lets people in."""
         deadline = time.monotonic() + 30
         while "Server listening" not in (self.folder / f"{host}.log").read_text():
             assert self.hosts[host].poll() is None, (self.folder / f"{host}.log").read_text()

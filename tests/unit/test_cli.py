@@ -106,6 +106,16 @@ def test_mistakes_are_lines_with_exit_code_2() -> None:
     assert run("plan", "ds_configs/quickstart.yaml", "--device", "tpu").returncode == 2
 
 
+@pytest.mark.parametrize("command", ["launch", "doctor"])
+def test_a_hostfile_is_refused_with_its_line(command: str, tmp_path: Path) -> None:
+    hosts = tmp_path / "hosts"
+    hosts.write_text("worker-0 slots=2\nworker-1\n")
+    done = run(command, "ds_configs/quickstart.yaml", "--hostfile", str(hosts))
+    assert done.returncode == 2
+    form = "a line is a host's name and its devices: `worker-1 slots=8`"
+    assert done.stderr == f"error: {hosts}:2=worker-1: this host has no slots. Fix: {form}.\n"
+
+
 def test_version() -> None:
     from ds_train import __version__
 
