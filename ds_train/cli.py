@@ -11,7 +11,7 @@ import typer
 
 from ds_train import __version__
 from ds_train.config import RunConfig, load
-from ds_train.errors import EXIT_CODE, UserError, user_error
+from ds_train.errors import EXIT_CODE, STOPPED_CODE, UserError, user_error
 
 # Heavy libraries are imported inside commands: `schema` and `plan` answer without torch.
 app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, help=__doc__)
@@ -315,7 +315,7 @@ def launch(
     ended = run_ranks(world, ["ds_train.engine", recipe, *(overrides or [])], run.faults.grace_seconds + MARGIN_S)
     # What the user did wrong has been said by the rank that met it.
     if ended.code not in (0, EXIT_CODE):
-        print(f"error: {ended}", file=sys.stderr)
+        print(ended if ended.code == STOPPED_CODE else f"error: {ended}", file=sys.stderr)
     sys.exit(ended.code)
 
 
@@ -352,7 +352,7 @@ def supervise(
     )
     ended = supervisor.supervise(hosts_of(hostfile, include, exclude, ranks))
     if ended.code not in (0, EXIT_CODE):
-        print(f"error: {ended}", file=sys.stderr)
+        print(ended if ended.code == STOPPED_CODE else f"error: {ended}", file=sys.stderr)
     sys.exit(ended.code)
 
 

@@ -125,7 +125,7 @@ def parameter_sums(part: Part, stage_3: bool) -> dict[tuple[str, str], str]:
             owner += f", data {place.data}, sequence {place.sequence}"
         keys.append((owner, whole[name]))
         sums.append(checksum(parameter.detach() if held is None else _own_run(parameter, held.detach(), part)))
-    values = torch.stack(sums).tolist() if sums else []
+    values = torch.stack([one.cpu() for one in sums]).tolist() if sums else []
     return {key: f"{value & (2**64 - 1):016x}" for key, value in zip(keys, values, strict=True)}
 
 
