@@ -27,7 +27,7 @@ POINTS = {
     "resume": "ds_train.checkpoint.native:load",
     "anywhere": "ds_train.engine.job:train",
 }
-KILLS, STEPS = 20, 90
+KILLS, STEPS = 20, 200
 SAVE_PHASES = [
     act(0, "ds_train.checkpoint.native:Saver._prepare"),
     act(1, "ds_train.checkpoint.native:write_fragments"),
@@ -47,9 +47,9 @@ SAVE_PHASES = [
 ]
 
 
-def kills(chance: random.Random) -> list[Act]:
-    """A random point of a run, for one rank or for both a moment apart."""
-    phase = chance.choice(list(POINTS))
+def kills(chance: random.Random, first: bool) -> list[Act]:
+    """A random point of a run, for one rank or for both a moment apart. The first leaves something to resume."""
+    phase = "step" if first else chance.choice(list(POINTS))
     call = chance.randint(3, 6) if phase == "step" else 1
     longest = 3.0 if phase == "anywhere" else 0.08
     ranks = chance.choice([[0], [1], [0, 1]])
@@ -85,7 +85,7 @@ def test_killed_in_a_step_in_a_save_and_in_resume(place: Place, zygote: Zygote) 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_killed_at_random_points(place: Place, zygote: Zygote, layout: str) -> None:
     chance = random.Random(f"killed {layout}")
-    check_killed_often(place, zygote, layout, [kills(chance) for _ in range(KILLS)], STEPS)
+    check_killed_often(place, zygote, layout, [kills(chance, first=not index) for index in range(KILLS)], STEPS)
 
 
 @pytest.mark.faults

@@ -36,6 +36,7 @@ def strike(act: Mapping[str, Any], result: Any = None) -> None:
         next(result.model.parameters()).data.view(-1)[3] += 1e-3
     else:
         os.kill(os.getpid(), getattr(signal, act["do"]))
+        time.sleep(0.2)  # a signal that only asks is heard by a thread
 
 
 def lay(act: Mapping[str, Any]) -> None:
