@@ -92,12 +92,16 @@ class Health:
         self._state = HealthState(**{**saved, "roll_backs": roll_backs})
 
     def _usual(self) -> tuple[float, float | None]:
-        """(median, deviation) of the last losses; no deviation while they are too few."""
+        """(median of the last losses, deviation from their trend); no deviation while they are too few."""
         losses = self._state.losses
         if len(losses) < self._section.spike_window:
             return math.inf, None
-        center = median(losses)
-        spread = _NORMAL * median(abs(loss - center) for loss in losses)
+        # A falling loss is no noise: the line through the medians of both halves is taken off (Tukey's resistant line).
+        half = len(losses) // 2
+        slope = (median(losses[-half:]) - median(losses[:half])) / (len(losses) - half)
+        level = [loss - slope * place for place, loss in enumerate(losses)]
+        middle, center = median(level), median(losses)
+        spread = _NORMAL * median(abs(loss - middle) for loss in level)
         return center, max(spread, _SMALLEST_DEVIATION * abs(center))
 
     def _skipped(self, result: StepResult, scale: LossScale | None) -> Verdict:
