@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from plain_loop import write_recipe, write_weights
+import torch
+from plain_loop import write_corpus, write_recipe, write_weights
 from poisoned import HUGE
 from ranks import run_ranks
+from transformers import AutoModelForCausalLM
 
+from ds_train.checkpoint.fragments import Shape
+from ds_train.checkpoint.native import open_fragments
 from ds_train.data.ledger import explain_step
 
 pytestmark = pytest.mark.parity
 
-STEPS, SHORT, EVERY = 150, 24, 4
-SPIKES = (14, 105)
+STEPS, SHORT, EVERY = 100, 24, 4
+SPIKES = (14, 79)
+PROMPT = "alpha be"
 LAYOUTS: dict[str, tuple[dict[str, Any], str]] = {
     "zero0": ({"zero_stage": 0}, "fp32"),
     "zero1-bf16": ({"zero_stage": 1}, "bf16"),
@@ -70,20 +76,20 @@ class Runs:
         self.folder, self.weights = folder, write_weights(folder / "llama", "llama")
         self.clean, self.held_out = write_chains(folder / "clean", 400, 1), write_chains(folder / "held-out", 40, 2)
         self.poisoned = Path(shutil.copytree(self.clean, folder / "poisoned"))
-        for name in ("0005a", "0094a"):
+        for name in ("0003a", "0083a"):
             (self.poisoned / f"{name}.txt").write_text(f"{chr(HUGE)} be " * 6)
 
     def recipe(self, name: str, layout: str, steps: int, corpus: Path, **sections: Any) -> str:
         parallel, dtype = LAYOUTS[layout]
         sections = {
             "data": {"validation_path": str(self.held_out)},
-            "batch": {"micro_samples": 2},
+            "batch": {"micro_samples": 4, "global_samples": 16},
             "precision": {"dtype": dtype},
             "optimizer": {"lr": 1.2e-2},
             "schedule": {"steps": steps, "kind": "wsd", "warmup_fraction": 0.1},
             "health": {"on_spike": "roll-back", "spike_window": 10},
             "checkpoint": {"every_steps": EVERY, "keep_last": 100},
-            "track": {"eval_samples": 64, "progress": False, "peak_tflops": 1.0},
+            "track": {"eval_samples": 300, "progress": False, "peak_tflops": 1.0},
         } | sections
         return str(write_recipe(self.folder, name, corpus, self.weights, "llama", parallel, **sections))
 
@@ -98,22 +104,57 @@ class Runs:
         return [record for record in self.records(name) if record["kind"] == kind]
 
 
-def check_going_on(runs: Runs, layouts: list[str], longer: list[str]) -> None:
+def check_going_on(runs: Runs, layouts: list[str], longer: Sequence[str] = (), again: Sequence[str] = ()) -> None:
     """After a roll-back in the same process a run is bit by bit what a new process makes of that checkpoint."""
     recipes = [runs.recipe(name, name, SHORT, runs.poisoned) for name in layouts]
     run_ranks(2, ["tests/parity/poisoned.py", *longer, *recipes], timeout_s=900).check()
-    again = []
+    resumes = list(again)
     for name in layouts:
         (line,) = runs.of_kind(name, "health")
-        assert (line["event"], line["step"], line["spike_step"], line["windows"]) == ("roll-back", 12, 14, 16), name
+        assert (line["event"], line["step"], line["spike_step"], line["windows"]) == ("roll-back", 12, 14, 32), name
         target = runs.folder / "runs" / f"{name}-again" / "checkpoints" / "step-00000012"
         shutil.copytree(runs.folder / "runs" / name / "checkpoints" / "step-00000012", target)
-        again.append(runs.recipe(f"{name}-again", name, SHORT, runs.poisoned))
-    run_ranks(2, ["tests/parity/poisoned.py", *again], timeout_s=600).check()
+        resumes.append(runs.recipe(f"{name}-again", name, SHORT, runs.poisoned))
+    run_ranks(2, ["tests/parity/poisoned.py", *resumes], timeout_s=600).check()
     for name in layouts:
         whole, resumed = runs.history(name), runs.history(f"{name}-again")
         assert [step for step, *_ in whole] == list(range(1, SHORT + 1))
         assert resumed == whole[12:], name
+
+
+def best_recipe(runs: Runs) -> str:
+    """A run whose held-out texts are of another kind than its own: it gets better at them, and then worse."""
+    other = write_corpus(runs.folder / "other") if not (runs.folder / "other").exists() else runs.folder / "other"
+    return runs.recipe(
+        "best", "zero3", STEPS, runs.clean,
+        data={"validation_path": str(other)},
+        checkpoint={"best": "loss", "patience": 3, "every_steps": 10, "keep_last": 1, "export": True},
+        track={"eval_every_steps": 4, "eval_samples": 32, "eval_prompts": [PROMPT], "sample_tokens": 12},
+        health={"on_spike": "note"},
+    )  # fmt: skip
+
+
+def check_best(runs: Runs) -> None:
+    scores = {line["step"]: line["loss"] for line in runs.of_kind("best", "eval")}
+    best, last = min(scores, key=lambda step: scores[step]), max(scores)
+    assert last == best + 12 < STEPS
+    assert [line["step"] for line in runs.of_kind("best", "eval") if line["best"]][-1] == best
+    (end,) = runs.of_kind("best", "health")
+    assert (end["event"], end["step"], end["best_step"], end["best"]) == ("stopped-early", last, best, scores[best])
+    folder = runs.folder / "runs" / "best"
+    kept = sorted(path.name for path in (folder / "checkpoints").glob("step-*"))
+    assert kept == [f"step-{step:08d}" for step in (best, last)]
+    # What is exported is the best model: it scores as it did, and says what it said.
+    model = AutoModelForCausalLM.from_pretrained(folder / "export", dtype=torch.float32)
+    weights = open_fragments(folder / "checkpoints" / kept[0])
+    for name, parameter in model.named_parameters():
+        shape = Shape(tuple(parameter.shape), None, 1)
+        expected = weights.read(name, "weight", shape, 0, 0, parameter.numel())
+        assert torch.equal(parameter.detach().flatten(), expected), name
+    (said,) = [line["text"] for line in runs.of_kind("best", "sample") if line["step"] == best]
+    tokens = torch.tensor([list(PROMPT.encode())])
+    given = model.generate(tokens, max_new_tokens=12, do_sample=False, pad_token_id=257)[0, len(PROMPT) :]
+    assert said.encode() == bytes(token for token in given.tolist() if token < 256)
 
 
 def check_end(runs: Runs) -> None:
@@ -130,7 +171,7 @@ def check_end(runs: Runs) -> None:
     for step in range(1, STEPS + 1):
         assert not any("a.txt" in portion["source"] for portion in explain_step(folder, step)["documents"])
     dropped = [json.loads(line) for line in (folder / "rolled-back.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in dropped if line["kind"] == "train"] == [13, 14, 105]
+    assert [line["step"] for line in dropped if line["kind"] == "train"] == [13, 14, 77, 78, 79]
 
 
 def test_a_spike_is_rolled_back_and_leaves_no_trace(tmp_path: Path) -> None:
@@ -139,10 +180,11 @@ def test_a_spike_is_rolled_back_and_leaves_no_trace(tmp_path: Path) -> None:
         runs.recipe("clean", "zero2-cpu", STEPS, runs.clean),
         runs.recipe("back", "zero2-cpu", STEPS, runs.poisoned),
     ]
-    check_going_on(runs, list(SAMPLE), longer)
+    check_going_on(runs, list(SAMPLE), [*longer, best_recipe(runs)], again=[best_recipe(runs)])
     check_end(runs)
+    check_best(runs)  # which was started a second time, and had ended
 
 
 @pytest.mark.exhaustive
 def test_every_layout_goes_on_after_a_roll_back(tmp_path: Path) -> None:
-    check_going_on(Runs(tmp_path), list(LAYOUTS), [])
+    check_going_on(Runs(tmp_path), list(LAYOUTS))
