@@ -14,6 +14,8 @@ def continue_prompts(run: RunConfig, parts: Assembly) -> list[tuple[str, str]]:
 
     Every rank generates the same: under ZeRO-3 each forward pass gathers weights from all of them.
     """
+    if not run.track.eval_prompts:
+        return []
     tokenizer, model, device = parts.data.tokenizer, parts.model, parts.engine.device
     parts.engine.eval()
     found = []
