@@ -134,7 +134,7 @@ class Health:
         if math.isfinite(result.loss) and scale is not None:
             reason = f"gradients overflow fp16 at the smallest loss scale, {scale.value:g}, and the loss is as before"
             return "loss-scale-collapse", reason, "set precision.dtype=bf16, which has the range of fp32"
-        return "non-finite", "the loss was as usual before", "look at the samples and the module that are named"
+        return "non-finite", "no leap of the loss came before", "look at the samples and the module that are named"
 
     def _spike(self, result: StepResult, center: float, deviation: float) -> Verdict:
         state, section = self._state, self._section
