@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from plain_loop import write_corpus, write_recipe, write_weights
-from poisoned import HUGE
+from poisoned import HUGE, NAN
 from ranks import run_ranks
 from transformers import AutoModelForCausalLM
 
@@ -75,9 +75,12 @@ class Runs:
     def __init__(self, folder: Path) -> None:
         self.folder, self.weights = folder, write_weights(folder / "llama", "llama")
         self.clean, self.held_out = write_chains(folder / "clean", 400, 1), write_chains(folder / "held-out", 40, 2)
-        self.poisoned = Path(shutil.copytree(self.clean, folder / "poisoned"))
+        self.poisoned, self.nonfinite = (
+            Path(shutil.copytree(self.clean, folder / name)) for name in ("poisoned", "nonfinite")
+        )
         for name in ("0003a", "0083a"):
             (self.poisoned / f"{name}.txt").write_text(f"{chr(HUGE)} be " * 6)
+            (self.nonfinite / f"{name}.txt").write_text(f"{chr(NAN)} be " * 6)
 
     def recipe(self, name: str, layout: str, steps: int, corpus: Path, **sections: Any) -> str:
         parallel, dtype = LAYOUTS[layout]
@@ -158,10 +161,13 @@ def check_best(runs: Runs) -> None:
 
 
 def check_end(runs: Runs) -> None:
-    ends = {name: runs.of_kind(name, "eval")[-1]["loss"] for name in ("clean", "back")}
+    ends = {name: runs.of_kind(name, "eval")[-1]["loss"] for name in ("clean", "back", "skipped")}
     lines = runs.of_kind("back", "health")
     assert [line["spike_step"] for line in lines if line["event"] == "roll-back"] == list(SPIKES)
     assert abs(ends["back"] / ends["clean"] - 1.0) < 0.02, ends
+    assert abs(ends["skipped"] / ends["clean"] - 1.0) < 0.02, ends
+    # The second one comes two steps later where the first one rolled nothing back.
+    assert [line["step"] for line in runs.of_kind("skipped", "health")] == [SPIKES[0], SPIKES[1] + 2]
     assert not runs.of_kind("clean", "health")
     # The poisoned documents are among what the spikes had, and in no step any more.
     folder = runs.folder / "runs" / "back"
@@ -176,10 +182,8 @@ def check_end(runs: Runs) -> None:
 
 def test_a_spike_is_rolled_back_and_leaves_no_trace(tmp_path: Path) -> None:
     runs = Runs(tmp_path)
-    longer = [
-        runs.recipe("clean", "zero2-cpu", STEPS, runs.clean),
-        runs.recipe("back", "zero2-cpu", STEPS, runs.poisoned),
-    ]
+    corpora = {"clean": runs.clean, "back": runs.poisoned, "skipped": runs.nonfinite}
+    longer = [runs.recipe(name, "zero2-cpu", STEPS, corpus) for name, corpus in corpora.items()]
     check_going_on(runs, list(SAMPLE), [*longer, best_recipe(runs)], again=[best_recipe(runs)])
     check_end(runs)
     check_best(runs)  # which was started a second time, and had ended
