@@ -25,6 +25,9 @@ pytestmark = pytest.mark.parity
 STEPS, SHORT, EVERY = 100, 24, 4
 SPIKES = (14, 79)
 PROMPT = "alpha be"
+WORDS = (
+    "alpha", "be", "gamma", "ray", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda", "mu", "nu", "xi",
+)  # fmt: skip
 LAYOUTS: dict[str, tuple[dict[str, Any], str]] = {
     "zero0": ({"zero_stage": 0}, "fp32"),
     "zero1-bf16": ({"zero_stage": 1}, "bf16"),
@@ -43,28 +46,11 @@ def write_chains(folder: Path, count: int, seed: int) -> Path:
     """Documents of words that follow from one another up to a draw, so that there is something to learn."""
     folder.mkdir(parents=True)
     random = np.random.default_rng(seed)
-    words = [
-        "alpha",
-        "be",
-        "gamma",
-        "ray",
-        "delta",
-        "epsilon",
-        "zeta",
-        "eta",
-        "theta",
-        "iota",
-        "kappa",
-        "lambda",
-        "mu",
-        "nu",
-        "xi",
-    ]
     for number in range(count):
-        at, text = int(random.integers(len(words))), []
+        at, text = int(random.integers(len(WORDS))), []
         for _ in range(40):
-            text.append(words[at])
-            at = (at * 7 + int(random.integers(3))) % len(words)
+            text.append(WORDS[at])
+            at = (at * 7 + int(random.integers(3))) % len(WORDS)
         (folder / f"{number:04d}.txt").write_text(" ".join(text))
     return folder
 
