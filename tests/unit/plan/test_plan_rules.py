@@ -12,10 +12,9 @@ from plan_recipes import recipe
 
 from ds_train.config import dump, load, parse
 from ds_train.errors import UserError
-from ds_train.plan import rules
 from ds_train.plan.facts import Facts
 from ds_train.plan.make import make_plan
-from ds_train.plan.rules import RULES, check
+from ds_train.plan.rules import RULES, check, states
 from ds_train.plan.topology import Cluster, Device
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -261,7 +260,7 @@ CLEAN = [
 @pytest.fixture(autouse=True)
 def _old_processor(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same processor on every machine that runs these tests: one without fp16."""
-    monkeypatch.setattr(rules, "processor_has_fp16", lambda: False)
+    monkeypatch.setattr(states, "processor_has_fp16", lambda: False)
 
 
 def broken_rules(facts: Facts) -> set[str]:
