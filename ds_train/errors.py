@@ -49,6 +49,12 @@ def user_error(key: str, reason: str, fix: str = "", value: Any = _NO_VALUE) -> 
     return UserError(Problem(key, reason, fix, value))
 
 
+def outermost(problems: Iterable[Problem]) -> list[Problem]:
+    """Those that aren't about a key under another's: a section and what it holds would say the same thing twice."""
+    found = list(problems)
+    return [problem for problem in found if not any(problem.key.startswith(f"{other.key}.") for other in found)]
+
+
 def first_line(error: BaseException) -> str:
     """What another library's exception says, in one line: messages of many lines begin with the point."""
     if isinstance(error, KeyError):  # its text is the key alone

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ds_train.config import RunConfig
-from ds_train.errors import UserError
+from ds_train.errors import UserError, outermost
 from ds_train.plan.batch import BatchPlan, plan_batch
 from ds_train.plan.deepspeed_json import deepspeed_json
 from ds_train.plan.deepspeed_keys import check_raw
@@ -71,7 +71,7 @@ def make_plan(run: RunConfig, cluster: Cluster) -> RunPlan:
     if found is not None:
         run = found.best.run
     facts = Facts(run, cluster)
-    problems = check(facts) + check_raw(run.deepspeed)
+    problems = outermost(check(facts) + check_raw(run.deepspeed))
     data_ranks = max(1, cluster.ranks // facts.fixed_ranks)
     try:
         batch = plan_batch(run.batch, data_ranks, facts.pipeline)

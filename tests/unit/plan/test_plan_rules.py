@@ -219,10 +219,18 @@ CASES = [
     Broken("tokenizer-trained", {"data.tokenizer": "gpt2", "data.train_vocabulary": 400}, "leave out data.tokenizer"),
     Broken("tokenizer-pretrained", {"model": {"path": "some/model"}}, "set data.tokenizer=model"),
     Broken("raw-stage", {"deepspeed.zero_optimization.stage3_max_live_parameters": 5}, "ignores it at stage 1"),
+    Broken("raw-stage", {"deepspeed.zero_optimization.sub_group_size": 5}, "or raise parallel.zero_stage"),
+    Broken("raw-stage", STAGE3 | {"deepspeed.zero_optimization.round_robin_gradients": True}, "at stage 3. Fix: leave"),
+    Broken(
+        "raw-disk",
+        {"parallel.offload_optimizer": "cpu", "deepspeed.zero_optimization.offload_optimizer.buffer_count": 5},
+        "only nvme offload reads it",
+    ),
     Broken("raw-offload", STAGE3 | {"deepspeed.zero_optimization.offload_param.buffer_count": 6}, "nothing is offload"),
     Broken("raw-section", {"deepspeed.aio.block_size": 4096}, "deepspeed.aio"),
     Broken("raw-section", {"deepspeed.fp16.hysteresis": 4}, "deepspeed.fp16"),
     Broken("raw-communication", {"deepspeed.communication_data_type": "float32"}, "fp32, fp16 or bf16"),
+    Broken("raw-communication", {"deepspeed.communication_data_type": 32}, "fp32, fp16 or bf16"),
     Broken(
         "raw-gds",
         STAGE3 | {"parallel.offload_params": "nvme", "parallel.nvme_path": "/tmp", "deepspeed.aio.use_gds": True},
