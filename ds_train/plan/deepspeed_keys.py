@@ -57,7 +57,7 @@ _MONITORS = ("monitor/config.py", "DeepSpeedMonitorConfig")
 
 _MONITOR = ("a monitor of DeepSpeed that fails on rank 0 hangs the other ranks", "use RUN/metrics.jsonl or track.wandb")
 _MEAN = ("gradients are those of the mean loss of the global batch", "leave it out")
-_OWN_OPTIMIZER = ("it needs DeepSpeedCPUAdam, and the optimizer here is torch's", "leave it out")
+_OWN_OPTIMIZER = ("it needs DeepSpeedCPUAdam, which isn't among the optimizers here", "leave it out")
 _OWN_ORDER = ("the order of samples is a function of the seed and the position alone", "leave it out")
 _OWN_CHECKPOINTS = (
     "checkpoints and exports are this trainer's own",
@@ -78,7 +78,7 @@ REFUSED: dict[str, tuple[str, str]] = {
     "gradient_allreduce_op": _MEAN,
     "prescale_gradients": _MEAN,
     "gradient_predivide_factor": _MEAN,
-    "data_efficiency": _OWN_ORDER,
+    "data_efficiency": (_OWN_ORDER[0], "leave it out; see `curriculum` and `token_drop` of the recipe"),
     "dataloader_drop_last": _OWN_ORDER,
     "disable_allgather": _UNREAD,
     "vocabulary_size": _UNREAD,
@@ -110,6 +110,14 @@ REFUSED: dict[str, tuple[str, str]] = {
     "zero_optimization.stage3_gather_fp16_weights_on_model_save": _OWN_CHECKPOINTS,
 }
 """DeepSpeed keys that work against this trainer whatever their value: (reason, fix)."""
+
+# What a recipe has in place of features that DeepSpeed has removed.
+_REPLACED = {
+    "amp": "leave it out; precision.dtype=bf16 or fp16 is mixed precision",
+    "elasticity": "leave it out; a checkpoint resumes on any number of ranks",
+    "curriculum_learning": "leave it out; `curriculum` of the recipe does this",
+    "zero_optimization.mics_shard_size": "leave it out; see parallel.secondary_partition",
+}
 
 # Where "auto" is a value that DeepSpeed itself resolves (runtime/constants.py:391).
 _AUTO_ALLOWED = frozenset({"data_types.keep_in_fp32_modules"})
@@ -177,9 +185,9 @@ def _check_key(path: str, value: Any) -> Problem | None:
     if path in REFUSED:
         return Problem(key, *REFUSED[path], value)
     if path in removed_keys():
-        return Problem(key, removed_keys()[path], "leave it out", value)
+        return Problem(key, removed_keys()[path], _REPLACED.get(path, "leave it out"), value)
     if value == "auto" and path not in _AUTO_ALLOWED:
-        return Problem(key, 'DeepSpeed drops "auto" without a word and takes its own default', "write a value", value)
+        return Problem(key, 'DeepSpeed drops "auto" without a word and takes its own default', "leave it out", value)
     if not known_key(path):
         return _unknown(path, value)
     if _is_section(path) and not isinstance(value, Mapping):
@@ -214,7 +222,9 @@ def _wrong_type(path: str, value: Any) -> Problem | None:
     }
     if fits.get(annotation, True):
         return None
-    return Problem(f"deepspeed.{path}", f"DeepSpeed takes {annotation} here", "write one, without quotes", value)
+    kind = {"bool": "true or false", "int": "a whole number", "float": "a number", "str": "text"}[annotation]
+    fix = "write one, without quotes" if annotation != "str" else "write some"
+    return Problem(f"deepspeed.{path}", f"DeepSpeed takes {kind} here", fix, value)
 
 
 def _is_section(path: str) -> bool:

@@ -202,7 +202,7 @@ class _Asked:
                         yield Layout(pipe, rest, sequence, tensor)
 
     def _try(self, layout: Layout) -> None:
-        run, parallel, shares = self._run, self._run.parallel, self._predictor.memory.shares
+        run, parallel = self._run, self._run.parallel
         stages = _options(parallel.zero_stage, (0, 1, 2, 3))
         disks = ("nvme",) if parallel.nvme_path else ()
         for stage in stages:
@@ -223,9 +223,7 @@ class _Asked:
                     if effective != stage and parallel.zero_stage == "auto":
                         continue  # the same as another candidate
                     sample = Choice(layout, effective, 1, 1, optimizer, params)
-                    facts = Facts(variant, self._cluster)
-                    facts.__dict__["size"] = self._base.size
-                    problems = check(facts) + self._plans(layout, shares)
+                    problems = check(self._base.on(variant))
                     batches = list(self._batches(layout)) if not problems else []
                     if not problems and not batches:
                         problems = [self._uneven(layout)]
@@ -234,14 +232,6 @@ class _Asked:
                         continue
                     self._allowed.add(_class(sample))
                     self._score(variant, sample, batches)
-
-    def _plans(self, layout: Layout, shares: Any) -> list[Problem]:
-        problems = []
-        if layout.pipe > 1 and not shares.can_cut_stages:
-            problems.append(Problem("parallel.pipeline", f"there is no pipeline plan for {self._base.arch}"))
-        if layout.tensor > 1 and not shares.can_cut_tensors:
-            problems.append(Problem("parallel.tensor", f"there is no tensor plan for {self._base.arch}"))
-        return problems
 
     def _batches(self, layout: Layout) -> Iterator[BatchPlan]:
         batch = self._run.batch

@@ -23,7 +23,7 @@ _DECIDED = frozenset({"managed_gradient_accumulation", "zero_force_ds_cpu_optimi
 def instead(path: str, value: Any) -> str:
     """What to do about the key at `path` of DeepSpeed's configuration, one of `OWNED`: the recipe keys that say it."""
     if path in _DECIDED or _says_auto(value):
-        return f"leave it out; {OWNED[path]} decides it"
+        return f"leave it out; {OWNED[path]} {'decide' if ' and ' in OWNED[path] else 'decides'} it"
     if path in _SPECIAL:
         return _SPECIAL[path](value)
     known = " " not in OWNED[path] and isinstance(value, (bool, int, float, str))
@@ -111,6 +111,10 @@ def _checkpointing(value: Any) -> str:
     return _set({"model.activation_checkpointing": True})
 
 
+def _compile(value: Any) -> str:
+    return _set({"model.compile": True}) if _known(value).get("deepcompile") is True else "leave it out"
+
+
 def _tensor(value: Any) -> str:
     ranks = _known(value).get("autotp_size") or _known(_known(value).get("tp")).get("tp_size")
     return _set({"parallel.tensor": ranks}) if ranks else "set parallel.tensor instead"
@@ -139,6 +143,7 @@ _SPECIAL: dict[str, Callable[[Any], str]] = {
     "zero_optimization.cpu_offload": _offload("parallel.offload_optimizer"),
     "zero_optimization.cpu_offload_param": _offload("parallel.offload_params"),
     "activation_checkpointing": _checkpointing,
+    "compile": _compile,
     "tensor_parallel": _tensor,
     "wandb": _wandb,
 }

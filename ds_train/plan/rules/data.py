@@ -16,7 +16,7 @@ def _foreign_tokens(facts: Facts) -> bool:
 RULES: tuple[Rule | KeyRule, ...] = (
     Rule(
         "classification-source", "data.source", all_of(CLASSIFIER, at("data.source", "stdlib", "text")),
-        "this source has no labels", "use tsv, jsonl, parquet or hub",
+        "this source has no labels", "set data.source to tsv, jsonl, parquet or hub",
     ),
     Rule(
         "path-missing", "data.path", all_of(is_not(at("data.source", "stdlib")), is_not(given("data.path"))),

@@ -48,9 +48,10 @@ def _common_divisors(facts: Facts, sizes: tuple[str, ...]) -> str:
     return divisors(math.gcd(*(size_of(facts, name) or 0 for name in sizes)))
 
 
-def _sizes_in_words(facts: Facts, sizes: tuple[str, ...]) -> str:
-    """The sizes that the model's degree of parallelism must divide, those that are known."""
-    return " and ".join(f"{name}={size_of(facts, name)}" for name in sizes if size_of(facts, name))
+def _not_divided(facts: Facts, degree: int, sizes: tuple[str, ...]) -> str:
+    """The sizes that `degree` doesn't divide, of those that are known."""
+    known = {name: size_of(facts, name) for name in sizes}
+    return " and ".join(f"{name}={size}" for name, size in known.items() if size and size % degree)
 
 
 RULES: tuple[Rule | KeyRule, ...] = (
@@ -70,6 +71,17 @@ RULES: tuple[Rule | KeyRule, ...] = (
         "pipeline-task", "parallel.pipeline", all_of(PIPELINE, is_not(at("task.kind", "causal-lm"))),
         lambda f: f"models of {f.run.task.kind} aren't cut into stages",
         "set parallel.pipeline=1; parallel.tensor or parallel.zero_stage=3 spread the model over ranks",
+    ),
+    Rule(
+        "pipeline-plan", "parallel.pipeline",
+        lambda f: PIPELINE(f) and f.run.task.kind == "causal-lm" and f.shares and not f.shares.can_cut_stages,
+        lambda f: f"nothing says how models of family {f.arch} are cut into stages (plan/families.py)",
+        "set parallel.pipeline=1; parallel.zero_stage=3 spreads any model over ranks",
+    ),
+    Rule(
+        "tensor-plan", "parallel.tensor", lambda f: TENSOR(f) and f.shares and not f.shares.can_cut_tensors,
+        lambda f: f"nothing says how matrices of family {f.arch} are shared (plan/families.py)",
+        "set parallel.tensor=1; parallel.zero_stage=3 spreads any model over ranks",
     ),
     Rule(
         "pipeline-sequence", "parallel.sequence", all_of(PIPELINE, SEQUENCE),
@@ -120,7 +132,7 @@ RULES: tuple[Rule | KeyRule, ...] = (
     ),
     Rule(
         "tensor-sizes", "parallel.tensor", _degree_does_not_divide("parallel.tensor", *_CUT_BY_TENSOR),
-        lambda f: f"it doesn't divide {_sizes_in_words(f, _CUT_BY_TENSOR)}",
+        lambda f: f"it doesn't divide {_not_divided(f, f.tensor, _CUT_BY_TENSOR)}",
         lambda f: _common_divisors(f, _CUT_BY_TENSOR),
     ),
     Rule(
@@ -153,7 +165,8 @@ RULES: tuple[Rule | KeyRule, ...] = (
         lambda f: SEQUENCE(f) and any(
             (size_of(f, name) or 0) % (f.sequence * f.tensor) for name in _HEADS
         ),
-        lambda f: f"{'with the tensor ranks it' if TENSOR(f) else 'it'} doesn't divide {_sizes_in_words(f, _HEADS)}",
+        lambda f: f"{'with the tensor ranks it' if TENSOR(f) else 'it'} doesn't divide "
+        + _not_divided(f, f.sequence * f.tensor, _HEADS),
         lambda f: f"{'tensor x sequence ' if TENSOR(f) else ''}{_common_divisors(f, _HEADS)}",
     ),
     Rule(

@@ -76,6 +76,13 @@ _OTHER_PLACES = {
     "_attn_implementation": "model.attention", "gradient_checkpointing": "model.activation_checkpointing",
     "name_or_path": "model.path", "model_type": "model.arch",
 }  # fmt: skip
+# What families call the same size.
+_SAME_SIZES = (
+    ("hidden_size", "n_embd", "d_model", "dim"), ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
+    ("num_attention_heads", "n_head", "n_heads", "num_heads"),
+    ("intermediate_size", "n_inner", "ffn_dim", "d_ff", "ffn_hidden_size"),
+    ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"),
+)  # fmt: skip
 _COUNTS = frozenset({
     "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size",
     "max_position_embeddings", "head_dim", "n_embd", "n_layer", "n_head", "n_positions", "d_model", "ffn_dim",
@@ -109,7 +116,9 @@ def _bad_counts(facts: Facts) -> dict[str, Any]:
 
 def _similar_model_key(facts: Facts, key: str) -> str:
     word = key.removeprefix("model.")
-    guess = nearest(word, [*facts.config_keys, *type(facts.run.model).model_fields])
+    same = next((names for names in _SAME_SIZES if word in names), ())
+    guess = next((name for name in same if name in facts.config_keys), None)
+    guess = guess or nearest(word, [*facts.config_keys, *type(facts.run.model).model_fields])
     if guess:
         return f"did you mean `model.{guess}`?"
     return f"`ds-train` takes the keys of transformers' {known_architectures().get(str(facts.arch), 'config')}"

@@ -86,7 +86,7 @@ def _ignored_sections(facts: Facts) -> dict[str, Any]:
 
 def _bad_communication(facts: Facts) -> bool:
     value = facts.raw("communication_data_type")
-    return value is not None and (not isinstance(value, str) or value.lower() not in ("fp32", "fp16", "bf16"))
+    return value not in (None, "auto") and (not isinstance(value, str) or value.lower() not in ("fp32", "fp16", "bf16"))
 
 
 RULES: tuple[Rule | KeyRule, ...] = (

@@ -30,8 +30,8 @@ WRONG = [
     ({"checkpoint": {"writer": {"type": "FAST"}}}, "deepspeed.checkpoint", "`checkpoint` of the recipe"),
     ({"dataloader_drop_last": True}, "deepspeed.dataloader_drop_last", "leave it out"),
     ({"vocabulary_size": 50304}, "deepspeed.vocabulary_size", "nothing in DeepSpeed"),
-    ({"dump_state": "yes"}, "deepspeed.dump_state", "takes bool"),
-    ({"flops_profiler": {"profile_step": "first"}}, "deepspeed.flops_profiler.profile_step", "takes int"),
+    ({"dump_state": "yes"}, "deepspeed.dump_state", "takes true or false"),
+    ({"flops_profiler": {"profile_step": "first"}}, "deepspeed.flops_profiler.profile_step", "whole number"),
     ({"timers": {"throughputs": {}}}, "deepspeed.timers.throughputs", "timers.throughput"),
     ({"nothing_like_it": 1}, "deepspeed.nothing_like_it", "leave it out"),
     ({"zero_optimization": {"stage": 2}}, "deepspeed.zero_optimization.stage", "set parallel.zero_stage=2 instead"),
@@ -44,11 +44,11 @@ WRONG = [
     ({"zero_optimization": True}, "deepspeed.zero_optimization", "write keys under it"),
     ({"aio": None}, "deepspeed.aio", "write keys under it"),
     ({"data_types": {"keep_in_fp32_modules": "auto", "buffer_dtyp": 1}}, "", "data_types.buffer_dtype"),
-    ({"steps_per_print": "auto"}, "deepspeed.steps_per_print", "write a value"),
-    ({"zero_optimization": {"leaf_module": {"names": "auto"}}}, "", "write a value"),
-    ({"zero_optimization": {"sub_group_size": "many"}}, "deepspeed.zero_optimization.sub_group_size", "takes int"),
-    ({"zero_optimization": {"sub_group_size": 1.5}}, "deepspeed.zero_optimization.sub_group_size", "takes int"),
-    ({"zero_optimization": {"round_robin_gradients": 1}}, "", "takes bool"),
+    ({"steps_per_print": "auto"}, "deepspeed.steps_per_print", "leave it out"),
+    ({"zero_optimization": {"leaf_module": {"names": "auto"}}}, "", "leave it out"),
+    ({"zero_optimization": {"sub_group_size": "many"}}, "deepspeed.zero_optimization.sub_group_size", "whole number"),
+    ({"zero_optimization": {"sub_group_size": 1.5}}, "deepspeed.zero_optimization.sub_group_size", "whole number"),
+    ({"zero_optimization": {"round_robin_gradients": 1}}, "", "takes true or false"),
     ({"compression_training": {}}, "deepspeed.compression_training", "removed"),
     ({"elasticity": {"enabled": True}}, "deepspeed.elasticity", "removed"),
     ({"amp": {"enabled": True}}, "deepspeed.amp", "removed"),
@@ -86,6 +86,8 @@ def test_wrong_keys(raw: dict[str, Any], key: str, says: str) -> None:
 
 TRANSLATED = [
     ("zero_optimization.stage", 3, "set parallel.zero_stage=3 instead"),
+    ("gradient_accumulation_steps", "auto", "leave it out; batch.global_samples and batch.micro_samples decide it"),
+    ("compile", {"deepcompile": True}, "set model.compile=true instead"),
     ("zero_optimization.stage", "auto", "leave it out; parallel.zero_stage decides it"),
     ("zero_optimization.reduce_bucket_size", 5e8, "set parallel.bucket_elements=500000000 instead"),
     ("zero_optimization.overlap_comm", True, "set parallel.overlap_communication=true instead"),
@@ -136,6 +138,17 @@ def test_all_wrong_keys_come_at_once() -> None:
     problems = check_raw({"stage": 1, "fp16": {"enabled": True, "histeresis": 2}, "amp": {"enabled": "auto"}})
     keys = ["deepspeed.stage", "deepspeed.fp16.enabled", "deepspeed.fp16.histeresis", "deepspeed.amp"]
     assert [problem.key for problem in problems] == keys
+
+
+def test_each_owned_refused_and_removed_key_is_told_with_a_way_out() -> None:
+    for path in {*OWNED, *REFUSED, *removed_keys()}:
+        raw: Any = 1
+        for part in reversed(path.split(".")):
+            raw = {part: raw}
+        (problem,) = check_raw(raw)
+        assert path.startswith(problem.key.removeprefix("deepspeed."))
+        assert problem.reason
+        assert problem.fix
 
 
 def test_every_owned_and_refused_key_is_one_that_deepspeed_reads() -> None:
