@@ -12,7 +12,7 @@ from ds_train.plan.deepspeed_json import deepspeed_json
 from ds_train.plan.deepspeed_keys import check_raw
 from ds_train.plan.facts import Facts
 from ds_train.plan.model_size import ModelSize
-from ds_train.plan.predict import Prediction, Predictor, chosen
+from ds_train.plan.predict import Prediction, Predictor, chosen, unknown
 from ds_train.plan.rules import check
 from ds_train.plan.search import Search, auto_fields, search
 from ds_train.plan.stage import effective_stage
@@ -87,6 +87,15 @@ def make_plan(run: RunConfig, cluster: Cluster) -> RunPlan:
     return RunPlan(run, cluster, layout, batch, facts.stage, facts.size, json, notes, predicted, found)
 
 
+def like_steps(run: RunConfig) -> int | None:
+    """Optimizer steps of a run whose steps are all alike; None where they aren't, or their number depends on data."""
+    reduced = run.curriculum.kind != "none" or run.patch.size > 1 or run.token_drop.kind != "none"
+    if reduced or (run.schedule.steps is None and run.schedule.tokens is None):
+        return None
+    tokens = run.batch.global_samples * run.data.sequence_length
+    return run.schedule.steps or -(-(run.schedule.tokens or 0) // tokens)
+
+
 def _notes(facts: Facts, batch: BatchPlan, predicted: Prediction | None) -> tuple[str, ...]:
     """What the user should know although nothing is wrong."""
     notes = []
@@ -111,4 +120,11 @@ def _notes(facts: Facts, batch: BatchPlan, predicted: Prediction | None) -> tupl
     data = facts.run.data
     if facts.run.task.kind == "sequence-classification" and data.packing and "packing" in data.model_fields_set:
         notes.append("data.packing=True: samples of sequence-classification are padded, not packed")
+    if predicted is None:
+        notes.append("memory and time aren't predicted: {}; {}".format(*unknown(facts)))
+    elif predicted.step is None:
+        notes.append(
+            f"time isn't predicted: no figures of this {facts.cluster.device} device; name one with --cluster, or "
+            "measure it with `ds-train calibrate`"
+        )
     return tuple(notes)

@@ -10,8 +10,10 @@ from ds_train.plan.batch import BatchPlan
 from ds_train.plan.facts import Facts
 from ds_train.plan.hardware import GIB, Hardware, hardware_of
 from ds_train.plan.memory import Choice, MemoryModel, RankMemory
+from ds_train.plan.model_size import read_config
 from ds_train.plan.throughput import StepTime, TimeModel
 from ds_train.plan.topology import Cluster, Layout
+from ds_train.plan.transformers_keys import known_architectures
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,18 @@ class Predictor:
         tflops = self.time.tflops_per_device(choice) if self.time else None
         name = self.hardware.name if self.hardware else None
         return Prediction(tuple(self.memory.ranks(choice)), self.limit, self.host_limit, name, step, tflops)
+
+
+def unknown(facts: Facts) -> tuple[str, str]:
+    """(why nothing can be predicted, what to do about it) where there is no `Predictor` of a recipe."""
+    path = facts.run.model.path
+    if path is not None and read_config(path, facts.run.model.revision) is None:
+        return f"the config.json of {path} isn't on this machine", f"fetch it: hf download {path} config.json"
+    if facts.arch not in known_architectures():
+        return f"transformers has no family {facts.arch}", "give a model_type of the installed transformers"
+    if path is None and facts.vocabulary is None and "vocab_size" not in facts.run.model.config:
+        return "the tokenizer's size isn't known before it is loaded", "set model.vocab_size"
+    return f"the planner doesn't understand the code of family {facts.arch}", "measure a short run"
 
 
 def chosen(run: RunConfig, layout: Layout, batch: BatchPlan, stage: int) -> Choice:

@@ -7,6 +7,7 @@ from typing import Any
 
 from ds_train.config.load import nearest
 from ds_train.plan.facts import Facts
+from ds_train.plan.model_size import ALIASES
 from ds_train.plan.rules.base import (
     CLASSIFIER,
     FLASH,
@@ -76,13 +77,6 @@ _OTHER_PLACES = {
     "_attn_implementation": "model.attention", "gradient_checkpointing": "model.activation_checkpointing",
     "name_or_path": "model.path", "model_type": "model.arch",
 }  # fmt: skip
-# What families call the same size.
-_SAME_SIZES = (
-    ("hidden_size", "n_embd", "d_model", "dim"), ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
-    ("num_attention_heads", "n_head", "n_heads", "num_heads"),
-    ("intermediate_size", "n_inner", "ffn_dim", "d_ff", "ffn_hidden_size"),
-    ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"),
-)  # fmt: skip
 _COUNTS = frozenset({
     "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size",
     "max_position_embeddings", "head_dim", "n_embd", "n_layer", "n_head", "n_positions", "d_model", "ffn_dim",
@@ -116,7 +110,7 @@ def _bad_counts(facts: Facts) -> dict[str, Any]:
 
 def _similar_model_key(facts: Facts, key: str) -> str:
     word = key.removeprefix("model.")
-    same = next((names for names in _SAME_SIZES if word in names), ())
+    same = next((names for names in ALIASES.values() if word in names), ())
     guess = next((name for name in same if name in facts.config_keys), None)
     guess = guess or nearest(word, [*facts.config_keys, *type(facts.run.model).model_fields])
     if guess:
