@@ -186,8 +186,9 @@ def _random_model(run: RunConfig, config: PreTrainedConfig, zero3_json: dict[str
             import deepspeed
 
             stack.enter_context(prevent_arange_dtype_change())
-            dtype = DTYPES[run.precision.dtype]
-            stack.enter_context(deepspeed.zero.Init(config_dict_or_path=zero3_json, dtype=dtype))
+            # Its argument `dtype` gives way to bf16 on devices without fp16 (partition_parameters.py:409); what the
+            # configuration enables does not.
+            stack.enter_context(deepspeed.zero.Init(config_dict_or_path=zero3_json))
         auto_class: Any = _AUTO_CLASSES[run.task.kind]
         return auto_class.from_config(config, dtype=DTYPES[run.precision.dtype], **_attention(run))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -35,6 +36,17 @@ def test_column_parallel_sums_a_copy_of_a_gradient_that_is_not_contiguous(monkey
     layers.ColumnParallel.apply(None, hidden).backward(gradient)
     assert hidden.grad is not None
     assert hidden.grad[0, 0] == 1  # on two ranks it should be 2
+
+
+def test_zero_init_drops_its_dtype_on_devices_without_fp16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Why ZeRO-3 models are built by what the configuration enables: models/load.py. fp32 became bf16, silently."""
+    from deepspeed.runtime.zero import partition_parameters
+
+    device = SimpleNamespace(is_fp16_supported=lambda: False, is_bf16_supported=lambda: True)
+    monkeypatch.setattr(partition_parameters, "get_accelerator", lambda: device)
+    made = SimpleNamespace()
+    partition_parameters.Init._set_dtype(made, None, torch.float32)
+    assert made.dtype == torch.bfloat16
 
 
 def test_autoep_asks_transformers_for_what_is_not_there() -> None:
