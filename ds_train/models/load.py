@@ -186,8 +186,8 @@ def _random_model(run: RunConfig, config: PreTrainedConfig, zero3_json: dict[str
             import deepspeed
 
             stack.enter_context(prevent_arange_dtype_change())
-            # Its argument `dtype` gives way to bf16 on devices without fp16 (partition_parameters.py:409); what the
-            # configuration enables does not.
+            # Without a dtype: one that is given counts only where the processor has fp16, and is bf16 elsewhere
+            # (partition_parameters.py, Init._set_dtype). The JSON says it too.
             stack.enter_context(deepspeed.zero.Init(config_dict_or_path=zero3_json))
         auto_class: Any = _AUTO_CLASSES[run.task.kind]
         return auto_class.from_config(config, dtype=DTYPES[run.precision.dtype], **_attention(run))

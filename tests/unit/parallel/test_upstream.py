@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -38,17 +37,6 @@ def test_column_parallel_sums_a_copy_of_a_gradient_that_is_not_contiguous(monkey
     assert hidden.grad[0, 0] == 1  # on two ranks it should be 2
 
 
-def test_zero_init_drops_its_dtype_on_devices_without_fp16(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Why ZeRO-3 models are built by what the configuration enables: models/load.py. fp32 became bf16, silently."""
-    from deepspeed.runtime.zero import partition_parameters
-
-    device = SimpleNamespace(is_fp16_supported=lambda: False, is_bf16_supported=lambda: True)
-    monkeypatch.setattr(partition_parameters, "get_accelerator", lambda: device)
-    made = SimpleNamespace()
-    partition_parameters.Init._set_dtype(made, None, torch.float32)
-    assert made.dtype == torch.bfloat16
-
-
 def test_autoep_asks_transformers_for_what_is_not_there() -> None:
     """Why `deepspeed.expert_parallel` is refused: plan/deepspeed_keys.py."""
     from deepspeed.module_inject.auto_ep_presets import base
@@ -57,3 +45,14 @@ def test_autoep_asks_transformers_for_what_is_not_there() -> None:
     assert "registry.get(registry_key, _MISSING_REGISTRY_ENTRY)" in inspect.getsource(base)
     with pytest.raises(TypeError):
         output_capturing._CAN_RECORD_REGISTRY.get("a key", "a default")  # type: ignore[call-arg]
+
+
+def test_zero_init_takes_no_dtype_where_there_is_no_fp16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Why models/load.py leaves it to the JSON: a model from scratch in fp32 became one in bf16."""
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.runtime.zero.partition_parameters import Init
+
+    monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: False)
+    init = object.__new__(Init)
+    init._set_dtype(None, torch.float32)
+    assert init.dtype == torch.bfloat16
