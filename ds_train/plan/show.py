@@ -80,9 +80,10 @@ def _console() -> Console:
 
 def _whole_run(made: RunPlan, steps: int, step_seconds: float) -> str:
     seconds = steps * step_seconds
-    kind = made.cluster.kind or made.cluster.device
-    hours = f"{seconds * made.layout.ranks / 3600:,.3g} {kind}-hours"
-    return f"{steps:,} steps, {_seconds(seconds)}, {hours} (predicted; without start, evaluation and saving)"
+    hours = seconds * made.layout.ranks / 3600
+    in_words = f"{hours:,.0f}" if hours >= 100 else f"{hours:.3g}"
+    cost = f"{in_words} {made.cluster.kind or made.cluster.device}-hours"
+    return f"{steps:,} steps, {_seconds(seconds)}, {cost} (predicted; without start, evaluation and saving)"
 
 
 def _summary(predicted: Prediction, tokens: int) -> dict[str, str]:
