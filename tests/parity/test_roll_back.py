@@ -26,7 +26,7 @@ STEPS, SHORT, EVERY = 100, 24, 4
 SPIKES = (14, 79)
 PROMPT = "alpha be"
 WORDS = (
-    "alpha", "be", "gamma", "ray", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda", "mu", "nu", "xi",
+    "alpha", "be", "gamma", "ray", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda", "mu", "nu",
 )  # fmt: skip
 LAYOUTS: dict[str, tuple[dict[str, Any], str]] = {
     "zero0": ({"zero_stage": 0}, "fp32"),
