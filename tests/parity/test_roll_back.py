@@ -27,6 +27,7 @@ SPIKES = (14, 79)
 PROMPT = "alpha be"
 WORDS = (
     "alpha", "be", "gamma", "ray", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda", "mu", "nu",
+    "xi",
 )  # fmt: skip
 LAYOUTS: dict[str, tuple[dict[str, Any], str]] = {
     "zero0": ({"zero_stage": 0}, "fp32"),
