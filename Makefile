@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RANKS ?= 2
 RECIPE ?= ds_configs/quickstart.yaml
 
-.PHONY: install install-dev train kernels test lint format parity reshard faults cluster families planner bench clean
+.PHONY: install install-dev train kernels test lint format parity reshard health faults cluster families planner bench clean
 
 # torch comes first and alone: a later install would replace its CPU build by a CUDA one of several GB.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -62,6 +62,10 @@ cluster: install-dev
 	{ apt-get -qq update && apt-get -qq install --no-install-recommends $(CLUSTER_PACKAGES) > /dev/null; } || \
 	echo "couldn't install $(CLUSTER_PACKAGES)"
 	$(BIN)/pytest tests/cluster -m cluster
+
+# Poisoned samples in every layout: skipped, diagnosed, rolled back (minutes).
+health: install-dev
+	$(BIN)/pytest tests/parity/test_health.py tests/parity/test_roll_back.py -m "parity or exhaustive"
 
 # docs/families.md: which model families train in a pipeline and with tensor ranks (half an hour on 2 cores).
 families: install-dev

@@ -23,7 +23,7 @@ class HealthSection(Section):
 
     spike_threshold: float = Field(default=8.0, gt=0.0)
     """A loss is an outlier so many deviations above the median of the last ones; the deviation is 1.4826 x their median
-    absolute deviation, and at least 1 % of the median."""
+    absolute deviation from their trend, and at least 1 % of the median."""
 
     spike_window: int = Field(default=50, ge=5)
     """Losses that a new one is compared with; with fewer, and for so many steps after samples change their length,

@@ -22,7 +22,7 @@ class TrackSection(Section):
     eval_samples: int = Field(default=256, ge=1)
     """Held-out samples per evaluation; fewer where there are fewer."""
 
-    eval_prompts: tuple[str, ...] = ()
+    eval_prompts: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """`causal-lm`: texts that the model continues by its `sample_tokens` likeliest tokens at every evaluation, in lines
     of kind `sample` of metrics.jsonl."""
 

@@ -5,14 +5,11 @@ RUN/data.json says which prepared data a run reads, and what its roll-backs have
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from ds_train.config import RunConfig, load
 from ds_train.data.order import Order
@@ -28,8 +25,7 @@ RECORD = "data.json"
 class Portion:
     """A part of a document in a sample: tokens `start` to `stop` - 1 of it.
 
-    `sample` counts along the run. `source` is a file, `file:line` or `id:row`; `sha256` is of all of the document's
-    tokens, as int64 in little-endian bytes.
+    `sample` counts along the run. `source` is a file, `file:line` or `id:row`; `sha256` is `TokenFile.sha256`.
     """
 
     sample: int
@@ -49,9 +45,7 @@ def portions_of(samples: Samples | MaskedSamples, order: Order, shape: StepShape
         stop = min(high, low + first + shape.length - passed)
         passed += high - low
         if start < stop:
-            tokens = file.tokens[file.offsets[document] : file.offsets[document + 1]]
-            digest = hashlib.sha256(np.asarray(tokens, dtype="<i8").tobytes()).hexdigest()
-            yield Portion(int(slot), document, file.source(document), start, stop, digest)
+            yield Portion(int(slot), document, file.source(document), start, stop, file.sha256(document))
 
 
 def data_record(folder: Path, skips: Sequence[Skip]) -> dict[str, Any]:

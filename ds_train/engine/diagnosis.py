@@ -33,7 +33,7 @@ class Finding:
 
     phase: Literal["forward", "backward"]
     module: str
-    kind: str
+    module_class: str
     tensor: str
     from_finite: bool
     micro_batch: int
@@ -46,7 +46,7 @@ class Finding:
         names = [f"{part.source} (tokens {part.start} to {part.stop - 1})" for part in self.documents[:_SHOWN]]
         more = len(self.documents) - _SHOWN
         rest = f" and {more} more" if more > 0 else ""
-        place = f"{self.module} ({self.kind}), {self.tensor}, in the {self.phase} pass"
+        place = f"{self.module} ({self.module_class}), {self.tensor}, in the {self.phase} pass"
         where = f"micro-batch {self.micro_batch} on rank {self.rank}"
         return f"{place} of {where}, samples of {', '.join(names)}{rest}"
 

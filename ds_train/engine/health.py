@@ -92,12 +92,16 @@ class Health:
         self._state = HealthState(**{**saved, "roll_backs": roll_backs})
 
     def _usual(self) -> tuple[float, float | None]:
-        """(median, deviation) of the last losses; no deviation while they are too few."""
+        """(median of the last losses, deviation from their trend); no deviation while they are too few."""
         losses = self._state.losses
         if len(losses) < self._section.spike_window:
             return math.inf, None
-        center = median(losses)
-        spread = _NORMAL * median(abs(loss - center) for loss in losses)
+        # A falling loss is no noise: the line through the medians of both halves is taken off (Tukey's resistant line).
+        half = len(losses) // 2
+        slope = (median(losses[-half:]) - median(losses[:half])) / (len(losses) - half)
+        level = [loss - slope * place for place, loss in enumerate(losses)]
+        middle, center = median(level), median(losses)
+        spread = _NORMAL * median(abs(loss - middle) for loss in level)
         return center, max(spread, _SMALLEST_DEVIATION * abs(center))
 
     def _skipped(self, result: StepResult, scale: LossScale | None) -> Verdict:
@@ -130,7 +134,7 @@ class Health:
         if math.isfinite(result.loss) and scale is not None:
             reason = f"gradients overflow fp16 at the smallest loss scale, {scale.value:g}, and the loss is as before"
             return "loss-scale-collapse", reason, "set precision.dtype=bf16, which has the range of fp32"
-        return "non-finite", "the loss was as usual before", "look at the samples and the module that are named"
+        return "non-finite", "no leap of the loss came before", "look at the samples and the module that are named"
 
     def _spike(self, result: StepResult, center: float, deviation: float) -> Verdict:
         state, section = self._state, self._section
