@@ -99,6 +99,7 @@ class Lab:
         if host in self.hosts:
             self.cut(host)
             _kill(self.hosts.pop(host))
+            self._ip(LOGIN, "link", "del", host)  # the kernel's own removal comes some time after the namespace's
         self._remove(host)
 
     def cut(self, host: str) -> None:
