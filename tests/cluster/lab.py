@@ -175,8 +175,11 @@ class Lab:
     def close(self) -> None:
         """Take everything down."""
         for host in list(self.hosts):
-            self.kill(host)
-        self._remove(LOGIN)
+            with contextlib.suppress(subprocess.CalledProcessError):
+                self.kill(host)
+        for name in _namespaces():
+            if name.startswith(self._name("")):
+                _remove_namespace(name)
 
     # -- how ---------------------------------------------------------------------------------------------------------
 
