@@ -10,7 +10,6 @@ import tempfile
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
-from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,6 +61,7 @@ def train(run: RunConfig, info: RankInfo) -> None:
     from ds_train.engine.build import assemble
     from ds_train.parallel.sequence import leave_sequence
     from ds_train.schedule.timeline import make_timeline
+    from ds_train.track.phases import collectives_timed
     from ds_train.track.tracker import Tracker
 
     layout = _layout_record(run, plan)
@@ -89,11 +89,13 @@ def train(run: RunConfig, info: RankInfo) -> None:
             efficiency = parts.data.packing_efficiency
             tracker.note(f"{run.data.packing_by} packing: {efficiency:.2%} of the windows' tokens are text")
         if resumed is not None:
+            tracker.log({"kind": "resume", "step": done, "from": str(resumed), "ranks": info.ranks}, done)
             tracker.note(f"continuing {resumed} after step {done}")
             if state is not None and state.layout != layout:
                 tracker.note(f"its states were spread by {_words(state.layout)}, and are now by {_words(layout)}")
         session = _Session(run, plan, info, parts, tracker, folder, layout, fingerprint)
-        session.train(done, timeline)
+        with collectives_timed(parts.clock, info.device):
+            session.train(done, timeline)
         _note_noise_scale(run, folder, tracker, info)
         if run.checkpoint.export:
             hf.export(parts.part, tokenizer, folder / "export", _model_card(run, plan, folder) if info.is_main else "")
@@ -122,10 +124,11 @@ class _Session:
         fingerprint: str,
     ) -> None:
         from ds_train.checkpoint.native import Saver
+        from ds_train.engine.speed import Speed
 
         self.run, self.plan, self.info, self.parts, self.tracker = run, plan, info, parts, tracker
         self.folder, self.layout, self.fingerprint = folder, layout, fingerprint
-        self.rate = _Throughput(run, parts, info)
+        self.speed = Speed(run, parts, info)
         section = run.checkpoint
         self.saver = Saver(
             folder / "checkpoints",
@@ -143,7 +146,7 @@ class _Session:
         run = self.run
         for result in train_steps(run, self.plan, self.info, self.parts, timeline, done):
             last = result.step == timeline.steps
-            self.rate.add(result)
+            self.speed.add(result)
             if last or result.measured or due(run.track.log_every_steps, result.step):
                 self.tracker.log(self._record(result), result.step)
             if last or due(run.track.eval_every_steps, result.step):
@@ -154,11 +157,9 @@ class _Session:
         self._note_saves(self.saver.wait())
 
     def _record(self, result: StepResult) -> dict[str, Any]:
-        from ds_train.track.memory import memory
-
         record = asdict(result)
         measured = record.pop("measured")
-        return {"kind": "train", **record, **measured, **self.rate.take(), **memory(self.info.device)}
+        return {"kind": "train", **record, **measured, **self.speed.take()}
 
     def _log_evaluation(self, scores: EvalResult | None, tokens: int) -> None:
         if scores is not None:
@@ -181,45 +182,13 @@ class _Session:
 
     def _note_saves(self, saves: Iterable[Saved]) -> None:
         for saved in saves:
+            self.speed.add_save(saved.stall_seconds)
             record = {"kind": "save", **asdict(saved), "path": str(saved.path)}
             self.tracker.log(record, saved.step)
             if saved.error is None:
                 self.tracker.note(f"saved {saved.path}")
             else:
                 self.tracker.note(f"step {saved.step} could not be saved: {saved.error}; older checkpoints are whole")
-
-
-class _Throughput:
-    """Tokens per second and MFU since the last metrics line."""
-
-    def __init__(self, run: RunConfig, parts: Assembly, info: RankInfo) -> None:
-        from ds_train.track.flops import flops_per_token
-        from ds_train.track.peak import measure_peak_flops
-
-        parameters = parts.part.matrix_parameters
-        config = parts.model.config
-        self._flops_per_token = cache(lambda length: flops_per_token(config, parameters, length))
-        peak = run.track.peak_tflops
-        rank_peak = measure_peak_flops(parts.model.dtype, parts.engine.device) if peak == "auto" else peak * 1e12
-        self._peak_flops = rank_peak * info.ranks
-        self._tokens, self._seconds, self._flops = 0, 0.0, 0.0
-
-    def add(self, result: StepResult) -> None:
-        self._tokens += result.real_tokens
-        positions = result.real_tokens / result.patch
-        self._flops += positions * self._flops_per_token(result.sequence_length // result.patch)
-        self._seconds += result.seconds
-
-    def take(self) -> dict[str, float]:
-        from ds_train.track.flops import mfu
-
-        seconds = self._seconds or math.inf
-        rates = {
-            "tokens_per_second": self._tokens / seconds,
-            "mfu": mfu(self._flops / seconds, self._peak_flops),
-        }
-        self._tokens, self._seconds, self._flops = 0, 0.0, 0.0
-        return rates
 
 
 def _note_noise_scale(run: RunConfig, folder: Path, tracker: Tracker, info: RankInfo) -> None:

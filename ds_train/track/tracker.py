@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ class Tracker:
     def log(self, record: Mapping[str, Any], step: int) -> None:
         """Report a record, which has a `kind` (train or eval)."""
         if self._display is not None and self._metrics is not None:
+            record = {**record, "time": round(time.time(), 3)}
             self._metrics.write(record)
             self._display.show(record, step)
             if self._wandb is not None:
