@@ -1,4 +1,4 @@
-"""`ds-train`: look at the schema, plan a run, prepare its data."""
+"""`ds-train`: look at the schema, plan a run, prepare its data, watch it, report on it."""
 
 from __future__ import annotations
 
@@ -242,20 +242,10 @@ def lr_find(
 
     On several hosts: `deepspeed --hostfile ... --no_local_rank --module ds_train.cli lr-find RECIPE`.
     """
-    import os
-    import subprocess
-
     if not 0 < lowest < highest:
         raise user_error("--lowest", f"isn't above 0 and below --highest={highest:g}", "give a range", lowest)
     run = load(recipe, overrides or [])
-    if ranks > 1 and "RANK" not in os.environ:
-        from ds_train.engine.port import free_port
-
-        again = sys.argv[1:]
-        launcher = Path(sys.executable).with_name("deepspeed")
-        started = [str(launcher), "--num_accelerators", str(ranks), "--master_port", str(free_port())]
-        quiet = ["--log_level", "error"]
-        sys.exit(subprocess.run([*started, *quiet, "--no_local_rank", "--module", "ds_train.cli", *again]).returncode)
+    _start_again_on(ranks)
     from ds_train.engine.lr_find import RangeTest, find
     from ds_train.engine.ranks import RankInfo, run_to_exit_code
 
@@ -272,6 +262,52 @@ def lr_find(
             print(f"{record['seconds']:.0f} s; {Path(run.run_root).expanduser() / run.name}/lr-find.json and .png")
 
     sys.exit(run_to_exit_code(body))
+
+
+@app.command()
+def profile(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    steps: Annotated[str, typer.Option(help="Steps to record, both included: i..j.")] = "6..8",
+    ranks: Annotated[str, typer.Option(help="Ranks to record, separated by commas.")] = "0",
+    start: Annotated[int, typer.Option(min=1, help="Ranks to start on this host.")] = 1,
+) -> None:
+    """Train up to step j under torch's profiler: traces, operators, memory, and what to change. Saves no checkpoint.
+
+    The run's schedules are the recipe's; RUN-profile/profile has what was found. On several hosts:
+    `deepspeed --hostfile ... --no_local_rank --module ds_train.cli profile RECIPE`.
+    """
+    try:
+        first, last = (int(step) for step in steps.split(".."))
+    except ValueError:
+        raise user_error("--steps", "not a range of steps", "write 6..8", steps) from None
+    changes = [
+        f"track.profile_steps=[{first},{last}]", f"track.profile_ranks=[{ranks}]", "track.wandb=off", "track.also=[]",
+        "track.wandb_artifacts=off", "checkpoint.every_steps=null", "checkpoint.save_final=false",
+        "checkpoint.export=false", "checkpoint.push_to=null", "track.eval_samples=1",
+    ]  # fmt: skip
+    name = load(recipe, overrides or []).name
+    run = load(recipe, [*(overrides or []), *changes, f"name={name}-profile"])
+    _start_again_on(start)
+    from ds_train.engine.job import train
+    from ds_train.engine.ranks import run_to_exit_code
+
+    sys.exit(run_to_exit_code(lambda info: train(run, info, stop_after=last)))
+
+
+def _start_again_on(ranks: int) -> None:
+    """Where several ranks are wanted and this is none: this same command by DeepSpeed's launcher, to its end."""
+    import os
+    import subprocess
+
+    if ranks == 1 or "RANK" in os.environ:
+        return
+    from ds_train.engine.port import free_port
+
+    launcher = Path(sys.executable).with_name("deepspeed")
+    started = [str(launcher), "--num_accelerators", str(ranks), "--master_port", str(free_port())]
+    quiet = ["--log_level", "error", "--no_local_rank", "--module", "ds_train.cli"]
+    sys.exit(subprocess.run([*started, *quiet, *sys.argv[1:]]).returncode)
 
 
 Checkpoint = Annotated[Path, typer.Argument(help="RUN/checkpoints/step-*, of any layout.")]

@@ -41,6 +41,21 @@ class TrackSection(Section):
     tags: tuple[str, ...] = ()
     """Tags of the wandb run."""
 
+    wandb_artifacts: Literal["off", "export", "all"] = "off"
+    """What goes to wandb as artifacts: the exported model at the end, or every checkpoint too. Rank 0 reads the files
+    once more for it, and wandb uploads them in the background."""
+
+    also: tuple[Literal["tensorboard", "csv"], ...] = ()
+    """More places for the same records: RUN/tensorboard (needs the package of that name), RUN/csv with a table for each
+    kind of record."""
+
+    profile_steps: tuple[int, int] | None = None
+    """Record steps i to j, both included and counted from 1, with torch's profiler, into RUN/profile. `ds-train
+    profile` sets it and ends the run after them."""
+
+    profile_ranks: tuple[int, ...] = (0,)
+    """Ranks that are recorded."""
+
     peak_tflops: Annotated[float, Field(gt=0.0)] | Auto = "auto"
     """Peak TFLOP/s of one rank, the denominator of MFU. `auto` measures a matrix product in the run's dtype."""
 

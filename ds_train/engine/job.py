@@ -34,8 +34,11 @@ def run_job(recipe: str, overrides: Sequence[str]) -> int:
     return run_to_exit_code(lambda info: train(load(recipe, overrides), info))
 
 
-def train(run: RunConfig, info: RankInfo) -> None:
-    """Train `run` on this rank of the launch, from the plan to the export. Collective."""
+def train(run: RunConfig, info: RankInfo, stop_after: int | None = None) -> None:
+    """Train `run` on this rank of the launch, from the plan to the export. Collective.
+
+    After step `stop_after` it ends as if it were the last, and its schedules are still those of the whole run.
+    """
     cluster = Cluster(ranks=info.ranks, ranks_per_host=info.ranks_per_host, device=info.device)
     folder = Path(run.run_root).expanduser() / run.name
     if auto_fields(run):
@@ -95,18 +98,21 @@ def train(run: RunConfig, info: RankInfo) -> None:
                 tracker.note(f"its states were spread by {_words(state.layout)}, and are now by {_words(layout)}")
         session = _Session(run, plan, info, parts, tracker, folder, layout, fingerprint)
         with collectives_timed(parts.clock, info.device):
-            session.train(done, timeline)
+            session.train(done, timeline, stop_after or timeline.steps)
         _note_noise_scale(run, folder, tracker, info)
         if run.checkpoint.export:
             hf.export(parts.part, tokenizer, folder / "export", _model_card(run, plan, folder) if info.is_main else "")
+            tracker.keep(folder / "export", "export", timeline.steps)
             _push(run, folder / "export", tracker, info)
+        # What follows is rank 0's alone: no attention may wait for the others.
+        leave_sequence()
+        _log_sample(run, folder, tracker, info, timeline)
         exit_code = 0
     finally:
         tracker.close(exit_code)
-        # What follows is rank 0's alone: no attention may wait for the others.
         leave_sequence()
     if info.is_main:
-        _farewell(run, folder)
+        _farewell(folder)
 
 
 class _Session:
@@ -139,13 +145,18 @@ class _Session:
             in_background=saves_in_background(run, info.device),
         )
 
-    def train(self, done: int, timeline: Timeline) -> None:
-        """Steps `done` + 1 to the timeline's last, each followed by what is due after it."""
+    def train(self, done: int, timeline: Timeline, stop_after: int) -> None:
+        """Steps `done` + 1 to `stop_after`, each followed by what is due after it."""
         from ds_train.engine.loop import due, evaluate, train_steps
 
         run = self.run
-        for result in train_steps(run, self.plan, self.info, self.parts, timeline, done):
-            last = result.step == timeline.steps
+        steps = train_steps(run, self.plan, self.info, self.parts, timeline, done)
+        if run.track.profile_steps is not None:
+            from ds_train.engine.profile import profiled
+
+            steps = profiled(steps, run, self.plan, self.info, self.parts.clock, self.folder, done, self.tracker.note)
+        for result in steps:
+            last = result.step == stop_after
             self.speed.add(result)
             if last or result.measured or due(run.track.log_every_steps, result.step):
                 self.tracker.log(self._record(result), result.step)
@@ -154,6 +165,8 @@ class _Session:
             if (last and run.checkpoint.save_final) or due(run.checkpoint.every_steps, result.step):
                 self._save(result)
             self._note_saves(self.saver.ended())
+            if last:
+                break
         self._note_saves(self.saver.wait())
 
     def _record(self, result: StepResult) -> dict[str, Any]:
@@ -174,7 +187,7 @@ class _Session:
             tokens=result.tokens,
             recipe=self.run.model_dump(mode="json"),
             layout=self.layout,
-            versions={name: version(name) for name in ("ds_train", "torch", "deepspeed", "transformers")},
+            versions=_versions(),
             data_fingerprint=self.fingerprint,
             wandb_id=self.tracker.wandb_id,
         )
@@ -187,6 +200,7 @@ class _Session:
             self.tracker.log(record, saved.step)
             if saved.error is None:
                 self.tracker.note(f"saved {saved.path}")
+                self.tracker.keep(saved.path, "checkpoint", saved.step)
             else:
                 self.tracker.note(f"step {saved.step} could not be saved: {saved.error}; older checkpoints are whole")
 
@@ -255,6 +269,10 @@ def _check_places(run: RunConfig, folder: Path) -> None:
             raise user_error("checkpoint.push_to", reason, fix, run.checkpoint.push_to)
 
 
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in ("ds_train", "deepspeed", "torch", "transformers")}
+
+
 def _model_card(run: RunConfig, plan: RunPlan, folder: Path) -> str:
     from ds_train.checkpoint.hf import model_card
     from ds_train.track.metrics import read_metrics
@@ -267,7 +285,7 @@ def _model_card(run: RunConfig, plan: RunPlan, folder: Path) -> str:
     for record in last["eval"]:
         facts |= {"held-out loss": f"{record['loss']:.4f}", "held-out accuracy": f"{record['accuracy']:.4f}"}
     facts |= {"task": run.task.kind, "layout": _words(_layout_record(run, plan))}
-    facts |= {name: version(name) for name in ("ds_train", "deepspeed", "torch", "transformers")}
+    facts |= _versions()
     return model_card(run.name, facts, dump(run), run.model.path)
 
 
@@ -289,7 +307,7 @@ def _write_records(folder: Path, run: RunConfig, plan: RunPlan) -> None:
     from ds_train.checkpoint.manifest import write_json, write_text
 
     write_text(folder / "recipe.yaml", dump(run))
-    write_json(folder / "plan.json", plan.to_dict())
+    write_json(folder / "plan.json", plan.to_dict() | {"versions": _versions()})
     write_json(folder / "deepspeed.json", plan.deepspeed_json)
 
 
@@ -346,13 +364,21 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 
-def _farewell(run: RunConfig, folder: Path) -> None:
-    """Say where everything lies; let the exported model speak where the recipe asks for a sample."""
-    if run.checkpoint.export and run.task.kind == "causal-lm" and run.track.sample_prompt is not None:
-        from ds_train.checkpoint.hf import generate_sample
+def _log_sample(run: RunConfig, folder: Path, tracker: Tracker, info: RankInfo, timeline: Timeline) -> None:
+    """Let the exported model speak where the recipe asks for it."""
+    prompt = run.track.sample_prompt
+    if prompt is None or not (info.is_main and run.checkpoint.export and run.task.kind == "causal-lm"):
+        return
+    from ds_train.checkpoint.hf import generate_sample
 
-        sample = generate_sample(folder / "export", run.track.sample_prompt, run.track.sample_tokens)
-        print(f"\nsample of the exported model:\n{sample}\n")
+    text = generate_sample(folder / "export", prompt, run.track.sample_tokens)
+    record = {"kind": "sample", "step": timeline.steps, "prompt": prompt, "text": text.removeprefix(prompt)}
+    tracker.log(record, timeline.steps)
+    tracker.note(f"\nsample of the exported model:\n{text}\n")
+
+
+def _farewell(folder: Path) -> None:
+    """Say where everything lies."""
     places = {
         "metrics": folder / "metrics.jsonl",
         "recipe and plan": folder / "recipe.yaml",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,11 @@ def _nvme(facts: Facts) -> bool:
 def _bad_nvme_path(facts: Facts) -> bool:
     path = facts.run.parallel.nvme_path
     return _nvme(facts) and (path is None or (facts.cluster.here and not Path(path).expanduser().is_dir()))
+
+
+def _bad_profile_steps(facts: Facts) -> bool:
+    steps, last = facts.run.track.profile_steps, facts.run.schedule.steps
+    return steps is not None and not 1 <= steps[0] <= steps[1] <= (last or steps[1])
 
 
 def _does_not_divide(part: str, whole: str) -> Predicate:
@@ -848,6 +854,27 @@ RULES: tuple[Rule | KeyRule, ...] = (
     Rule(
         "tokenizer-pretrained", "data.tokenizer", _foreign_tokens,
         "pretrained weights know the tokens of their own tokenizer", "set data.tokenizer=model",
+    ),
+    # -- reports ---------------------------------------------------------------------------------------------------
+    Rule(
+        "tensorboard", "track.also",
+        lambda f: "tensorboard" in f.run.track.also and f.cluster.here and find_spec("tensorboard") is None,
+        "the package tensorboard isn't installed", "pip install tensorboard, or leave it out",
+    ),
+    Rule(
+        "wandb-artifacts", "track.wandb_artifacts",
+        _all(_not(_at("track.wandb_artifacts", "off")), _at("track.wandb", "off")),
+        "wandb is off", "set track.wandb, or leave it out",
+    ),
+    Rule(
+        "profile-steps", "track.profile_steps", _bad_profile_steps,
+        "steps i to j are counted from 1 and lie within the run", "write [5, 7]",
+    ),
+    Rule(
+        "profile-ranks", "track.profile_ranks",
+        lambda f: f.run.track.profile_steps is not None
+        and not all(0 <= rank < f.cluster.ranks for rank in f.run.track.profile_ranks),
+        lambda f: f"there are ranks 0 to {f.cluster.ranks - 1}", "name ranks that there are",
     ),
     # -- raw DeepSpeed keys; deepspeed_keys.py checks them one by one, these look at what else is set --------------
     KeyRule(

@@ -39,7 +39,10 @@ class StepClock:
         """The thread that trains."""
         self._stack: list[Phase] = []
         self._since: Any = None
+        self.steps = 0
+        """Steps that have ended."""
         self._seconds: dict[str, float] = dict.fromkeys(PHASES, 0.0)
+        self._taken = dict(self._seconds)
         self._spans: list[tuple[Phase, Any, Any]] = []
         self._free: list[Any] = []
         self._contexts = {phase: _InPhase(self, phase) for phase in PHASES}
@@ -59,6 +62,7 @@ class StepClock:
         if self._stack:
             self._charge(self._now())
             self._stack = []
+            self.steps += 1
 
     def enter(self, phase: Phase) -> None:
         """`phase` begins within the one that goes on; outside of steps nothing happens."""
@@ -75,13 +79,17 @@ class StepClock:
 
     def take(self) -> dict[str, float]:
         """Seconds of each phase since the last call. On a device the stream must have passed the last step's end."""
+        before, self._taken = self._taken, self.so_far()
+        return {phase: seconds - before[phase] for phase, seconds in self._taken.items()}
+
+    def so_far(self) -> dict[str, float]:
+        """Seconds of each phase since this clock was made; see `take`."""
         for phase, begin, end in self._spans:
             self._seconds[phase] += begin.elapsed_time(end) / 1e3
         used = {id(event): event for _, begin, end in self._spans for event in (begin, end) if event is not self._since}
         self._free += used.values()
         self._spans = []
-        taken, self._seconds = self._seconds, dict.fromkeys(PHASES, 0.0)
-        return taken
+        return dict(self._seconds)
 
     def _now(self) -> Any:
         if self._make_event is None:

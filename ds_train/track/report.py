@@ -55,9 +55,16 @@ def page(runs: Sequence[Run], axis: Axis | None = None) -> str:
         ("Samples", _each(runs, _samples)),
         ("Facts", _facts(runs)),
     ]
+    return document(title, _subtitle(runs), sections, data, _legend(runs))
+
+
+def document(
+    title: str, subtitle: str, sections: Sequence[tuple[str, str]], data: Mapping[str, Any], legend: str = ""
+) -> str:
+    """A page of sections (heading, HTML), empty ones left out; `data` is what hovering over its charts shows."""
     body = "".join(
-        f"<section>{f'<h2>{escape(head)}</h2>' if head else ''}{content}</section>"
-        for head, content in sections
+        f"<section>{f'<h2>{escape(name)}</h2>' if name else ''}{content}</section>"
+        for name, content in sections
         if content
     )
     own = files("ds_train.track")
@@ -68,7 +75,7 @@ def page(runs: Sequence[Run], axis: Axis | None = None) -> str:
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         f'<meta name="color-scheme" content="light dark"><style>{style}</style></head><body><main>'
-        f"<header><h1>{escape(title)}</h1>{_subtitle(runs)}</header>{_legend(runs)}{body}</main>"
+        f"<header><h1>{escape(title)}</h1><p>{escape(subtitle)}</p></header>{legend}{body}</main>"
         f'<script type="application/json" id="data">{held}</script><script>{script}</script></body></html>\n'
     )
 
@@ -129,7 +136,7 @@ def _subtitle(runs: Sequence[Run]) -> str:
         parts.append(f"{math.prod(layout.values())} ranks")
     done, total = run.last.get("step"), run.steps
     parts.append(f"step {done:,} of {total:,}" if isinstance(total, int) else f"{done:,} steps")
-    return f"<p>{escape(' · '.join(parts))}</p>"
+    return " · ".join(parts)
 
 
 def _summary(runs: Sequence[Run]) -> str:

@@ -57,8 +57,10 @@ class Run:
         return int(steps) if isinstance(steps, int) else None
 
 
-def read_run(path: Path) -> Run:
-    """The run in a folder, or of a metrics.jsonl. Lines that a crash cut off are left out.
+def read_run(path: Path, last_bytes: int | None = None) -> Run:
+    """The run in a folder, or of a metrics.jsonl; of its newest records alone where `last_bytes` says how much to read.
+
+    Lines that a crash cut off are left out.
 
     Raises:
         UserError: there is no metrics file, or no training record in it.
@@ -66,7 +68,7 @@ def read_run(path: Path) -> Run:
     file = path if path.is_file() else path / "metrics.jsonl"
     if not file.is_file():
         raise user_error("RUN", "there is no metrics.jsonl", "give the folder of a run: runs/NAME", str(path))
-    records = [record for record in read_metrics(file) if isinstance(record.get("kind"), str)]
+    records = [record for record in read_metrics(file, last_bytes) if isinstance(record.get("kind"), str)]
     if not any(record["kind"] == "train" for record in records):
         raise user_error("RUN", "no step has been written yet", "wait for the first one", str(path))
     folder = file.resolve().parent

@@ -28,6 +28,8 @@ _COLORS = {
     "optimizer": "green", "other": "bright_black", "save": "cyan",
 }  # fmt: skip
 _QUIET_AFTER_STEPS = 10
+_TAIL_BYTES = 4 * 2**20
+"""What is read of the file: thousands of records, in a tenth of a second."""
 
 
 def show_once(path: Path) -> None:
@@ -36,7 +38,7 @@ def show_once(path: Path) -> None:
     Raises:
         UserError: there is no run, or no step of it yet.
     """
-    run = read_run(path)
+    run = read_run(path, _TAIL_BYTES)
     Console().print(view(run, time.time(), Console().width))
 
 
@@ -46,7 +48,7 @@ def watch(path: Path, every_s: float) -> None:
     Raises:
         UserError: as `show_once`.
     """
-    run, seen = read_run(path), _size(path)
+    run, seen = read_run(path, _TAIL_BYTES), _size(path)
     console = Console()
     with Live(
         view(run, time.time(), console.width), console=console, screen=console.is_terminal, auto_refresh=False
@@ -55,7 +57,7 @@ def watch(path: Path, every_s: float) -> None:
             while True:
                 time.sleep(every_s)
                 if _size(path) != seen:
-                    seen, run = _size(path), read_run(path)
+                    seen, run = _size(path), read_run(path, _TAIL_BYTES)
                 live.update(view(run, time.time(), console.width), refresh=True)
         except KeyboardInterrupt:
             pass
@@ -67,7 +69,7 @@ def view(run: Run, now: float, width: int) -> RenderableType:
 
 
 def sparkline(values: Floats, width: int) -> str:
-    """`values` as `width` blocks from the lowest to the highest; each block the highest of its share, so spikes stay."""
+    """`values` as `width` blocks from the lowest to the highest; each the highest of its share: spikes stay."""
     values = values[np.isfinite(values)]
     if len(values) == 0:
         return ""
@@ -141,8 +143,9 @@ def _phases(run: Run, width: int) -> RenderableType:
     for phase, ms in spent.items():
         start, filled = filled, filled + ms / total * width
         bar.append("█" * (round(filled) - round(start)), _COLORS[phase])
-        legend.append("■ ", _COLORS[phase])
-        legend.append(f"{phase} {100 * ms / total:.0f} %   ".replace(" ", " ", 1))
+        legend.append("■\u00a0", _COLORS[phase])
+        # Held together by spaces that don't break.
+        legend.append(f"{phase}\u00a0{100 * ms / total:.0f}\u00a0%   ")
     return Group(bar, legend)
 
 
