@@ -42,8 +42,8 @@ class Scale:
 
 
 def linear_scale(low: float, high: float, ticks: int = 5) -> Scale:
-    """From a round value at or below `low` to one at or above `high`."""
-    if high <= low:
+    """From a round value at or below `low` to one at or above `high`; rounding errors are no range."""
+    if high - low <= 1e-6 * max(abs(high), abs(low)):
         low, high = low - (abs(low) or 1.0) / 2, high + (abs(high) or 1.0) / 2
     step = _round_step((high - low) / ticks)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)

@@ -69,8 +69,8 @@ def document(
     )
     own = files("ds_train.track")
     style, script = (own.joinpath(f"report.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
-    # "</" would end the script that holds the data.
-    held = json.dumps(data, separators=(",", ":")).replace("</", "<\\/")
+    # "</script>" or "<!--" in a name would end the script that holds the data.
+    held = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
@@ -243,8 +243,11 @@ def _predicted(run: Run) -> str:
     def phase(*names: str) -> float:
         return sum(means.get(name, 0.0) for name in names) if means else math.nan
 
+    # On a CPU memory is the whole process's, of which plans leave the libraries out.
+    on_cpu = (run.plan.get("cluster") or {}).get("device") == "cpu"
+    peak = f"peak memory of a rank{', measured with libraries' if on_cpu else ''}"
     rows = [
-        ("peak memory of a rank", number(predicted.get("device_bytes")) / 2**20, _highest(run, "memory_peak_mb"), "MB"),
+        (peak, number(predicted.get("device_bytes")) / 2**20, _highest(run, "memory_peak_mb"), "MB"),
         ("step", 1e3 * number(predicted.get("step_seconds")), middle(run, "step_ms"), "ms"),
         ("forward, backward", part("products", "memory"), phase("forward", "backward"), "ms"),
         ("communication", part("tensor", "sequence", "pipeline", "data"), phase("collectives", "pipeline"), "ms"),

@@ -18,7 +18,7 @@ Look = Literal["line", "faint", "dashed", "dots"]
 
 BUCKETS = 250
 """Places along the axis at which a thinned curve keeps its first, lowest, highest and last value."""
-_SMOOTH_FROM = 60
+_SMOOTH_FROM = 200
 _SPREAD_OF_LOG = 60.0
 _KNOWN = {
     "step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "mfu", "memory_mb", "memory_peak_mb", "step_ms",
