@@ -284,7 +284,7 @@ def profile(
     changes = [
         f"track.profile_steps=[{first},{last}]", f"track.profile_ranks=[{ranks}]", "track.wandb=off", "track.also=[]",
         "track.wandb_artifacts=off", "checkpoint.every_steps=null", "checkpoint.save_final=false",
-        "checkpoint.export=false", "checkpoint.push_to=null", "track.eval_samples=1",
+        "checkpoint.export=false", "checkpoint.push_to=null", "track.sample_prompt=null", "track.eval_samples=1",
     ]  # fmt: skip
     name = load(recipe, overrides or []).name
     run = load(recipe, [*(overrides or []), *changes, f"name={name}-profile"])

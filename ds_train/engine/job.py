@@ -96,7 +96,7 @@ def train(run: RunConfig, info: RankInfo, stop_after: int | None = None) -> None
             tracker.note(f"continuing {resumed} after step {done}")
             if state is not None and state.layout != layout:
                 tracker.note(f"its states were spread by {_words(state.layout)}, and are now by {_words(layout)}")
-        session = _Session(run, plan, info, parts, tracker, folder, layout, fingerprint)
+        session = Session(run, plan, info, parts, tracker, folder, layout, fingerprint)
         with collectives_timed(parts.clock, info.device):
             session.train(done, timeline, stop_after or timeline.steps)
         _note_noise_scale(run, folder, tracker, info)
@@ -115,7 +115,7 @@ def train(run: RunConfig, info: RankInfo, stop_after: int | None = None) -> None
         _farewell(folder)
 
 
-class _Session:
+class Session:
     """The steps of one run with what happens between them: metrics, evaluation, checkpoints."""
 
     def __init__(

@@ -15,7 +15,7 @@ from ds_train.config import RunConfig
 from ds_train.data.batches import count_labels
 from ds_train.engine.build import Assembly
 from ds_train.engine.noise import MicroGradients
-from ds_train.engine.ranks import RankInfo, all_sum
+from ds_train.engine.ranks import RankInfo, all_sum, seed_generators
 from ds_train.models.load import fold_seed
 from ds_train.models.tasks import Batch
 from ds_train.optim.build import set_learning_rate
@@ -108,7 +108,7 @@ def train_steps(
         if parts.part.dropping is not None:
             parts.part.dropping.kept = kept_tokens(run.token_drop, shape.length, shape.before, timeline.total_tokens)
         # Dropout draws from a seed of its own at every step and rank, so there is no generator state to save.
-        torch.manual_seed(fold_seed(run.seed, "step", step, seat))
+        seed_generators(fold_seed(run.seed, "step", step, seat), parts.engine.device)
         counts = all_sum(counting * _counts(batches, run.data.pads_rows).to(parts.engine.device))
         labels, real_tokens = (int(count) for count in counts)
         # DeepSpeed averages over accumulation and replicas; the loss is a mean over the global batch's labels.

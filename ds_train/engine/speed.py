@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -19,6 +20,8 @@ from ds_train.track.memory import memory
 from ds_train.track.peak import measure_peak_flops
 from ds_train.track.phases import PHASES
 
+_LOOK_EVERY_S = 1.0
+
 
 class Speed:
     """Rates, phases of the step and memory since the last call of `take`."""
@@ -31,6 +34,8 @@ class Speed:
         rank_peak = measure_peak_flops(parts.model.dtype, parts.engine.device) if peak == "auto" else peak * 1e12
         self._peak_flops = rank_peak * info.ranks
         self._info, self._clock, self._device = info, parts.clock, parts.engine.device
+        self._host: dict[str, float] = {"host_cpu_percent": 0.0, "host_memory_percent": 0.0}
+        self._host_seen_s = -math.inf
         self._pipeline = parts.part.pipeline is not None
         self._reset()
 
@@ -79,17 +84,17 @@ class Speed:
         self._steps, self._tokens, self._seconds, self._flops, self._save_seconds = 0, 0, 0.0, 0.0, 0.0
 
     def _of_all_ranks(self) -> list[dict[str, float]]:
-        own: dict[str, float] = {**self._clock.take(), **memory(self._info.device), **self._host()}
+        own: dict[str, float] = {**self._clock.take(), **memory(self._info.device), **self._see_host()}
         table = torch.zeros(self._info.ranks, len(own), dtype=torch.float64)
         table[self._info.rank] = torch.tensor(list(own.values()), dtype=torch.float64)
         gathered: Sequence[Sequence[float]] = all_sum(table.to(self._device)).tolist()
         return [dict(zip(own, row, strict=True)) for row in gathered]
 
-    def _host(self) -> dict[str, float]:
-        """One rank of each host tells; the share of processors in use is that since its last call."""
-        if self._info.local_rank:
-            return {"host_cpu_percent": 0.0, "host_memory_percent": 0.0}
-        return {
-            "host_cpu_percent": psutil.cpu_percent(),
-            "host_memory_percent": psutil.virtual_memory().percent,
-        }
+    def _see_host(self) -> dict[str, float]:
+        """One rank of each host tells; the share of processors in use is that since it last looked."""
+        now = time.monotonic()
+        if self._info.local_rank == 0 and now - self._host_seen_s > _LOOK_EVERY_S:
+            self._host_seen_s = now
+            memory_percent = psutil.virtual_memory().percent
+            self._host = {"host_cpu_percent": psutil.cpu_percent(), "host_memory_percent": memory_percent}
+        return self._host

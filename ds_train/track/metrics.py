@@ -18,7 +18,10 @@ class MetricsFile:
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one line; NaN and infinities become the strings "nan", "inf" and "-inf", since JSON has none."""
-        line = json.dumps(_finite(record), allow_nan=False) + "\n"
+        try:
+            line = json.dumps(record, allow_nan=False) + "\n"
+        except ValueError:
+            line = json.dumps(_finite(record), allow_nan=False) + "\n"
         try:
             self._append(line.encode())
             self._failed = False

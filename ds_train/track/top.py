@@ -139,14 +139,15 @@ def _phases(run: Run, width: int) -> RenderableType:
     total = sum(spent.values())
     if not total:
         return Text()
-    bar, legend, filled = Text(), Text(), 0.0
+    bar, lines, filled = Text(), [Text()], 0.0
     for phase, ms in spent.items():
         start, filled = filled, filled + ms / total * width
         bar.append("█" * (round(filled) - round(start)), _COLORS[phase])
-        legend.append("■\u00a0", _COLORS[phase])
-        # Held together by spaces that don't break.
-        legend.append(f"{phase}\u00a0{100 * ms / total:.0f}\u00a0%   ")
-    return Group(bar, legend)
+        entry = f"{phase} {100 * ms / total:.0f} %"
+        if len(lines[-1]) + len(entry) + 2 > width:
+            lines.append(Text())
+        lines[-1].append("■ ", _COLORS[phase]).append(entry + "   "[: max(0, width - len(lines[-1]) - len(entry) - 2)])
+    return Group(bar, *lines)
 
 
 def _events(run: Run) -> list[RenderableType]:

@@ -48,7 +48,7 @@ def test_what_is_shown(tmp_path: Path) -> None:
     text = shown(read_run(write(tmp_path / "run", [*(record(step) for step in range(1, 41)), *events])), 1021.0)
     for words in ("mine  running", "step 40 of 100   0:00:30 left", "2.6000", "12.3k", "31.4 %", "2 GB", "500 ms"):
         assert words in text
-    assert "forward\xa060\xa0%" in text
+    assert "■ forward 60 %   ■ collectives 40 %" in text
     assert "rollback  to step 20" in text
 
 
