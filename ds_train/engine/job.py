@@ -82,7 +82,8 @@ def train(run: RunConfig, info: RankInfo, stop_after: int | None = None) -> None
         done = state.step
         _check_clock(timeline, state)
     wandb_id = state.wandb_id if state else None
-    tracker = Tracker(run, plan.to_dict(), folder, info.is_main, timeline.steps, done, wandb_id)
+    known = plan.to_dict() | {"versions": _versions()}
+    tracker = Tracker(run, known, folder, info.is_main, timeline.steps, done, wandb_id)
     exit_code = 1
     try:
         tracker.note(f"optimizer kernel: {parts.kernel}")

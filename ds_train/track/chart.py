@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from html import escape
 from typing import Any
 
@@ -14,6 +15,7 @@ from ds_train.track.series import Curve, Panel, Unit
 
 _WIDTH, _HEIGHT = 1000.0, 300.0
 """Of the SVG's own coordinates; the page stretches them."""
+_FOREVER_S = 1e12
 COLORS = 8
 """Colours of runs that the style sheet knows: --c0 to --c7."""
 
@@ -60,7 +62,7 @@ def log_scale(low: float, high: float) -> Scale:
 
 def axis_scale(low: float, high: float) -> Scale:
     """Exactly from `low` to `high`, with round labels within."""
-    if high <= low:
+    if high - low < 1e-12:
         low, high = low - 0.5, high + 0.5
     step = _round_step((high - low) / 5)
     ticks = tuple(_clean(step * k) for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1))
@@ -82,6 +84,11 @@ def text_of(value: float, unit: Unit = "") -> str:
         if size >= factor:
             return f"{value / (1e3 if letter == 'k' else factor):.3g}{letter}"
     return f"{value:.4g}"
+
+
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds, such as 8:11:52."""
+    return str(timedelta(seconds=round(seconds))) if abs(seconds) < _FOREVER_S else "–"
 
 
 def line_chart(panel: Panel, across: Scale, axis: str, markers: Sequence[Marker], chart_id: str) -> tuple[str, Any]:

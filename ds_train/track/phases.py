@@ -20,8 +20,9 @@ PHASES: tuple[Phase, ...] = get_args(Phase)
 """`data`: waiting for micro-batches; `pipeline`: sending to and waiting for neighbour stages, idle time included."""
 
 _ON_STREAMS = (
-    "all_reduce", "all_gather", "all_gather_into_tensor", "all_to_all", "all_to_all_single", "barrier", "broadcast",
-    "gather", "reduce", "reduce_scatter", "reduce_scatter_tensor", "scatter", "send", "recv",
+    "all_reduce", "all_gather", "all_gather_into_tensor", "all_gather_single", "all_to_all", "all_to_all_single",
+    "barrier", "broadcast", "gather", "reduce", "reduce_scatter", "reduce_scatter_tensor", "reduce_scatter_single",
+    "scatter", "send", "recv",
 )  # fmt: skip
 """Functions of torch.distributed that put a collective on the current stream of a device."""
 
@@ -139,7 +140,7 @@ def collectives_timed(clock: StepClock, device: str) -> Iterator[None]:
 
     places: list[tuple[Any, str]] = [(dist.Work, "wait")]
     if device != "cpu":
-        places += [(dist, name) for name in _ON_STREAMS]
+        places += [(dist, name) for name in _ON_STREAMS if hasattr(dist, name)]
         # Which of torch's functions DeepSpeed has chosen for them (comm/torch.py:116).
         places += [(comm.cdb, name) for name in ("all_gather_function", "reduce_scatter_function")]
     originals = [(owner, name, getattr(owner, name)) for owner, name in places]

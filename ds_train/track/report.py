@@ -6,7 +6,6 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from datetime import timedelta
 from html import escape
 from importlib.resources import files
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any, get_args
 import numpy as np
 
 from ds_train.errors import user_error
-from ds_train.track.chart import COLORS, Marker, Scale, axis_scale, band_chart, bar, line_chart, text_of
+from ds_train.track.chart import COLORS, Marker, Scale, axis_scale, band_chart, bar, duration, line_chart, text_of
 from ds_train.track.grid import rank_grid
 from ds_train.track.runs import Floats, Run, details, number
 from ds_train.track.series import Axis, Panel, best_axis, middle, panels, phase_bands, phase_means, place, places
@@ -134,7 +133,7 @@ def _subtitle(runs: Sequence[Run]) -> str:
         parts.append(f"{size.get('arch') or 'model'}, {text_of(size['parameters'])} parameters")
     if layout:
         parts.append(f"{math.prod(layout.values())} ranks")
-    done, total = run.last.get("step"), run.steps
+    done, total = run.last["step"], run.steps
     parts.append(f"step {done:,} of {total:,}" if isinstance(total, int) else f"{done:,} steps")
     return " · ".join(parts)
 
@@ -156,7 +155,7 @@ def _summary(runs: Sequence[Run]) -> str:
 def _figures(run: Run) -> dict[str, str]:
     last = run.last
     losses, held_out = (_finite(values) for values in (run.column("loss"), run.column("loss", "evals")))
-    steps = number(last.get("step"))
+    steps = last["step"]
     seconds = _finite(run.column("step_ms")).mean() / 1e3 if "step_ms" in last else run.column("seconds").mean()
     spent = seconds * steps
     return {
@@ -167,7 +166,7 @@ def _figures(run: Run) -> dict[str, str]:
         "tokens/s": text_of(middle(run, "tokens_per_second")),
         "MFU": f"{100 * middle(run, 'mfu'):.1f} %" if "mfu" in last else "–",
         "peak memory of a rank": text_of(_highest(run, "memory_peak_mb"), "MB"),
-        "time in steps": str(timedelta(seconds=round(spent))) if math.isfinite(spent) else "–",
+        "time in steps": duration(spent),
     }
 
 
@@ -215,7 +214,7 @@ def _breakdown(runs: Sequence[Run], axis: Axis) -> str:
         means = phase_means(run)
         if not means:
             continue
-        total = sum(means.values())
+        total = sum(means.values()) or 1.0
         name = f"<h3>{_dot(index)}{escape(run.name)}</h3>" if len(runs) > 1 else ""
         keys = "".join(
             f'<li><i style="background:var(--p-{phase})"></i>{phase} <b>{text_of(ms, "ms")}</b> '
@@ -226,7 +225,7 @@ def _breakdown(runs: Sequence[Run], axis: Axis) -> str:
     if len(runs) == 1 and shown:
         xs, bands = phase_bands(runs[0], axis)
         if len(xs) > 1:
-            plot = band_chart(xs, bands, axis_scale(xs[0], xs[-1]), axis)
+            plot = band_chart(xs, bands, axis_scale(min(xs), max(xs)), axis)
             caption = "<figcaption>Step time <small>mean of all ranks</small></figcaption>"
             shown.append(f'<figure class="chart">{caption}{plot}</figure>')
     return "".join(shown)

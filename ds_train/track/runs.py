@@ -19,6 +19,7 @@ from ds_train.track.metrics import read_metrics
 Record = dict[str, Any]
 Floats = NDArray[np.float64]
 Part = Literal["train", "evals"]
+_TOO_LARGE = 1e100
 
 NOT_EVENTS = ("train", "eval", "sample")
 """Kinds of records that are series or text; every other kind is something that happened."""
@@ -69,15 +70,15 @@ def read_run(path: Path, last_bytes: int | None = None) -> Run:
     if not file.is_file():
         raise user_error("RUN", "there is no metrics.jsonl", "give the folder of a run: runs/NAME", str(path))
     records = [record for record in read_metrics(file, last_bytes) if isinstance(record.get("kind"), str)]
-    if not any(record["kind"] == "train" for record in records):
+    train, evals = ([r for r in records if r["kind"] == kind and _counted(r)] for kind in ("train", "eval"))
+    if not train:
         raise user_error("RUN", "no step has been written yet", "wait for the first one", str(path))
     folder = file.resolve().parent
     recipe = _mapping(folder / "recipe.yaml")
-    train = [record for record in records if record["kind"] == "train"]
     return Run(
         name=str(recipe.get("name") or folder.name),
         train=train,
-        evals=[record for record in records if record["kind"] == "eval"],
+        evals=evals,
         events=_events(records),
         samples=[record for record in records if record["kind"] == "sample"],
         plan=_mapping(folder / "plan.json"),
@@ -86,13 +87,14 @@ def read_run(path: Path, last_bytes: int | None = None) -> Run:
 
 
 def number(value: Any) -> float:
-    """A record's value as a float; NaN for what is none. Strings stand for non-finite numbers."""
+    """A record's value as a float; NaN for what is none. Strings, and what overflows elsewhere, are not finite."""
     if isinstance(value, bool):
         return math.nan
     try:
-        return float(value)
+        found = float(value)
     except (TypeError, ValueError):
         return math.nan
+    return found if abs(found) < _TOO_LARGE or math.isnan(found) else math.copysign(math.inf, found)
 
 
 def details(event: Mapping[str, Any]) -> str:
@@ -114,6 +116,11 @@ def _events(records: list[Record]) -> list[Record]:
             if not math.isfinite(number(record.get("loss"))):
                 found.append({"kind": "loss not finite", **base, "loss": record.get("loss")})
     return found
+
+
+def _counted(record: Record) -> bool:
+    step = record.get("step")
+    return isinstance(step, int) and not isinstance(step, bool)
 
 
 def _mapping(path: Path) -> Mapping[str, Any]:

@@ -116,7 +116,7 @@ def phase_bands(run: Run, axis: Axis, buckets: int = 120) -> tuple[list[float], 
     groups = np.array_split(rows, min(buckets, len(rows))) if len(rows) else []
 
     def means(values: Floats) -> list[float]:
-        return [float(np.nan_to_num(values[group]).mean()) for group in groups]
+        return [float(np.nan_to_num(values[group], posinf=0.0, neginf=0.0).mean()) for group in groups]
 
     present = [phase for phase in PHASES if np.isfinite(run.column(f"{phase}_ms")).any()]
     return means(places(run, axis)), {phase: means(run.column(f"{phase}_ms")) for phase in present}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from ds_train.track.chart import text_of
+from ds_train.track.chart import duration, text_of
 from ds_train.track.phases import PHASES
 from ds_train.track.runs import Floats, Run, details, number, read_run
 
@@ -80,7 +79,7 @@ def sparkline(values: Floats, width: int) -> str:
 
 def state(run: Run, now: float) -> tuple[str, float | None]:
     """("running", "silent for 3:20", "finished" ..., seconds that are left where they can be told)."""
-    done, total = int(number(run.last.get("step"))), run.steps
+    done, total = run.last["step"], run.steps
     step_s = _step_seconds(run)
     if total is not None and done >= total:
         return "finished", None
@@ -90,18 +89,18 @@ def state(run: Run, now: float) -> tuple[str, float | None]:
     silence = now - last
     # A step, an evaluation or a save may take its time; nothing for ten steps and a minute is worth a word.
     if silence > max(60.0, _QUIET_AFTER_STEPS * step_s):
-        return f"silent for {_clock(silence)}", left
+        return f"silent for {duration(silence)}", left
     return "running", left
 
 
 def _head(run: Run, now: float, width: int) -> RenderableType:
     word, left = state(run, now)
-    done, total = int(number(run.last.get("step"))), run.steps
+    done, total = run.last["step"], run.steps
     line = Table.grid(expand=True)
     line.add_column()
     line.add_column(justify="right")
     color = {"running": "green", "finished": "cyan"}.get(word, "yellow")
-    eta = f"{_clock(left)} left" if left is not None else ""
+    eta = f"{duration(left)} left" if left is not None else ""
     steps = f"step {done:,} of {total:,}" if total is not None else f"step {done:,}"
     line.add_row(Text.assemble((run.name, "bold"), "  ", (word, color)), Text(f"{steps}   {eta}".rstrip()))
     if total is None:
@@ -170,10 +169,6 @@ def _step_seconds(run: Run) -> float:
     """Of a step, with the saves after it."""
     step, save = _recent(run, "step_ms"), float(np.nan_to_num(run.column("save_ms")[-_RECENT:]).mean())
     return (step + save) / 1e3 if math.isfinite(step) else _recent(run, "seconds")
-
-
-def _clock(seconds: float) -> str:
-    return str(timedelta(seconds=round(seconds)))
 
 
 def _size(path: Path) -> Any:

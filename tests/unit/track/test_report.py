@@ -235,3 +235,20 @@ def test_what_cannot_be_read_or_written_is_said_by_name(tmp_path: Path) -> None:
     run = read_run(write(tmp_path / "good", [train(1)]))
     with pytest.raises(UserError, match="--out="):
         write_report([run], tmp_path / "good" / "metrics.jsonl" / "page.html")
+
+
+def test_no_record_is_too_odd(tmp_path: Path) -> None:
+    rnd = random.Random(1)
+    odd = [None, "nan", "inf", "-inf", "text", 0, -1, 1e300, -1e300, 1e-300, True, [1, 2], {}, {"a": 1}, "<b>"]
+    for number in range(60):
+        records = []
+        for step in range(1, rnd.choice([2, 3, 20])):
+            record = train(step, kind=rnd.choice(["train", "train", "eval", "save", "x", "sample"]))
+            for key in rnd.sample(sorted(record), 6):
+                record[key] = rnd.choice(odd) if key != "kind" else record[key]
+            records.append(record)
+        folder = write(tmp_path / str(number), [train(1), *records])
+        (folder / "plan.json").write_text(rnd.choice(["{}", "[1", '{"layout": null}', "null"]))
+        run = read_run(folder)
+        Checked(page([run]))
+        Checked(page([run, run], "hours"))
