@@ -79,12 +79,14 @@ class StepClock:
             self._stack.pop()
 
     def take(self) -> dict[str, float]:
-        """Seconds of each phase since the last call. On a device the stream must have passed the last step's end."""
+        """Seconds of each phase since the last call. A device is waited for, up to the last step's end."""
         before, self._taken = self._taken, self.so_far()
         return {phase: seconds - before[phase] for phase, seconds in self._taken.items()}
 
     def so_far(self) -> dict[str, float]:
         """Seconds of each phase since this clock was made; see `take`."""
+        if self._spans:
+            self._spans[-1][2].synchronize()
         for phase, begin, end in self._spans:
             self._seconds[phase] += begin.elapsed_time(end) / 1e3
         used = {id(event): event for _, begin, end in self._spans for event in (begin, end) if event is not self._since}

@@ -24,19 +24,24 @@ class Time:
 
 
 class Event:
-    """A device's event: it takes the time at which its stream passes it."""
+    """A device's event: the time at which its stream passes it, which is known once the stream has."""
 
-    made = 0
+    made = recorded = passed = 0
 
     def __init__(self, time: Time) -> None:
-        self._time, self.at = time, -1.0
+        self._time, self._at, self._number = time, -1.0, 0
         Event.made += 1
 
     def record(self) -> None:
-        self.at = self._time.now
+        Event.recorded += 1
+        self._at, self._number = self._time.now, Event.recorded
+
+    def synchronize(self) -> None:
+        Event.passed = self._number
 
     def elapsed_time(self, end: Event) -> float:
-        return 1e3 * (end.at - self.at)
+        assert max(self._number, end._number) <= Event.passed, "the stream isn't there yet"
+        return 1e3 * (end._at - self._at)
 
 
 @pytest.fixture(params=["host", "device"])
