@@ -1,4 +1,4 @@
-"""The order of samples: a pure function of (seed, position), with no state and no memory.
+"""The order of samples: a pure function of (seed, position), with no state.
 
 Position p of a run lies in epoch p // n; each epoch visits the n samples in another pseudo-random order. The order is a
 keyed Feistel network over the next power of four, walked until it lands inside n (Black & Rogaway, "Ciphers with
@@ -7,10 +7,14 @@ Arbitrary Finite Domains", CT-RSA 2002): a permutation that can be asked for any
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 from numpy.typing import NDArray
 
 _ROUNDS = 6
+_BLOCK = 2048
+"""Neighbouring positions that are computed together: one alone costs nearly as much."""
 
 
 class Order:
@@ -23,10 +27,18 @@ class Order:
         self.seed = seed
         self._half_bits = np.uint64(max(1, (max(1, num_samples - 1).bit_length() + 1) // 2))
         self._mask = np.uint64((1 << int(self._half_bits)) - 1)
+        self._block = lru_cache(2)(lambda block: self._compute(np.arange(block * _BLOCK, (block + 1) * _BLOCK)))
 
     def index(self, position: int | NDArray[np.int64]) -> NDArray[np.int64]:
         """Sample indices (int64, same shape as `position`) in 0 .. num_samples - 1."""
         positions = np.asarray(position, dtype=np.int64)
+        if positions.size:
+            block, last = int(positions.min()) // _BLOCK, int(positions.max()) // _BLOCK
+            if block == last:
+                return self._block(block)[positions - block * _BLOCK]
+        return self._compute(positions)
+
+    def _compute(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         epochs, places = np.divmod(positions, self.num_samples)
         with np.errstate(over="ignore"):
             keys = self._keys(epochs.astype(np.uint64))

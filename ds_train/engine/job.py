@@ -171,7 +171,7 @@ class Session:
         self._note_saves(self.saver.wait())
 
     def _record(self, result: StepResult) -> dict[str, Any]:
-        record = asdict(result)
+        record = dict(vars(result))  # asdict would copy it deeply, at every step
         measured = record.pop("measured")
         return {"kind": "train", **record, **measured, **self.speed.take()}
 

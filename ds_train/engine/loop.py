@@ -110,7 +110,7 @@ def train_steps(
         # Dropout draws from a seed of its own at every step and rank, so there is no generator state to save.
         seed_generators(fold_seed(run.seed, "step", step, seat), parts.engine.device)
         counts = all_sum(counting * _counts(batches, run.data.pads_rows).to(parts.engine.device))
-        labels, real_tokens = (int(count) for count in counts)
+        labels, real_tokens = counts.tolist()
         # DeepSpeed averages over accumulation and replicas; the loss is a mean over the global batch's labels.
         weight = plan.batch.accumulation * replicas / max(1, labels)
         measured: dict[str, float] = {}

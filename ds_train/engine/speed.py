@@ -21,6 +21,7 @@ from ds_train.track.peak import measure_peak_flops
 from ds_train.track.phases import PHASES
 
 _LOOK_EVERY_S = 1.0
+_LOOK_AT_MEMORY_EVERY_S = 0.1
 
 
 class Speed:
@@ -35,7 +36,8 @@ class Speed:
         self._peak_flops = rank_peak * info.ranks
         self._info, self._clock, self._device = info, parts.clock, parts.engine.device
         self._host: dict[str, float] = {"host_cpu_percent": 0.0, "host_memory_percent": 0.0}
-        self._host_seen_s = -math.inf
+        self._memory: dict[str, float] = {}
+        self._host_seen_s = self._memory_seen_s = -math.inf
         self._pipeline = parts.part.pipeline is not None
         self._reset()
 
@@ -84,11 +86,20 @@ class Speed:
         self._steps, self._tokens, self._seconds, self._flops, self._save_seconds = 0, 0, 0.0, 0.0, 0.0
 
     def _of_all_ranks(self) -> list[dict[str, float]]:
-        own: dict[str, float] = {**self._clock.take(), **memory(self._info.device), **self._see_host()}
+        own: dict[str, float] = {**self._clock.take(), **self._see_memory(), **self._see_host()}
+        if self._info.ranks == 1:
+            return [own]
         table = torch.zeros(self._info.ranks, len(own), dtype=torch.float64)
         table[self._info.rank] = torch.tensor(list(own.values()), dtype=torch.float64)
         gathered: Sequence[Sequence[float]] = all_sum(table.to(self._device)).tolist()
         return [dict(zip(own, row, strict=True)) for row in gathered]
+
+    def _see_memory(self) -> dict[str, float]:
+        """Not at every step of a small model: asking the system takes longer than writing the record."""
+        now = time.monotonic()
+        if now - self._memory_seen_s > _LOOK_AT_MEMORY_EVERY_S:
+            self._memory_seen_s, self._memory = now, memory(self._info.device)
+        return self._memory
 
     def _see_host(self) -> dict[str, float]:
         """One rank of each host tells; the share of processors in use is that since it last looked."""

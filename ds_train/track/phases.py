@@ -26,6 +26,8 @@ _ON_STREAMS = (
 )  # fmt: skip
 """Functions of torch.distributed that put a collective on the current stream of a device."""
 
+_SPANS_HELD = 10_000
+
 
 class StepClock:
     """Splits the time between `start` and `stop` into phases. Used by the thread that trains.
@@ -55,6 +57,8 @@ class StepClock:
     def start(self) -> None:
         """A step begins, in this thread."""
         self.thread = threading.get_ident()
+        if len(self._spans) > _SPANS_HELD:
+            self.so_far()
         self._stack = ["other"]
         self._since = self._now()
 
