@@ -111,7 +111,7 @@ def test_mistakes_are_lines_with_exit_code_2() -> None:
     for arguments in (["top", "nowhere", "--once"], ["report", "nowhere"]):
         assert run(*arguments).stderr.startswith("error: RUN=nowhere: there is no metrics.jsonl.")
     assert run("report", "nowhere", "--axis", "epochs").stderr.startswith("error: --axis=epochs: no such axis")
-    assert run("profile", "ds_configs/quickstart.yaml", "--steps", "5").stderr.startswith("error: --steps=5: ")
+    assert run("profile", "ds_configs/quickstart.yaml", "--steps", "5").stderr.startswith("error: --steps='5': ")
 
 
 def test_version() -> None:
