@@ -8,18 +8,21 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch.distributed as dist
 from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity
+from torch.profiler import profile as torch_profile
 
 from ds_train.config import RunConfig
 from ds_train.engine.loop import StepResult
 from ds_train.engine.ranks import RankInfo
-from ds_train.errors import user_error
+from ds_train.errors import first_line
 from ds_train.plan.make import RunPlan
 from ds_train.track.findings import Operator, RankProfile, Setting, findings, operator_table
 from ds_train.track.phases import StepClock
 from ds_train.track.profile_page import profile_page
+from ds_train.track.series import thin
 
 _OPERATORS_KEPT = 60
 
@@ -61,7 +64,7 @@ class _Window:
             activities = [ProfilerActivity.CPU]
             if info.device in ("cuda", "xpu", "hpu"):
                 activities.append(getattr(ProfilerActivity, info.device.upper()))
-            self._profile = profile(activities=activities, profile_memory=True, acc_events=True)
+            self._profile = torch_profile(activities=activities, profile_memory=True, acc_events=True)
             self._profile.start()
 
     def end(self, folder: Path) -> RankProfile:
@@ -73,13 +76,13 @@ class _Window:
         if self._profile is None:
             return RankProfile(rank, steps, phase_ms)
         self._profile.stop()
+        problem = None
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._profile.export_chrome_trace(str(folder / f"rank-{rank}.trace.json.gz"))
-        except OSError as error:
-            fix = "make room, or set run_root"
-            raise user_error("track.profile_steps", f"the trace can't be written: {error}", fix, str(folder)) from error
-        return RankProfile(rank, steps, phase_ms, self._operators(), self._memory())
+        except (OSError, RuntimeError) as error:  # torch raises the second where a file can't be written
+            problem = f"its trace can't be written: {first_line(error)}"
+        return RankProfile(rank, steps, phase_ms, self._operators(), self._memory(), problem)
 
     def _operators(self) -> list[Operator]:
         on_device = self._info.device != "cpu"
@@ -100,11 +103,11 @@ class _Window:
             if event.name() == "[memory]" and event.device_type() == kind
         ]
         events.sort(key=lambda event: event.start_ns())
-        line, held = [], 0
-        for event in events:
-            held += event.nbytes()
-            line.append(((event.start_ns() - events[0].start_ns()) / 1e6, held / 2**20))
-        return line
+        if not events:
+            return []
+        times = np.array([(event.start_ns() - events[0].start_ns()) / 1e6 for event in events])
+        held = np.cumsum([event.nbytes() / 2**20 for event in events])
+        return list(zip(*(values.tolist() for values in thin(times, held)), strict=True))
 
 
 def _tell(
@@ -116,13 +119,9 @@ def _tell(
         return
     sentences = findings(everyones, _setting(run, plan))
     steps = run.track.profile_steps or (0, 0)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        summary = {"steps": steps, "findings": sentences, "ranks": [asdict(profile) for profile in everyones]}
-        (folder / "profile.json").write_text(json.dumps(summary), encoding="utf-8")
-        (folder / "profile.html").write_text(profile_page(run.name, steps, everyones, sentences), encoding="utf-8")
-    except OSError as error:
-        note(f"the profile can't be written: {error}")
+    for profile in everyones:
+        if profile.problem:
+            note(f"rank {profile.rank}: {profile.problem}")
     recorded = next((profile for profile in everyones if profile.operators), None)
     if recorded is not None:
         note(f"\noperators of rank {recorded.rank}, steps {steps[0]} to {steps[1]}:")
@@ -131,7 +130,14 @@ def _tell(
     note("")
     for sentence in sentences:
         note(f"- {sentence}")
-    note(f"\nprofile: {folder / 'profile.html'}; traces for ui.perfetto.dev or chrome://tracing beside it")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        summary = {"steps": steps, "findings": sentences, "ranks": [asdict(profile) for profile in everyones]}
+        (folder / "profile.json").write_text(json.dumps(summary), encoding="utf-8")
+        (folder / "profile.html").write_text(profile_page(run.name, steps, everyones, sentences), encoding="utf-8")
+        note(f"\nprofile: {folder / 'profile.html'}; traces for ui.perfetto.dev or chrome://tracing beside it")
+    except OSError as error:
+        note(f"the profile can't be written: {error}")
 
 
 def _setting(run: RunConfig, plan: RunPlan) -> Setting:

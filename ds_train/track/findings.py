@@ -21,7 +21,8 @@ class RankProfile:
     """What one rank saw over `steps` steps.
 
     `phase_ms` are a step's milliseconds by phase. `operators` are sorted by time and None on a rank that wasn't
-    recorded; `memory` are (ms since the window's beginning, MiB of tensors more than then).
+    recorded; `memory` are (ms since the window's beginning, MiB of tensors more than then). `problem` is what went
+    wrong with its trace.
     """
 
     rank: int
@@ -29,6 +30,7 @@ class RankProfile:
     phase_ms: Mapping[str, float]
     operators: Sequence[Operator] | None = None
     memory: Sequence[tuple[float, float]] = field(default=(), repr=False)
+    problem: str | None = None
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import numpy as np
 from ds_train.track.chart import axis_scale, bar, line_chart, text_of
 from ds_train.track.findings import RankProfile, operator_table
 from ds_train.track.report import document
-from ds_train.track.series import Curve, Panel, thin
+from ds_train.track.series import Curve, Panel
 
 _BARS = 64
 
@@ -49,7 +49,7 @@ def _memory(recorded: Sequence[RankProfile]) -> tuple[str, dict[str, Any]]:
     for index, profile in enumerate(recorded):
         if len(profile.memory) > 1:
             xs, ys = (np.array(values) for values in zip(*profile.memory, strict=True))
-            curves.append(Curve(f"rank {profile.rank}", index, "line", *thin(xs, ys)))
+            curves.append(Curve(f"rank {profile.rank}", index, "line", xs, ys))
     if not curves:
         return "", {}
     panel = Panel("Memory", "MB", "more than at the beginning", curves)
