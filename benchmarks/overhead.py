@@ -1,10 +1,10 @@
 """What the trainer costs besides DeepSpeed: its step loop against bare `engine.forward/backward/step`, in turn.
 
-    python benchmarks/overhead.py [--steps 10000] [--rounds 10]
+    python benchmarks/overhead.py [--steps 10000] [--rounds 100]
 
 One process, one engine, an almost empty Llama, a fixed batch for the bare loop. Rounds of both alternate; the trainer
 reads data, keeps its clock and writes a metrics line a step. Milliseconds by the wall, and by the processor, which a
-busy machine changes less. Beside them: memory, open files and /dev/shm after each round.
+busy machine changes less; medians of the rounds. Beside them: memory, open files and /dev/shm along the way.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from ds_train.engine.ranks import RankInfo
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=10_000, help="steps of each loop, in all rounds together")
-    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=100)
     arguments = parser.parse_args()
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     with tempfile.TemporaryDirectory() as folder:
@@ -103,12 +103,13 @@ def measure(info: RankInfo, folder: Path, steps: int, rounds: int) -> None:
     for number in range(rounds):
         plain, ours = timed(bare, size), timed(partial(trainer, number * size), size)
         over.append((ours[0] - plain[0], ours[1] - plain[1]))
-        figures = "".join(f"{a:9.3f}{b:10.3f}{b - a:9.3f}" for a, b in zip(plain, ours, strict=True))
-        print(f"{number:5}{figures}" + "".join(held()), flush=True)
+        if (number + 1) % max(1, rounds // 10) == 0:
+            figures = "".join(f"{a:9.3f}{b:10.3f}{b - a:9.3f}" for a, b in zip(plain, ours, strict=True))
+            print(f"{number + 1:5}{figures}" + "".join(held()), flush=True)
     tracker.close(0)
     for name, values in zip(("wall", "processor"), zip(*over, strict=True), strict=True):
-        spread = f"{min(values):.3f} to {max(values):.3f}"
-        print(f"the trainer adds {statistics.median(values):.3f} ms a step by the {name} ({spread})")
+        low, middle, high = statistics.quantiles(values, n=4)
+        print(f"the trainer adds {middle:.3f} ms a step by the {name}; half of the rounds {low:.3f} to {high:.3f}")
     print(f"its metrics line alone: {tracker_cost(folder):.3f} ms; {rounds} rounds of {size} steps")
     print(
         ", ".join(f"{name} {version(name)}" for name in ("torch", "deepspeed", "transformers")), os.cpu_count(), "cores"
