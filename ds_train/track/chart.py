@@ -98,7 +98,7 @@ def line_chart(panel: Panel, across: Scale, axis: str, markers: Sequence[Marker]
     body = _plot(up, across, panel.unit, curves + _marks(markers, across), axis)
     note = f"{panel.about}{', log scale' if panel.log else ''}"
     html = (
-        f'<figure id="{chart_id}" class="chart{" zoomed" if panel.zoomed else ""}"><figcaption>{escape(panel.title)} '
+        f'<figure id="{chart_id}" class="chart"><figcaption>{escape(panel.title)} '
         f"<small>{escape(note)}</small></figcaption>{body}</figure>"
     )
     shown = [curve for curve in panel.curves if curve.look != "faint"]
@@ -187,10 +187,8 @@ def _y(share: float) -> float:
 
 def _scale_up(panel: Panel) -> Scale:
     """From 0 where the values are far from being alike; memory of gigabytes has round ones."""
-    seen = [curve for curve in panel.curves if not (panel.zoomed and curve.look == "faint")]
-    low, high = min(float(curve.ys.min()) for curve in seen), max(float(curve.ys.max()) for curve in seen)
-    if panel.zoomed:
-        low, high = low - (high - low) / 4, high + (high - low) / 4
+    low = min(float(curve.ys.min()) for curve in panel.curves)
+    high = max(float(curve.ys.max()) for curve in panel.curves)
     if panel.log:
         return log_scale(low, high)
     unit = 1024.0 if panel.unit == "MB" and high >= 1024 else 1.0

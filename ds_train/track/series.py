@@ -47,8 +47,6 @@ class Panel:
     about: str
     curves: list[Curve]
     log: bool = False
-    zoomed: bool = False
-    """Its height is that of the lines; what is faint behind them may leave it."""
 
 
 def places(run: Run, axis: Axis, part: Part = "train") -> Floats:
@@ -81,11 +79,7 @@ def panels(runs: Sequence[Run], axis: Axis) -> list[Panel]:
     loss = make.smoothed("Training loss", "loss", "nats per label")
     found = [
         loss,
-        *(
-            [make.smoothed("Training loss after its fall", "loss", "nats per label", after=0.2)]
-            if _hides_its_end(loss)
-            else []
-        ),
+        *([make.end("Training loss after its fall", "loss", "nats per label")] if _hides_its_end(loss) else []),
         make.of("Held-out loss", ("loss",), "nats per label", part="evals"),
         make.of("Held-out accuracy", ("accuracy",), "share of labels", unit="%", part="evals"),
         make.of("Learning rate", ("lr",), ""),
@@ -171,20 +165,28 @@ class _Maker:
                     curves.append(Curve(label, index, look, *thin(xs, ys)))
         return Panel(title, unit, about, curves, _needs_log(curves))
 
-    def smoothed(self, title: str, key: str, about: str, unit: Unit = "", after: float = 0.0) -> Panel:
-        """A panel of one key, where it is long with its smoothed course in front; of what is past a share of a run."""
+    def smoothed(self, title: str, key: str, about: str, unit: Unit = "") -> Panel:
+        """A panel of one key, where it is long with its smoothed course in front."""
         front, behind = [], []
         for index, run in enumerate(self._runs):
             xs, ys = self._points(run, key, "train")
-            late = slice(int(after * len(xs)), None)
-            if len(xs) < _SMOOTH_FROM:
-                front += [Curve(run.name, index, "line", xs[late], ys[late])] if len(xs) else []
-                continue
-            behind.append(Curve(f"{run.name}: each step", index, "faint", *thin(xs[late], ys[late])))
-            front.append(Curve(run.name, index, "line", *thin(xs[late], smooth(ys)[late])))
+            if len(xs) >= _SMOOTH_FROM:
+                behind.append(Curve(f"{run.name}: each step", index, "faint", *thin(xs, ys)))
+                ys = smooth(ys)
+            front += [Curve(run.name, index, "line", *thin(xs, ys))] if len(xs) else []
         if behind:
             about = f"{about}; faint: each record" if about else "faint: each record"
-        return Panel(title, unit, about, behind + front, _needs_log(behind + front), zoomed=after > 0)
+        return Panel(title, unit, about, behind + front, _needs_log(behind + front))
+
+    def end(self, title: str, key: str, about: str) -> Panel:
+        """The smoothed course of the last four fifths, whose height the beginning and spikes take elsewhere."""
+        curves = []
+        for index, run in enumerate(self._runs):
+            xs, ys = self._points(run, key, "train")
+            late = slice(len(xs) // 5, None)
+            if len(xs) >= _SMOOTH_FROM:
+                curves.append(Curve(run.name, index, "line", *thin(xs[late], smooth(ys)[late])))
+        return Panel(title, "", f"{about}; smoothed", curves)
 
     def _points(self, run: Run, key: str, part: Part) -> tuple[Floats, Floats]:
         xs, ys = places(run, self._axis, part), run.column(key, part)
