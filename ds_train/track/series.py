@@ -52,19 +52,26 @@ class Panel:
 def places(run: Run, axis: Axis, part: Part = "train") -> Floats:
     """Where the training or evaluation records of `run` lie along `axis`; NaN for one that doesn't say."""
     if axis == "hours":
-        times = run.column("time")
-        return (run.column("time", part) - np.nanmin(times, initial=np.inf)) / 3600
+        times = run.column("time", part)
+        return np.where(np.isfinite(times), times - _started(run), np.nan) / 3600
     return run.column(axis, part)
 
 
 def place(run: Run, axis: Axis, event: Record) -> float:
     """Where an event lies: by its own word, or by its step."""
     if axis == "hours":
-        return (number(event.get("time")) - float(np.nanmin(run.column("time"), initial=np.inf))) / 3600
+        return (number(event.get("time")) - _started(run)) / 3600
     if axis in event:
         return number(event[axis])
     index = int(np.searchsorted(run.column("step"), number(event.get("step"))))
     return float(places(run, axis)[min(index, len(run.train) - 1)])
+
+
+def _started(run: Run) -> float:
+    """Seconds of the epoch at the first record; NaN where none says."""
+    times = run.column("time")
+    times = times[np.isfinite(times)]
+    return float(times.min()) if len(times) else math.nan
 
 
 def best_axis(runs: Sequence[Run]) -> Axis:
