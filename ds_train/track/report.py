@@ -156,7 +156,8 @@ def _figures(run: Run) -> dict[str, str]:
     last = run.last
     losses, held_out = (_finite(values) for values in (run.column("loss"), run.column("loss", "evals")))
     steps = last["step"]
-    seconds = _finite(run.column("step_ms")).mean() / 1e3 if "step_ms" in last else run.column("seconds").mean()
+    step_s = _finite(run.column("step_ms") / 1e3 if "step_ms" in last else run.column("seconds"))
+    seconds = float(step_s.mean()) if len(step_s) else math.nan
     spent = seconds * steps
     return {
         "training loss": f"{losses[-max(1, len(losses) // 50) :].mean():.3f}" if len(losses) else "–",

@@ -167,7 +167,7 @@ def _recent(run: Run, key: str) -> float:
 
 def _step_seconds(run: Run) -> float:
     """Of a step, with the saves after it."""
-    step, save = _recent(run, "step_ms"), float(np.nan_to_num(run.column("save_ms")[-_RECENT:]).mean())
+    step, save = _recent(run, "step_ms"), float(np.nan_to_num(run.column("save_ms")[-_RECENT:], posinf=0.0).mean())
     return (step + save) / 1e3 if math.isfinite(step) else _recent(run, "seconds")
 
 
