@@ -557,8 +557,8 @@ RULES: tuple[Rule | KeyRule, ...] = (
     ),
     Rule(
         "kernel-device", "optimizer.kernel",
-        _all(_at("optimizer.kernel", "fused"), _not(_device("cpu")), _at("parallel.offload_optimizer", "none")),
-        "the fused kernels run where the optimizer's states are on the CPU",
+        _all(_at("optimizer.kernel", "fused"), _not(_device("cpu", "cuda")), _at("parallel.offload_optimizer", "none")),
+        lambda f: f"the fused kernels are for CPUs and CUDA, and the optimizer's states are on {f.cluster.device}",
         "set parallel.offload_optimizer=cpu, or optimizer.kernel=auto",
     ),
     Rule(

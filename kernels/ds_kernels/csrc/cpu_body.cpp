@@ -102,6 +102,12 @@ void update(const dsk_tensor &t, const dsk_args &a, int64_t at, int64_t n) {
   }
 }
 
+double in_halves(double *lanes) {
+  for (int64_t half = DSK_NORM_LANES / 2; half > 0; half /= 2)
+    for (int64_t lane = 0; lane < half; lane++) lanes[lane] += lanes[lane + half];
+  return lanes[0];
+}
+
 // Sum of squares of at most DSK_NORM_BLOCK elements.
 double squares(const void *x, int32_t type, int64_t at, int64_t n) {
   static_assert(kChunk % DSK_NORM_LANES == 0, "a chunk begins with the first sum");
@@ -125,9 +131,7 @@ double squares(const void *x, int32_t type, int64_t at, int64_t n) {
       for (int64_t i = 0; i < count; i++) lanes[i % DSK_NORM_LANES] = dsk_add_square(lanes[i % DSK_NORM_LANES], values[i]);
     }
   }
-  for (int64_t half = DSK_NORM_LANES / 2; half > 0; half /= 2)
-    for (int64_t lane = 0; lane < half; lane++) lanes[lane] += lanes[lane + half];
-  return lanes[0];
+  return in_halves(lanes);
 }
 
 int64_t blocks_of(int64_t n) { return (n + DSK_NORM_BLOCK - 1) / DSK_NORM_BLOCK; }
@@ -168,10 +172,10 @@ double sum_of_squares(const dsk_tensor *tensors, int64_t count, int32_t threads)
       }
     }
   }
-  double sum = 0;
-  for (int64_t block = 0; block < total; block++) sum += sums[block];
+  double lanes[DSK_NORM_LANES] = {0};
+  for (int64_t block = 0; block < total; block++) lanes[block % DSK_NORM_LANES] += sums[block];
   free(sums);
-  return sum;
+  return in_halves(lanes);
 }
 
 }  // namespace DSK_ISA

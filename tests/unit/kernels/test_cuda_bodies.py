@@ -1,152 +1,249 @@
-"""The CUDA kernels without a GPU: their bodies on the CPU, bit-equal to the CPU build, and what nvcc makes of them."""
+"""The CUDA library without a GPU: its launchers and bodies on the CPU, from Python, bit-equal to the CPU build."""
 
 from __future__ import annotations
 
-import ctypes
+import copy
 import re
 import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import ds_kernels.choice
 import pytest
 import torch
-from ds_kernels import choose
-from ds_kernels.build import SOURCES
-from ds_kernels.library import DTYPES, TENSOR, Arguments, CpuLibrary, cpu_library
-from torch import Tensor
+from cuda_on_cpu import Shim, build_shim
+from ds_kernels import FusedAdagrad, FusedAdam, FusedAdamW, choose, global_norm, norm_and_flag
+from ds_kernels.build import CUDA_FLAGS, SOURCES
+from ds_kernels.cuda import CudaError, CudaLibrary, compare_with_cpu
+from ds_kernels.library import Rates, Table, cpu_library
+from torch import Tensor, nn
 
 pytestmark = pytest.mark.skipif(not choose().fused, reason=str(choose()))
-CHUNK = 16384
 
-
-@pytest.fixture(scope="module")
-def shim(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    library = tmp_path_factory.mktemp("shim") / "shim.so"
-    # Undefined behaviour ends the process, and with it the test.
-    flags = ["-std=c++17", "-O1", "-mfma", "-fPIC", "-shared", "-ffp-contract=off", "-fno-math-errno", "-w"]
-    checks = ["-fsanitize=undefined", "-fno-sanitize-recover=all"]
-    source = Path(__file__).with_name("cuda_shim.cpp")
-    command = ["g++", *flags, *checks, f"-I{SOURCES}", str(source), "-o", str(library)]
-    subprocess.run(command, check=True)
-    loaded = ctypes.CDLL(str(library))
-    loaded.shim_sum_of_squares.restype = ctypes.c_double
-    return loaded
-
-
-def records(tensors: list[dict[str, Tensor]]) -> tuple[np.ndarray, np.ndarray]:
-    """dsk_tensor records, and the number of chunks before each tensor."""
-    made = np.zeros(len(tensors), TENSOR)
-    for record, tensor in zip(made, tensors, strict=True):
-        for name in ("p", "g", "m", "v", "copy"):
-            record[name] = tensor[name].data_ptr() if name in tensor else 0
-        record["n"] = tensor["g"].numel()
-        for name, of in (("p_type", "p"), ("g_type", "g"), ("state_type", "v"), ("copy_type", "copy")):
-            record[name] = DTYPES[tensor[of].dtype] if of in tensor else 0
-    made["first"] = np.cumsum(made["n"]) - made["n"]
-    chunks = np.concatenate([[0], np.cumsum((made["n"] + CHUNK - 1) // CHUNK)]).astype(np.int64)
-    return made, chunks
-
-
-def address(array: np.ndarray) -> ctypes.c_void_p:
-    return ctypes.c_void_p(array.ctypes.data)
-
-
-def tensors_of(sizes: list[int], dtypes: tuple[torch.dtype, torch.dtype, Any], offset: int) -> list[dict[str, Tensor]]:
-    """A parameter, gradient, states and 16-bit copy of each size; `offset` elements off a 16-byte boundary."""
-    p_type, g_type, copy_type = dtypes
-    made = []
-    for size in sizes:
-        values = torch.randn(4, size + offset)
-        values[1, offset : offset + 1] = float("inf") if size > 3 else 1.0
-        tensor = {
-            "p": values[0].to(p_type)[offset:], "g": values[1].to(g_type)[offset:],
-            "m": values[2].clone()[offset:], "v": values[3].abs()[offset:],
-        }  # fmt: skip
-        if copy_type is not None:
-            tensor["copy"] = torch.zeros(size + offset, dtype=copy_type)[offset:]
-        made.append(tensor)
-    return made
-
-
-DTYPE_CASES = [
+KINDS: dict[str, Any] = {
+    "adam": (FusedAdam, {}),
+    "adam-l2": (FusedAdam, {"weight_decay": 0.1, "maximize": True}),
+    "adamw": (FusedAdamW, {"weight_decay": 0.1, "betas": (0.9, 0.95)}),
+    "adagrad": (FusedAdagrad, {}),
+    "adagrad-l2": (FusedAdagrad, {"weight_decay": 0.1, "lr_decay": 0.01}),
+}
+DTYPES = [
     (torch.float32, torch.float32, torch.bfloat16),
     (torch.float32, torch.bfloat16, torch.float16),
     (torch.float32, torch.float16, None),
     (torch.bfloat16, torch.bfloat16, None),
     (torch.float16, torch.float16, None),
 ]
+LISTS = {"one": [40_003], "some": [5, 0, 16_384, 20_001]}
 
 
-@pytest.mark.parametrize("sizes", [[40_003], [5, 0, 16_384, 20_001]])
-@pytest.mark.parametrize("dtypes", DTYPE_CASES)
-@pytest.mark.parametrize("rule", ["adam", "adam-l2", "adamw", "adagrad", "adagrad-l2"])
-def test_a_cuda_body_gives_the_bits_of_the_cpu_build(shim: Any, rule: str, dtypes: Any, sizes: list[int]) -> None:
-    library = cpu_library()
-    assert isinstance(library, CpuLibrary)
-    arguments = Arguments(
-        scale=0.7, beta1=0.9, rest1=0.1, beta2=0.95, rest2=0.05, inverse_root=1.3, eps=1e-8,
-        decay=-1e-3 if rule == "adamw" else 0.1, rate=1e-2, rule=int(rule.startswith("adagrad")),
-        decay_kind={"l2": 1, "adamw": 2}.get(rule.rpartition("-")[2], 0),
-        stochastic=dtypes[0] == torch.bfloat16, seed=2**40 + 7,
-    )  # fmt: skip
-    for offset in (0, 1):
-        mine = tensors_of(sizes, dtypes, offset)
-        theirs = [{name: tensor.clone() for name, tensor in one.items()} for one in mine]
-        listed, chunks = records(mine)
-        shim.shim_step(address(listed), address(chunks), ctypes.c_int64(len(mine)), ctypes.byref(arguments), None, None)
-        library.step(records(theirs)[0], arguments, 1)
-        for one, other in zip(mine, theirs, strict=True):
-            for name, tensor in one.items():
-                assert torch.equal(tensor.nan_to_num(), other[name].nan_to_num()), (name, offset)
+@pytest.fixture(scope="module")
+def shim(tmp_path_factory: pytest.TempPathFactory) -> Shim:
+    return Shim(build_shim(tmp_path_factory.mktemp("shim")), "cuda-shim")
 
 
-def test_arguments_may_lie_on_the_device_and_a_flag_turns_a_launch_off(shim: Any) -> None:
-    (tensor,) = tensors_of([100], DTYPE_CASES[0], 0)
-    before = tensor["p"].clone()
-    listed, chunks = records([tensor])
-    host = Arguments(rule=1, rate=1.0, scale=1.0, eps=1.0, inverse_root=1.0)
-    device = Arguments(rule=1, rate=0.0, scale=1.0, eps=1.0, inverse_root=1.0)
-    skip = ctypes.c_int32(1)
-    arguments = (address(listed), address(chunks), ctypes.c_int64(1), ctypes.byref(host))
-    shim.shim_step(*arguments, None, ctypes.byref(skip))
-    shim.shim_step(*arguments, ctypes.byref(device), None)
-    assert torch.equal(tensor["p"][1:], before[1:])  # the first has an infinite gradient
-    shim.shim_step(*arguments, None, None)
-    assert not torch.equal(tensor["p"][1:], before[1:])
+class Twins:
+    """The same parameters twice: updated by the CPU build, and by the CUDA library on the CPU."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, shim: Shim, parameters: list[Tensor]) -> None:
+        self.libraries = [cpu_library(), shim]
+        self.parameters = [[nn.Parameter(p.detach().clone()) for p in parameters] for _ in self.libraries]
+        self._monkeypatch = monkeypatch
+
+    def each(self) -> Any:
+        """(0, parameters) with the CPU build in force, then (1, parameters) with the shim."""
+        for which, library in enumerate(self.libraries):
+            self._monkeypatch.setattr(ds_kernels.choice, "cpu_library", lambda library=library: library)
+            yield which, self.parameters[which]
+
+    def give(self, gradients: list[Tensor]) -> None:
+        for parameters in self.parameters:
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad_dtype = None  # torch otherwise wants the parameter's
+                parameter.grad = gradient.clone()
+
+    def check(self, optimizers: list[Any]) -> None:
+        tensors = []
+        for parameters, optimizer in zip(self.parameters, optimizers, strict=True):
+            states = [optimizer.state[p][name] for p in parameters for name in optimizer.states]
+            tensors.append([*(p.detach() for p in parameters), *states, *optimizer.copies.values()])
+        for mine, other in zip(*tensors, strict=True):
+            assert torch.equal(mine.nan_to_num(7.0), other.nan_to_num(7.0))
+
+
+def some_gradients(sizes: list[int], dtype: torch.dtype) -> list[Tensor]:
+    made = [torch.randn(size).to(dtype) for size in sizes]
+    for gradient in made:
+        gradient[: len(gradient) // 100] = float("inf")
+    return made
+
+
+@pytest.mark.parametrize("sizes", LISTS)
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_steps_have_the_bits_of_the_cpu_build(
+    monkeypatch: pytest.MonkeyPatch, shim: Shim, kind: str, dtypes: Any, sizes: str
+) -> None:
+    p_type, g_type, copy_type = dtypes
+    cls, options = KINDS[kind]
+    twins = Twins(monkeypatch, shim, [torch.randn(size).to(p_type) for size in LISTS[sizes]])
+    optimizers = []
+    for _, parameters in twins.each():
+        optimizers.append(cls(parameters, lr=1e-2, stochastic_rounding=p_type == torch.bfloat16, **options))
+        optimizers[-1].grad_scale = 0.37
+        if copy_type is not None:
+            optimizers[-1].copies = {p: torch.zeros_like(p, dtype=copy_type) for p in parameters}
+    for _ in range(2):
+        twins.give(some_gradients(LISTS[sizes], g_type))
+        for which, _ in twins.each():
+            optimizers[which].step()
+    twins.check(optimizers)
+
+
+def test_groups_views_and_parameters_without_a_gradient(monkeypatch: pytest.MonkeyPatch, shim: Shim) -> None:
+    """Off the 16-byte grid, not contiguous, of other rates, counts of steps that differ."""
+    twins = Twins(monkeypatch, shim, [torch.randn(40_003) for _ in range(4)])
+    optimizers = []
+    for which, bases in twins.each():
+        views = [nn.Parameter(bases[0].data[3:]), nn.Parameter(bases[1].data[:40_000].view(200, 200).t())]
+        twins.parameters[which] = [*views, *bases[2:]]
+        groups = [{"params": views, "lr": 1e-3}, {"params": bases[2:], "weight_decay": 0.0, "betas": (0.8, 0.9)}]
+        optimizers.append(FusedAdamW(groups, lr=1e-2, state_dtype=torch.bfloat16))
+    for step in range(3):
+        twins.give([torch.randn_like(p) for p in twins.parameters[0]])
+        for which, parameters in twins.each():
+            if step == 1:
+                parameters[3].grad = None
+            optimizers[which].step()
+    twins.check(optimizers)
+    assert [int(optimizers[1].state[p]["step"]) for p in twins.parameters[1]] == [3, 3, 3, 2]
+
+
+@pytest.mark.parametrize("capturing", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_that_waits_for_nothing(monkeypatch: pytest.MonkeyPatch, shim: Shim, kind: str, capturing: bool) -> None:
+    """Counts, learning rate, factor and the flag that turns a step off are read where they lie."""
+    cls, options = KINDS[kind]
+    twins = Twins(monkeypatch, shim, [torch.randn(size) for size in (7, 20_000, 33)])
+    lr, factor, skip = torch.tensor(2**-7), torch.tensor(1.0), torch.tensor(0, dtype=torch.int32)
+    optimizers = []
+    for which, parameters in twins.each():
+        optimizers.append(cls(parameters, lr=lr if which else 2**-7, capturable=bool(which), **options))
+    optimizers[1].grad_scale, optimizers[1].skip = factor, skip
+    monkeypatch.setattr(shim, "capturing", capturing)
+    uploads = shim.uploads
+    for step in range(5):
+        scale, skipped = 0.5**step, step == 2
+        twins.give([torch.randn_like(p) for p in twins.parameters[0]])
+        for which, parameters in twins.each():
+            if step == 3:
+                parameters[1].grad = None
+            if which:
+                lr.fill_(2**-7 * (step + 1))
+                factor.fill_(scale)
+                skip.fill_(skipped)
+                optimizers[1].step()
+            elif not skipped:
+                optimizers[0].param_groups[0]["lr"] = 2**-7 * (step + 1)
+                optimizers[0].grad_scale = scale
+                optimizers[0].step()
+    twins.check(optimizers)
+    counts = [optimizers[1].state[p]["step"] for p in twins.parameters[1]]
+    assert [float(count) for count in counts] == [4.0, 3.0, 4.0]
+    assert counts[0] is counts[2]
+    assert capturing == (shim.uploads == uploads), "a captured graph may not point to a table that is freed"
+
+
+def test_counts_on_the_device_come_from_any_state_dict(monkeypatch: pytest.MonkeyPatch, shim: Shim) -> None:
+    twins = Twins(monkeypatch, shim, [torch.randn(50), torch.randn(20)])
+    theirs = torch.optim.AdamW(twins.parameters[0], lr=2**-7)
+    twins.give([torch.randn(50), torch.randn(20)])
+    theirs.step()
+    (_, parameters) = list(twins.each())[1]
+    ours = FusedAdamW(parameters, lr=2**-7, capturable=True)
+    with torch.no_grad():
+        for mine, other in zip(parameters, twins.parameters[0], strict=True):
+            mine.copy_(other)
+    ours.load_state_dict(theirs.state_dict())
+    twins.give([torch.randn(50), torch.randn(20)])
+    theirs.step()
+    ours.step()
+    again = FusedAdamW(parameters, lr=1.0)
+    again.load_state_dict(copy.deepcopy(ours.state_dict()))
+    for mine, other in zip(parameters, twins.parameters[0], strict=True):
+        torch.testing.assert_close(mine, other)
+        assert float(ours.state[mine]["step"]) == float(again.state[mine]["step"]) == 2.0
+
+
+def test_what_only_a_gpu_can_do_is_refused_on_the_cpu() -> None:
+    parameter = nn.Parameter(torch.ones(3))
+    parameter.grad = torch.ones(3)
+    with pytest.raises(ValueError, match="capturable"):
+        FusedAdam([parameter], capturable=True).step()
+    optimizer = FusedAdam([parameter])
+    optimizer.skip = torch.zeros((), dtype=torch.int32)
+    with pytest.raises(ValueError, match="skip"):
+        optimizer.step()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_the_cuda_norm_gives_the_bits_of_the_cpu_build(shim: Any, dtype: torch.dtype) -> None:
-    library = cpu_library()
-    assert isinstance(library, CpuLibrary)
-    tensors = [{"g": torch.randn(size).to(dtype)} for size in (1, 255, 0, 16_384, 50_001)]
-    listed = np.zeros(len(tensors), TENSOR)
-    listed["g"] = [tensor["g"].data_ptr() for tensor in tensors]
-    listed["n"] = [tensor["g"].numel() for tensor in tensors]
-    listed["g_type"] = DTYPES[dtype]
-    chunks = np.concatenate([[0], np.cumsum((listed["n"] + CHUNK - 1) // CHUNK)]).astype(np.int64)
-    flag = ctypes.c_int32(7)
-    arguments = (address(listed), address(chunks), ctypes.c_int64(len(tensors)), ctypes.byref(flag))
-    assert shim.shim_sum_of_squares(*arguments) == library.sum_of_squares(listed, 2)
-    assert flag.value == 0
-    tensors[1]["g"][3] = float("nan")
-    shim.shim_sum_of_squares(*arguments)
-    assert flag.value == 1
+def test_the_norm_has_the_bits_of_the_cpu_build(
+    monkeypatch: pytest.MonkeyPatch, shim: Shim, dtype: torch.dtype
+) -> None:
+    most = 4_300_001 if dtype == torch.float32 else 70_001  # more than 256 blocks
+    tensors = [torch.randn(size).to(dtype) for size in (1, 255, 0, 16_384, most)]
+    expected = global_norm(tensors)
+    assert expected == pytest.approx(float(torch.cat(tensors).double().square().sum().sqrt()), rel=1e-13)
+    monkeypatch.setattr(ds_kernels.choice, "cpu_library", lambda: shim)
+    norm, flag = norm_and_flag(tensors)
+    assert float(norm) == expected
+    assert not flag
+    tensors[1][3] = float("nan")
+    norm, flag = norm_and_flag(tensors)
+    assert norm.isnan()
+    assert flag.dtype == torch.int32
+    assert flag
+    monkeypatch.setattr(shim, "capturing", True)
+    assert float(norm_and_flag(tensors[3:])[0]) == pytest.approx(global_norm(tensors[3:]), rel=1e-13)
+
+
+def test_a_device_that_gives_other_bits_is_not_used(shim: Shim) -> None:
+    compare_with_cpu(shim, torch.device("cpu"))
+
+    class Wrong(Shim):
+        def update(self, table: Table, rates: Rates, step: int, factor: float) -> None:
+            super().update(table, rates, step, factor * (1 + 1e-6))
+
+    wrong = Wrong.__new__(Wrong)
+    wrong.__dict__ = shim.__dict__
+    with pytest.raises(CudaError, match="differs"):
+        compare_with_cpu(wrong, torch.device("cpu"))
+    with pytest.raises(CudaError, match="invalid device"):
+        shim._use(1)
+
+
+def test_a_host_without_a_gpu_says_so() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    choice = choose("cuda")
+    assert (choice.name, choice.fused) == ("torch-fused", False)
+    assert "no CUDA device" in choice.reason
+    assert choose("npu").name == "torch-foreach"
+    assert "npu" in choose("npu").reason
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc here")
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
 def test_nvcc_spills_nothing_and_moves_16_bytes_at_a_time(architecture: str, tmp_path: Path) -> None:
-    cubin = tmp_path / "kernels.cubin"
-    command = ["nvcc", "-std=c++17", "-O3", f"-arch={architecture}", "-Xptxas", "-v", "-cubin", "-o", str(cubin)]
+    library = tmp_path / "library.so"
+    command = ["nvcc", *CUDA_FLAGS, f"-arch={architecture}", "-shared", "-Xptxas", "-v", "-o", str(library)]
     command += ["--keep", "--keep-dir", str(tmp_path)]
     made = subprocess.run([*command, str(SOURCES / "cuda.cu")], capture_output=True, text=True, check=False)
     assert made.returncode == 0, made.stderr
     registers = [int(count) for count in re.findall(r"Used (\d+) registers", made.stderr)]
     spills = [int(count) for count in re.findall(r"(\d+) bytes spill", made.stderr)]
-    assert len(registers) == 12, made.stderr  # five updates, each flat and over a list, and the norm's two
+    assert len(registers) == 13, made.stderr  # five updates, each flat and over a list, the norm's two, the arguments
     assert max(registers) <= 64
     assert sum(spills) == 0, made.stderr
     assert "warning" not in made.stderr
@@ -155,3 +252,8 @@ def test_nvcc_spills_nothing_and_moves_16_bytes_at_a_time(architecture: str, tmp
         if "dsk_flat" in entry.partition("(")[0]:
             assert re.search(r"ld\.(global\.)?v4", entry)
             assert re.search(r"st\.(global\.)?v4", entry)
+    if torch.cuda.is_available():
+        return
+    # Without a driver it still loads, and says what is missing.
+    with pytest.raises(CudaError, match=r"driver|device"):
+        CudaLibrary(library, architecture)
