@@ -1,4 +1,7 @@
-"""The CUDA library without a GPU: its launchers and bodies on the CPU, from Python, bit-equal to the CPU build."""
+"""The CUDA library from Python, bit-equal to the CPU build: on the CPU, launchers and bodies included, and on a GPU.
+
+Those on a GPU are `make gpu-test`'s.
+"""
 
 from __future__ import annotations
 
@@ -43,17 +46,24 @@ def shim(tmp_path_factory: pytest.TempPathFactory) -> Shim:
     return Shim(build_shim(tmp_path_factory.mktemp("shim")), "cuda-shim")
 
 
-class Twins:
-    """The same parameters twice: updated by the CPU build, and by the CUDA library on the CPU."""
+ON_A_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")]
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, shim: Shim, parameters: list[Tensor]) -> None:
-        self.libraries = [cpu_library(), shim]
-        self.parameters = [[nn.Parameter(p.detach().clone()) for p in parameters] for _ in self.libraries]
-        self._monkeypatch = monkeypatch
+
+class Twins:
+    """The same parameters twice: updated by the CPU build, and by the CUDA library, on a GPU or on the CPU."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, shim: Shim | None) -> None:
+        self.devices = ["cpu", "cpu" if shim else "cuda"]
+        self.parameters: list[list[Tensor]] = [[], []]
+        self._libraries, self._monkeypatch = [cpu_library(), shim or cpu_library()], monkeypatch
+
+    def of(self, values: list[Tensor]) -> Twins:
+        self.parameters = [[nn.Parameter(p.detach().clone().to(device)) for p in values] for device in self.devices]
+        return self
 
     def each(self) -> Any:
-        """(0, parameters) with the CPU build in force, then (1, parameters) with the shim."""
-        for which, library in enumerate(self.libraries):
+        """(0, parameters) with the CPU build in force, then (1, parameters) with the CUDA library."""
+        for which, library in enumerate(self._libraries):
             self._monkeypatch.setattr(ds_kernels.choice, "cpu_library", lambda library=library: library)
             yield which, self.parameters[which]
 
@@ -61,7 +71,7 @@ class Twins:
         for parameters in self.parameters:
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter.grad_dtype = None  # torch otherwise wants the parameter's
-                parameter.grad = gradient.clone()
+                parameter.grad = gradient.to(parameter.device, copy=True)
 
     def check(self, optimizers: list[Any]) -> None:
         tensors = []
@@ -69,7 +79,15 @@ class Twins:
             states = [optimizer.state[p][name] for p in parameters for name in optimizer.states]
             tensors.append([*(p.detach() for p in parameters), *states, *optimizer.copies.values()])
         for mine, other in zip(*tensors, strict=True):
-            assert torch.equal(mine.nan_to_num(7.0), other.nan_to_num(7.0))
+            assert torch.equal(mine.nan_to_num(7.0), other.cpu().nan_to_num(7.0))
+
+
+@pytest.fixture(params=["shim", pytest.param("gpu", marks=ON_A_GPU)])
+def twins(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Twins:
+    if request.param == "gpu":
+        assert choose("cuda").fused, str(choose("cuda"))
+        return Twins(monkeypatch, None)
+    return Twins(monkeypatch, request.getfixturevalue("shim"))
 
 
 def some_gradients(sizes: list[int], dtype: torch.dtype) -> list[Tensor]:
@@ -82,12 +100,10 @@ def some_gradients(sizes: list[int], dtype: torch.dtype) -> list[Tensor]:
 @pytest.mark.parametrize("sizes", LISTS)
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_steps_have_the_bits_of_the_cpu_build(
-    monkeypatch: pytest.MonkeyPatch, shim: Shim, kind: str, dtypes: Any, sizes: str
-) -> None:
+def test_steps_have_the_bits_of_the_cpu_build(twins: Twins, kind: str, dtypes: Any, sizes: str) -> None:
     p_type, g_type, copy_type = dtypes
     cls, options = KINDS[kind]
-    twins = Twins(monkeypatch, shim, [torch.randn(size).to(p_type) for size in LISTS[sizes]])
+    twins.of([torch.randn(size).to(p_type) for size in LISTS[sizes]])
     optimizers = []
     for _, parameters in twins.each():
         optimizers.append(cls(parameters, lr=1e-2, stochastic_rounding=p_type == torch.bfloat16, **options))
@@ -101,9 +117,9 @@ def test_steps_have_the_bits_of_the_cpu_build(
     twins.check(optimizers)
 
 
-def test_groups_views_and_parameters_without_a_gradient(monkeypatch: pytest.MonkeyPatch, shim: Shim) -> None:
+def test_groups_views_and_parameters_without_a_gradient(twins: Twins) -> None:
     """Off the 16-byte grid, not contiguous, of other rates, counts of steps that differ."""
-    twins = Twins(monkeypatch, shim, [torch.randn(40_003) for _ in range(4)])
+    twins.of([torch.randn(40_003) for _ in range(4)])
     optimizers = []
     for which, bases in twins.each():
         views = [nn.Parameter(bases[0].data[3:]), nn.Parameter(bases[1].data[:40_000].view(200, 200).t())]
@@ -120,19 +136,17 @@ def test_groups_views_and_parameters_without_a_gradient(monkeypatch: pytest.Monk
     assert [int(optimizers[1].state[p]["step"]) for p in twins.parameters[1]] == [3, 3, 3, 2]
 
 
-@pytest.mark.parametrize("capturing", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_step_that_waits_for_nothing(monkeypatch: pytest.MonkeyPatch, shim: Shim, kind: str, capturing: bool) -> None:
+def test_a_step_that_waits_for_nothing(twins: Twins, kind: str) -> None:
     """Counts, learning rate, factor and the flag that turns a step off are read where they lie."""
     cls, options = KINDS[kind]
-    twins = Twins(monkeypatch, shim, [torch.randn(size) for size in (7, 20_000, 33)])
-    lr, factor, skip = torch.tensor(2**-7), torch.tensor(1.0), torch.tensor(0, dtype=torch.int32)
+    twins.of([torch.randn(size) for size in (7, 20_000, 33)])
+    lr, factor = (torch.tensor(value, device=twins.devices[1]) for value in (2**-7, 1.0))
+    skip = torch.tensor(0, dtype=torch.int32, device=twins.devices[1])
     optimizers = []
     for which, parameters in twins.each():
         optimizers.append(cls(parameters, lr=lr if which else 2**-7, capturable=bool(which), **options))
     optimizers[1].grad_scale, optimizers[1].skip = factor, skip
-    monkeypatch.setattr(shim, "capturing", capturing)
-    uploads = shim.uploads
     for step in range(5):
         scale, skipped = 0.5**step, step == 2
         twins.give([torch.randn_like(p) for p in twins.parameters[0]])
@@ -152,11 +166,50 @@ def test_a_step_that_waits_for_nothing(monkeypatch: pytest.MonkeyPatch, shim: Sh
     counts = [optimizers[1].state[p]["step"] for p in twins.parameters[1]]
     assert [float(count) for count in counts] == [4.0, 3.0, 4.0]
     assert counts[0] is counts[2]
-    assert capturing == (shim.uploads == uploads), "a captured graph may not point to a table that is freed"
 
 
-def test_counts_on_the_device_come_from_any_state_dict(monkeypatch: pytest.MonkeyPatch, shim: Shim) -> None:
-    twins = Twins(monkeypatch, shim, [torch.randn(50), torch.randn(20)])
+def test_a_step_that_is_being_captured_uploads_nothing(monkeypatch: pytest.MonkeyPatch, shim: Shim) -> None:
+    """A graph may not point to a table that is freed."""
+    twins = Twins(monkeypatch, shim).of([torch.randn(size) for size in (7, 20_000)])
+    twins.give([torch.randn(size) for size in (7, 20_000)])
+    optimizers = []
+    monkeypatch.setattr(shim, "capturing", True)
+    monkeypatch.setattr(shim, "uploads", 0)
+    for which, parameters in twins.each():
+        optimizers.append(FusedAdam(parameters, lr=2**-7, capturable=bool(which)))
+        optimizers[-1].step()
+    twins.check(optimizers)
+    assert shim.uploads == 0
+
+
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=ON_A_GPU) for kind in KINDS])
+def test_a_captured_step_is_replayed(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    cls, options = KINDS[kind]
+    twins = Twins(monkeypatch, None).of([torch.randn(size) for size in (7, 20_000)])
+    gradients = [[torch.randn(size) for size in (7, 20_000)] for _ in range(4)]
+    twins.give(gradients[0])
+    optimizers = [cls(twins.parameters[at], lr=2**-7, capturable=bool(at), **options) for at in (0, 1)]
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    for number, step in enumerate(gradients):
+        for parameters in twins.parameters:
+            for parameter, gradient in zip(parameters, step, strict=True):
+                parameter.grad.copy_(gradient)  # type: ignore[union-attr]
+        optimizers[0].step()
+        stream.wait_stream(torch.cuda.current_stream())
+        if number < 2:
+            with torch.cuda.stream(stream):
+                optimizers[1].step()
+            torch.cuda.current_stream().wait_stream(stream)
+        else:
+            if number == 2:
+                with torch.cuda.graph(graph):
+                    optimizers[1].step()
+            graph.replay()
+    twins.check(optimizers)
+
+
+def test_counts_on_the_device_come_from_any_state_dict(twins: Twins) -> None:
+    twins.of([torch.randn(50), torch.randn(20)])
     theirs = torch.optim.AdamW(twins.parameters[0], lr=2**-7)
     twins.give([torch.randn(50), torch.randn(20)])
     theirs.step()
@@ -172,7 +225,7 @@ def test_counts_on_the_device_come_from_any_state_dict(monkeypatch: pytest.Monke
     again = FusedAdamW(parameters, lr=1.0)
     again.load_state_dict(copy.deepcopy(ours.state_dict()))
     for mine, other in zip(parameters, twins.parameters[0], strict=True):
-        torch.testing.assert_close(mine, other)
+        torch.testing.assert_close(mine.cpu(), other)
         assert float(ours.state[mine]["step"]) == float(again.state[mine]["step"]) == 2.0
 
 
@@ -188,24 +241,31 @@ def test_what_only_a_gpu_can_do_is_refused_on_the_cpu() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_the_norm_has_the_bits_of_the_cpu_build(
-    monkeypatch: pytest.MonkeyPatch, shim: Shim, dtype: torch.dtype
-) -> None:
+def test_the_norm_has_the_bits_of_the_cpu_build(twins: Twins, dtype: torch.dtype) -> None:
     most = 4_300_001 if dtype == torch.float32 else 70_001  # more than 256 blocks
     tensors = [torch.randn(size).to(dtype) for size in (1, 255, 0, 16_384, most)]
+    twins.of(tensors)
+    found = [norm_and_flag(parameters) for _, parameters in twins.each()]
+    exact = float(torch.cat(tensors).double().square().sum().sqrt())
+    assert float(found[0][0]) == float(found[1][0]) == pytest.approx(exact, rel=1e-13)
+    assert int(found[0][1]) == int(found[1][1]) == 0
+    tensors = [*tensors[:2], torch.tensor([1.0, float("nan")], dtype=dtype)]
+    twins.of(tensors)
+    for _, parameters in twins.each():
+        norm, flag = norm_and_flag(parameters)
+        assert norm.isnan()
+        assert flag.dtype == torch.int32
+        assert int(flag) == 1
+
+
+def test_the_norm_of_a_graph_that_is_being_captured_uses_no_table(monkeypatch: pytest.MonkeyPatch, shim: Shim) -> None:
+    tensors = [torch.randn(300), torch.randn(5)]
     expected = global_norm(tensors)
-    assert expected == pytest.approx(float(torch.cat(tensors).double().square().sum().sqrt()), rel=1e-13)
     monkeypatch.setattr(ds_kernels.choice, "cpu_library", lambda: shim)
-    norm, flag = norm_and_flag(tensors)
-    assert float(norm) == expected
-    assert not flag
-    tensors[1][3] = float("nan")
-    norm, flag = norm_and_flag(tensors)
-    assert norm.isnan()
-    assert flag.dtype == torch.int32
-    assert flag
     monkeypatch.setattr(shim, "capturing", True)
-    assert float(norm_and_flag(tensors[3:])[0]) == pytest.approx(global_norm(tensors[3:]), rel=1e-13)
+    monkeypatch.setattr(shim, "uploads", 0)
+    assert global_norm(tensors) == pytest.approx(expected, rel=1e-13)
+    assert shim.uploads == 0
 
 
 def test_a_device_that_gives_other_bits_is_not_used(shim: Shim) -> None:
