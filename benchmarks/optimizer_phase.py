@@ -3,8 +3,9 @@
     .venv/bin/deepspeed --num_accelerators 2 benchmarks/optimizer_phase.py
 
 One run of each optimizer on the same model, data and ranks (bf16, ZeRO-2 unless asked otherwise), a step of each in
-turn. The phase is DeepSpeed's whole `optimizer.step`: norm, unscale, clip, update, 16-bit copy and all-gather; the update
-is the optimizer's own part of it. DeepSpeedCPUAdam compiles at first use (a minute or more).
+turn. The phase is DeepSpeed's whole `optimizer.step`: norm, unscale, clip, update, 16-bit copy and all-gather; the
+update is the optimizer's own part of it. Losses are compared with DeepSpeedCPUAdam's over all steps. That compiles at
+first use (a minute or more).
 """
 
 from __future__ import annotations
@@ -132,18 +133,21 @@ def take(made: Variant, counted: bool) -> None:
 
 def report(options: argparse.Namespace, info: ranks.RankInfo, variants: dict[str, Variant]) -> None:
     ours = variants["ours"]
-    table = Table("", "step, ms", "phase, ms", "of it update", "share of a step", "phase x ours", "loss", box=None)
+    headings = ("", "step, ms", "phase, ms", "of it update", "share of a step", "phase x ours", "losses off by")
+    table = Table(*headings, box=None)
+    reference = variants["DeepSpeedCPUAdam"].losses
     for name, made in variants.items():
         step, phase, update = (statistics.median(seconds) * 1e3 for seconds in (made.step, made.phase, made.update))
         times = phase / (statistics.median(ours.phase) * 1e3)
         table.add_row(
             name, f"{step:.1f}", f"{phase:.1f}", f"{update:.1f}", f"{phase / step:.1%}", f"{times:.2f}",
-            f"{made.losses[-1]:.4f}",
+            f"{max(abs(one / other - 1) for one, other in zip(made.losses, reference, strict=True)):.1e}",
         )  # fmt: skip
     console = Console(width=110)
     names = ", ".join(f"{name} {version(name)}" for name in ("torch", "deepspeed"))
-    console.print(f"{names}; {info.ranks} ranks of {torch.get_num_threads()} threads, hidden size {options.hidden}, "
-                  f"{options.samples} samples of {options.length} tokens; medians of {options.rounds} steps in turn")  # fmt: skip
+    console.print(f"{names}; {info.ranks} ranks of {torch.get_num_threads()} threads; {' '.join(options.override)}")
+    console.print(f"hidden size {options.hidden}, {options.samples} samples of {options.length} tokens; "
+                  f"medians of {options.rounds} steps in turn")  # fmt: skip
     console.print(table)
 
 

@@ -38,12 +38,15 @@ class CudaError(RuntimeError):
 class CudaLibrary:
     """The functions of csrc/cuda.cu, for devices of one architecture."""
 
-    def __init__(self, path: Path, name: str) -> None:
-        """Raises OSError where it can't be loaded, CudaError where there is no driver or device."""
+    def __init__(self, path: Path, name: str, index: int = 0) -> None:
+        """`index` is the device that is asked whether it is there: another would get a context, and hold memory.
+
+        Raises OSError where the library can't be loaded, CudaError where there is no driver or device.
+        """
         self.name = name
         self._functions: Any = ctypes.CDLL(str(path))
         self._functions.dsk_cuda_error.restype = ctypes.c_char_p
-        self._use(0)
+        self._use(index)
 
     def update(self, table: Table, rates: Rates, step: int, factor: float) -> None:
         """Step number `step` of the table's tensors, whose gradients are multiplied by `factor`."""
@@ -136,7 +139,7 @@ def cuda_library(index: int) -> CudaLibrary | BuildError | OSError | CudaError:
             raise CudaError("torch sees no CUDA device")
         major, minor = torch.cuda.get_device_capability(index)
         architecture = f"sm_{major}{minor}"
-        library = CudaLibrary(build_cuda_library(architecture), f"cuda-{architecture}")
+        library = CudaLibrary(build_cuda_library(architecture), f"cuda-{architecture}", index)
         compare_with_cpu(library, torch.device("cuda", index))
     except (BuildError, OSError, CudaError) as error:
         return error

@@ -177,10 +177,10 @@ class _Fused(torch.optim.Optimizer):
 
     def _check_libraries(self) -> None:
         """Parameters may come from a GPU and be updated on the CPU, so one of the two is enough here."""
+        missing = library_of(torch.device("cpu"))
         devices = {parameter.device for group in self.param_groups for parameter in group["params"]}
-        reasons = [library_of(device) for device in (*devices, torch.device("cpu"))]
-        if all(isinstance(reason, Exception) for reason in reasons):
-            raise RuntimeError(f"{type(self).__name__}: there are no kernels: {reasons[0]}")
+        if isinstance(missing, Exception) and all(isinstance(library_of(device), Exception) for device in devices):
+            raise RuntimeError(f"{type(self).__name__}: there are no kernels: {missing}")
 
     def _library(self, parameter: Tensor) -> CpuLibrary | CudaLibrary:
         library = library_of(parameter.device)

@@ -32,20 +32,22 @@ def main() -> int:
         job.quiet_libraries()
         for recipe in sys.argv[1:]:
             run = load(recipe)
-            fused = trained(run, info)
+            fused = trained(run, info, fused=True)
             with mock.patch("ds_train.engine.build.fuse_passes"):
-                own = trained(run, info)
+                own = trained(run, info, fused=False)
             compare(run.name, fused, own)
 
     return ranks.run_to_exit_code(body)
 
 
-def trained(run: RunConfig, info: ranks.RankInfo) -> dict[str, Tensor]:
+def trained(run: RunConfig, info: ranks.RankInfo, fused: bool) -> dict[str, Tensor]:
     """What this rank holds after all steps, and what the model computes with after its fp32 weights were changed."""
     plan = make_plan(run, Cluster(info.ranks, info.ranks_per_host, info.device))
     prepared = prepare(run, progress=False)
     parts = assemble(run, plan, info, prepared_tokenizer(prepared), prepared)
     assert parts.kernel.fused, parts.kernel
+    narrow = run.precision.dtype == "bf16" and (plan.zero_stage == 3 or run.parallel.pipeline > 1)
+    assert bool(parts.engine.basic_optimizer.copies) == (fused and narrow), "who writes the 16-bit weights?"
     norms = [step.grad_norm for step in train_steps(run, plan, info, parts, make_timeline(run, 10**6))]
     assert max(norms) > CLIP, "nothing was clipped"
     found = held(parts)

@@ -116,20 +116,14 @@ double squares(const void *x, int32_t type, int64_t at, int64_t n) {
   for (int64_t stop = at + n; at < stop; at += kChunk) {
     int64_t count = stop - at < kChunk ? stop - at : kChunk;
     const float *values = load(x, type, at, count, buffer);
-    if (count == kChunk) {  // four elements of each sum at a time, in their order
+    int64_t rows = count / DSK_NORM_LANES * DSK_NORM_LANES;
+    for (int64_t row = 0; row < rows; row += DSK_NORM_LANES) {
       for (int64_t lane = 0; lane < DSK_NORM_LANES; lane += kLanes) {
-        for (int64_t row = 0; row < kChunk; row += DSK_NORM_LANES)
-          __builtin_prefetch(values + row + lane + kChunk, 0);
 #pragma omp simd
-        for (int64_t i = lane; i < lane + kLanes; i++) {
-          double sum = lanes[i];
-          for (int64_t row = 0; row < kChunk; row += DSK_NORM_LANES) sum = dsk_add_square(sum, values[row + i]);
-          lanes[i] = sum;
-        }
+        for (int64_t i = lane; i < lane + kLanes; i++) lanes[i] = dsk_add_square(lanes[i], values[row + i]);
       }
-    } else {
-      for (int64_t i = 0; i < count; i++) lanes[i % DSK_NORM_LANES] = dsk_add_square(lanes[i % DSK_NORM_LANES], values[i]);
     }
+    for (int64_t i = rows; i < count; i++) lanes[i - rows] = dsk_add_square(lanes[i - rows], values[i]);
   }
   return in_halves(lanes);
 }
