@@ -46,7 +46,7 @@ class CudaLibrary:
         self.name = name
         self._functions: Any = ctypes.CDLL(str(path))
         self._functions.dsk_cuda_error.restype = ctypes.c_char_p
-        self._use(index)
+        self._check(self._functions.dsk_cuda_load(ctypes.c_int32(index)))
 
     def update(self, table: Table, rates: Rates, step: int, factor: float) -> None:
         """Step number `step` of the table's tensors, whose gradients are multiplied by `factor`."""

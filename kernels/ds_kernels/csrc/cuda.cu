@@ -40,12 +40,37 @@ int step(const dsk_tensor *tensor, const dsk_tensor *list, const int64_t *chunks
   return static_cast<int>(cudaGetLastError());
 }
 
+template <class... Kernels>
+cudaError_t load(Kernels... kernels) {
+  cudaFuncAttributes attributes;
+  cudaError_t error = cudaSuccess;
+  ((error = error == cudaSuccess ? cudaFuncGetAttributes(&attributes, kernels) : error), ...);
+  return error;
+}
+
+template <int RULE, int DECAY>
+cudaError_t load_rule() {
+  return load(dsk_flat<RULE, DECAY>, dsk_list<RULE, DECAY>);
+}
+
 }  // namespace
 
 extern "C" {
 
 // 0 where the library can launch on the device of this number, which becomes the thread's, else an error of CUDA.
 int dsk_cuda_use(int32_t device) { return static_cast<int>(cudaSetDevice(device)); }
+
+// The same, with all kernels brought to the device now: later it might be in the middle of a capture.
+int dsk_cuda_load(int32_t device) {
+  cudaError_t error = cudaSetDevice(device);
+  if (error == cudaSuccess) error = load_rule<DSK_ADAM, DSK_NONE>();
+  if (error == cudaSuccess) error = load_rule<DSK_ADAM, DSK_L2>();
+  if (error == cudaSuccess) error = load_rule<DSK_ADAM, DSK_DECOUPLED>();
+  if (error == cudaSuccess) error = load_rule<DSK_ADAGRAD, DSK_NONE>();
+  if (error == cudaSuccess) error = load_rule<DSK_ADAGRAD, DSK_L2>();
+  if (error == cudaSuccess) error = load(dsk_prepare, dsk_squares, dsk_total);
+  return static_cast<int>(error);
+}
 
 const char *dsk_cuda_error(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
 
