@@ -33,8 +33,9 @@ def fuse_passes(engine: Any, norm: Callable[[nn.Module], float]) -> None:
         _scale_in_step(zero, fused)
         _norm_in_one_pass(zero)
         if isinstance(zero, DeepSpeedZeroOptimizer_Stage3):
-            _gradients_as_they_lie(zero)
-            _copy_in_step_of_stage_3(zero, fused)
+            stepping = _stepping(zero)
+            _gradients_as_they_lie(zero, stepping)
+            _copy_in_step_of_stage_3(zero, fused, stepping)
     elif isinstance(zero, BF16_Optimizer):
         _clip_in_step(zero, fused)
         _copy_in_step_of_bf16(zero, fused)
@@ -105,12 +106,12 @@ def _clip_in_step(zero: Any, fused: Any) -> None:
     zero.step, fused.step = step, scaled_update
 
 
-def _gradients_as_they_lie(zero: Any) -> None:
+def _gradients_as_they_lie(zero: Any, stepping: Callable[[], bool]) -> None:
     """ZeRO 3: the gradients of a sub-group lie one after the other in one buffer, which needs no flat copy."""
     original = zero.flatten
 
     def flatten(tensors: list[Tensor]) -> Tensor:
-        whole = joined(tensors)
+        whole = joined(tensors) if stepping() else None
         return original(tensors) if whole is None else whole
 
     zero.flatten = flatten
@@ -127,14 +128,14 @@ def joined(tensors: list[Tensor]) -> Tensor | None:
     return first.as_strided((end - first.storage_offset(),), (1,))
 
 
-def _copy_in_step_of_stage_3(zero: Any, fused: Any) -> None:
+def _copy_in_step_of_stage_3(zero: Any, fused: Any, stepping: Callable[[], bool]) -> None:
     """ZeRO 3: the update writes the 16-bit partition, where it lies beside the fp32 one (stage3.py, `step`)."""
     if zero.partial_offload != 1.0:
         return  # another optimizer updates some sub-groups
     for wide, narrow in zip(zero.fp32_partitioned_groups_flat, zero.fp16_partitioned_groups_flat, strict=True):
         if _takes_copy(wide, narrow):
             fused.copies[wide] = narrow
-    original, stepping = zero._reassign_or_swap_out_partitioned_parameters, _stepping(zero)
+    original = zero._reassign_or_swap_out_partitioned_parameters
 
     def reassign(sub_group_id: int) -> None:
         narrow = zero.fp16_partitioned_groups_flat[sub_group_id]

@@ -150,11 +150,11 @@ def compare_with_cpu(library: CudaLibrary, device: torch.device) -> None:
     """One step of two tensors and their norm on `device` and by the CPU build.
 
     Raises:
-        CudaError: they differ by a bit, or CUDA refuses.
+        CudaError: they differ by a bit, there is no CPU build, or CUDA refuses.
     """
     reference = cpu_library()
     if not isinstance(reference, CpuLibrary):
-        return
+        raise CudaError(f"there is no CPU build to compare it with: {reference}")
     rates = Rates(lr=1e-2, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, sign=1.0, decay_kind=2)
     generator = torch.Generator().manual_seed(0)
     start = [[torch.randn(size, generator=generator).abs() for _ in "pgmv"] for size in (3001, 20_000)]

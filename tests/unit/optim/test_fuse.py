@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from ds_train.optim.fuse import _clip_in_step, _copy_in_step_of_stage_3, clip_factor, joined
+from ds_train.optim.fuse import _clip_in_step, _copy_in_step_of_stage_3, _stepping, clip_factor, joined
 
 
 class Bf16:
@@ -83,7 +83,7 @@ class Stage3:
 
 def test_the_copy_is_left_out_only_where_the_update_has_written_it() -> None:
     zero, fused = Stage3(), SimpleNamespace(copies={})
-    _copy_in_step_of_stage_3(zero, fused)
+    _copy_in_step_of_stage_3(zero, fused, _stepping(zero))
     assert list(fused.copies.values()) == [zero.fp16_partitioned_groups_flat[0]]
     zero.step()
     assert zero.copied == [1]
@@ -91,7 +91,7 @@ def test_the_copy_is_left_out_only_where_the_update_has_written_it() -> None:
     assert zero.copied == [1, 0]
     partial, untouched = Stage3(), SimpleNamespace(copies={})
     partial.partial_offload = 0.5
-    _copy_in_step_of_stage_3(partial, untouched)
+    _copy_in_step_of_stage_3(partial, untouched, _stepping(partial))
     assert not untouched.copies
 
 
