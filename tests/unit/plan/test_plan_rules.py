@@ -123,7 +123,7 @@ CASES = [
     Broken("loss-scale", {"precision.loss_scale": 128.0}, "precision.dtype=fp16"),
     Broken("adagrad-groups", {"optimizer.kind": "adagrad"}, "optimizer.weight_decay=0"),
     Broken("kernel-kind", {"optimizer.kernel": "fused", "optimizer.kind": "sgd"}, "kernel=auto", device="cpu"),
-    Broken("kernel-device", {"optimizer.kernel": "fused"}, "parallel.offload_optimizer=cpu"),
+    Broken("kernel-device", {"optimizer.kernel": "fused"}, "parallel.offload_optimizer=cpu", device="xpu"),
     Broken(
         "wsd-overlap", {"schedule.kind": "wsd", "schedule.decay_fraction": 0.8, "schedule.warmup_fraction": 0.3},
         "at most 0.7",
