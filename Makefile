@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RANKS ?= 2
 RECIPE ?= ds_configs/quickstart.yaml
 
-.PHONY: install install-dev train kernels test lint format parity reshard health faults cluster families planner bench clean
+.PHONY: install install-dev train kernels test gpu-test lint format parity reshard health faults cluster families planner bench clean
 
 # torch comes first and alone: a later install would replace its CPU build by a CUDA one of several GB.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -42,6 +42,11 @@ test: lint
 # The optimizer kernels of this host, which would otherwise be built at first use.
 kernels: install
 	$(BIN)/python -m ds_kernels
+
+# The kernels on this machine's GPU: the bits of the CPU build, and the share of its copy bandwidth. Else why not.
+gpu-test: install-dev
+	$(BIN)/pytest -m gpu tests/unit/kernels
+	$(BIN)/python benchmarks/optimizers_gpu.py
 
 # Every layout of every family of the loss table (an hour or more on 2 cores).
 parity: install-dev

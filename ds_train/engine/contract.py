@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
 import socket
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +16,11 @@ from torch import Tensor
 
 from ds_train.checkpoint.fragments import names_of_whole
 from ds_train.checkpoint.native import leaves
+from ds_train.engine.ranks import versions
 from ds_train.errors import Problem, UserError
 from ds_train.parallel.build import Part
 from ds_train.plan.make import RunPlan
 
-_LIBRARIES = ("torch", "deepspeed", "transformers")
 _CHUNK = 2**20
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -97,13 +95,8 @@ _FIXES = {
     "deepspeed.json": "give every host the same recipe and the same software",
     "data": "let data.cache_dir be one folder that all hosts see, or prepare it again",
     "code": "give every host the same ds_train",
-    **dict.fromkeys(("python", "ds_train", *_LIBRARIES), "install the same versions everywhere"),
+    **dict.fromkeys(versions(), "install the same versions everywhere"),
 }
-
-
-def versions() -> dict[str, str]:
-    """Versions of what decides on numbers."""
-    return {"python": platform.python_version(), **{name: version(name) for name in ("ds_train", *_LIBRARIES)}}
 
 
 def digest(value: Any) -> str:

@@ -13,8 +13,8 @@ from typing import Any
 
 from ds_train.config import RunConfig
 from ds_train.engine import collective
-from ds_train.engine.findings import Facts, Finding, clocks, interfaces, together
-from ds_train.engine.hosts import ask, module_command
+from ds_train.engine.findings import Finding, clocks, interfaces, kernels, together
+from ds_train.engine.hosts import ask, ask_facts, module_command
 from ds_train.engine.launch import Launch, World
 from ds_train.engine.survey import Survey, checkpoint_bytes, needs, survey
 from ds_train.errors import UserError
@@ -74,25 +74,13 @@ def _plan(surveyed: Survey, run: RunConfig | None) -> tuple[list[Finding], int |
 def _kernels(surveyed: Survey) -> list[Finding]:
     """Build the kernels of every host that answered, all at once."""
     answers = ask(dict.fromkeys(surveyed.facts, ""), "ds_kernels", (), _BUILD_TIMEOUT_S)
-    found, kinds = [], {}
-    for name, answer in answers.items():
-        if answer.problem is not None:
-            found.append(Finding("fail", "kernels", answer.problem.reason, name, "run `python -m ds_kernels` there"))
-            continue
-        words = answer.output.strip().splitlines()[0]
-        kinds[name] = words.partition(" ")[0]
-        if kinds[name] == "torch":
-            found.append(Finding("warn", "kernels", f"torch's optimizers run: {words}", name, "install g++ there"))
-    if len(set(kinds.values())) > 1:
-        text = (
-            f"hosts differ: {', '.join(f'{name} {kind}' for name, kind in kinds.items())}; its steps are the slowest's"
-        )
-        found.append(Finding("note", "kernels", text))
-    elif kinds and not found:
-        found.append(
-            Finding("ok", "kernels", f"{next(iter(kinds.values()))}, built on {len(kinds)} of {len(kinds)} hosts")
-        )
-    return found
+    found = [
+        Finding("fail", "kernels", answer.problem.reason, name, "run `python -m ds_kernels` there")
+        for name, answer in answers.items()
+        if answer.problem is not None
+    ]
+    built = {name: answer.output for name, answer in answers.items() if answer.problem is None}
+    return [*found, *kernels(built)]
 
 
 def _meeting(surveyed: Survey, address: str | None, folders: Sequence[str]) -> list[Finding]:
@@ -112,13 +100,13 @@ def _meeting(surveyed: Survey, address: str | None, folders: Sequence[str]) -> l
             text = f"it can't listen on port {world.port}"
             return [Finding("fail", "port", text, first, "give a free one with --master-port")]
         question = json.dumps({"address": world.address, "port": world.port, "marks": ready["marks"]})
-        answers = ask({host.name: question for host in world.hosts}, "ds_train.engine.probe", ["meet"], _MEET_TIMEOUT_S)
+        requests = {host.name: question for host in world.hosts}
+        answers, met = ask_facts(requests, "ds_train.engine.probe", ["meet"], _MEET_TIMEOUT_S)
     found = [
         Finding("fail", "ssh", answer.problem.reason, name, answer.problem.fix)
         for name, answer in answers.items()
         if answer.problem is not None
     ]
-    met: dict[str, Facts] = {name: json.loads(each.output) for name, each in answers.items() if each.problem is None}
     leads = {name: each["interface"] for name, each in met.items()}
     return [*found, *together(first, world.port, met), *interfaces(surveyed.facts, leads, os.environ)]
 
@@ -135,12 +123,13 @@ def _listening(host: str, request: Mapping[str, Any]) -> Iterator[dict[str, Any]
     )
     assert process.stdin is not None
     assert process.stdout is not None
-    watch = threading.Timer(_MEET_TIMEOUT_S, process.kill)
+    watch = threading.Timer(2 * _MEET_TIMEOUT_S, process.kill)
     watch.start()
     try:
         process.stdin.write(json.dumps(request) + "\n")
         process.stdin.flush()
-        yield json.loads(process.stdout.readline() or "{}")
+        # What a shell's start-up files print comes first.
+        yield next((json.loads(line) for line in process.stdout if line.startswith("{")), {})
     except BrokenPipeError:
         yield {}
     finally:

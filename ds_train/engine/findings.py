@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ Level = Literal["ok", "note", "warn", "fail"]
 
 _CLOCK_S = 1.0
 _LITTLE_BYTES = 2**30
+_CHOICE = re.compile(r"[\w.-]+ \(.*\)")  # ds_kernels' `Choice` as text
 
 
 @dataclass(frozen=True)
@@ -164,6 +166,23 @@ def clocks(answers: Mapping[str, Answer], facts: Mapping[str, Facts]) -> Iterato
         if off > _CLOCK_S:
             text = f"its clock is off by at least {off:,.0f} s: times in its logs and files mislead"
             yield Finding("warn", "clock", text, name, "start an NTP client there, such as chrony")
+
+
+def kernels(built: Mapping[str, str]) -> list[Finding]:
+    """What runs the optimizers on each host: `built` is what `python -m ds_kernels` printed there."""
+    found, kinds = [], {}
+    for name, output in built.items():
+        # The last such line is about the device, where there is one.
+        words = next((line for line in reversed(output.splitlines()) if _CHOICE.fullmatch(line)), "torch (unknown)")
+        kinds[name] = words.partition(" ")[0]
+        if kinds[name] == "torch":
+            found.append(Finding("warn", "kernels", f"torch's optimizers run there: {words}", name, "install g++"))
+    if len(set(kinds.values())) > 1:
+        each = ", ".join(f"{name} {kind}" for name, kind in kinds.items())
+        found.append(Finding("note", "kernels", f"hosts differ, and a step is the slowest's: {each}"))
+    elif kinds and not found:
+        found.append(Finding("ok", "kernels", f"{next(iter(kinds.values()))}, built on {len(kinds)} hosts"))
+    return found
 
 
 def interfaces(

@@ -5,6 +5,7 @@ Every host has this Python, this folder and this project at the same paths, as D
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import subprocess
@@ -12,7 +13,8 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from ds_train.errors import Problem
 
@@ -78,6 +80,22 @@ def ask(requests: Mapping[str, str], module: str, arguments: Sequence[str], time
 
     with ThreadPoolExecutor(max_workers=min(_FAN_OUT, max(1, len(requests)))) as pool:
         return dict(zip(requests, pool.map(one, requests), strict=True))
+
+
+def ask_facts(
+    requests: Mapping[str, str], module: str, arguments: Sequence[str], timeout_s: float
+) -> tuple[dict[str, Answer], dict[str, dict[str, Any]]]:
+    """As `ask`, of a module whose last line is JSON: all answers, and that line of hosts without a problem."""
+    answers, facts = ask(requests, module, arguments, timeout_s), {}
+    for host, answer in answers.items():
+        if answer.problem is None:
+            try:
+                facts[host] = json.loads(answer.output.strip().splitlines()[-1])
+            except (ValueError, IndexError):
+                reason = f"it answered {answer.output.strip()[-80:]!r}"
+                fix = f"see what `ssh {host} true` prints: a shell's start-up files are to print nothing then"
+                answers[host] = replace(answer, problem=Problem(host, reason, fix))
+    return answers, facts
 
 
 def _is_up(host: str) -> str:

@@ -8,16 +8,14 @@ import os
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict
-from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ds_train.config import RunConfig, dump, load
-from ds_train.engine.ranks import RankInfo, meet, on_main_first, return_freed_memory, run_to_exit_code
+from ds_train.engine.ranks import RankInfo, meet, on_main_first, return_freed_memory, run_to_exit_code, versions
 from ds_train.engine.stop import StopRequest
 from ds_train.errors import STOPPED_CODE, Stopped, first_line, user_error
 from ds_train.plan.make import RunPlan, make_plan
@@ -39,8 +37,11 @@ def run_job(recipe: str, overrides: Sequence[str]) -> int:
     return run_to_exit_code(lambda info: train(load(recipe, overrides), info))
 
 
-def train(run: RunConfig, info: RankInfo) -> None:
-    """Train `run` on this rank of the launch, from the plan to the export. Collective."""
+def train(run: RunConfig, info: RankInfo, stop_after: int | None = None) -> None:
+    """Train `run` on this rank of the launch, from the plan to the export. Collective.
+
+    After step `stop_after` it ends as if it were the last, and its schedules are still those of the whole run.
+    """
     cluster = Cluster(ranks=info.ranks, ranks_per_host=info.ranks_per_host, device=info.device)
     folder = Path(run.run_root).expanduser() / run.name
     if auto_fields(run):
@@ -59,10 +60,12 @@ def train(run: RunConfig, info: RankInfo) -> None:
     meet(info)
     quiet_libraries()
     with StopRequest(run.faults.grace_seconds) as stop:
-        _train(run, plan, info, folder, stop)
+        _train(run, plan, info, folder, stop, stop_after)
 
 
-def _train(run: RunConfig, plan: RunPlan, info: RankInfo, folder: Path, stop: StopRequest) -> None:
+def _train(
+    run: RunConfig, plan: RunPlan, info: RankInfo, folder: Path, stop: StopRequest, stop_after: int | None
+) -> None:
     from ds_train.engine.contract import check_common, check_facts, check_parameters
 
     recipe = run.model_dump(mode="json")
@@ -77,6 +80,7 @@ def _train(run: RunConfig, plan: RunPlan, info: RankInfo, folder: Path, stop: St
     from ds_train.engine.watchdog import Watchdog
     from ds_train.parallel.sequence import leave_sequence
     from ds_train.schedule.timeline import make_timeline
+    from ds_train.track.phases import collectives_timed
     from ds_train.track.tracker import Tracker
 
     layout = _layout_record(run, plan)
@@ -96,30 +100,36 @@ def _train(run: RunConfig, plan: RunPlan, info: RankInfo, folder: Path, stop: St
         _check_clock(timeline, state)
     check_parameters(parts.part, plan.zero_stage == 3)
     wandb_id = state.wandb_id if state else None
-    tracker = Tracker(run, plan.to_dict(), folder, info.is_main, timeline.steps, done, wandb_id)
+    known = plan.to_dict() | {"versions": versions()}
+    tracker = Tracker(run, known, folder, info.is_main, timeline.steps, done, wandb_id)
     exit_code = 1
     try:
         _note_start(run, parts, tracker, layout, resumed, state)
         watch = RunWatch(run, info, parts, tracker, folder, timeline, state)
-        session = _Session(run, plan, info, parts, tracker, folder, layout, fingerprint, watch, stop)
+        session = Session(run, plan, info, parts, tracker, folder, layout, fingerprint, watch, stop)
         with Watchdog(run.faults, info, folder / "faults", session.note_fault) as watchdog:
-            session.train(done, watchdog)
+            with collectives_timed(parts.clock, info.device):
+                session.train(done, watchdog, stop_after)
             if not stop.agreed:
                 _note_noise_scale(run, folder, tracker, info)
                 if run.checkpoint.export:
                     step = watch.use_best()
                     card = _model_card(run, plan, folder, step) if info.is_main else ""
                     hf.export(parts.part, tokenizer, folder / "export", card)
+                    tracker.keep(folder / "export", "export", step)
                     _push(run, folder / "export", tracker, info)
+        # What follows is rank 0's alone: no attention may wait for the others.
+        leave_sequence()
+        if not stop.agreed:
+            _log_sample(run, folder, tracker, info, timeline)
         exit_code = STOPPED_CODE if stop.agreed else 0
     finally:
         tracker.close(exit_code)
-        # What follows is rank 0's alone: no attention may wait for the others.
         leave_sequence()
     if stop.agreed:
         raise Stopped
     if info.is_main:
-        _farewell(run, folder)
+        _farewell(folder)
 
 
 def _note_start(
@@ -127,8 +137,6 @@ def _note_start(
     state: TrainState | None,
 ) -> None:  # fmt: skip
     """Say what a run begins with, and what it goes on from."""
-    from ds_train.engine.contract import versions
-
     tracker.note(f"optimizer kernel: {parts.kernel}")
     if parts.part.stage_layers:
         tracker.note(f"layers of the pipeline's stages: {', '.join(map(str, parts.part.stage_layers))}")
@@ -137,6 +145,8 @@ def _note_start(
         tracker.note(f"{run.data.packing_by} packing: {efficiency:.2%} of the windows' tokens are text")
     if state is None:
         return
+    ranks = parts.part.mesh.layout.ranks
+    tracker.log({"kind": "resume", "step": state.step, "from": str(resumed), "ranks": ranks}, state.step)
     tracker.note(f"continuing {resumed} after step {state.step}")
     if state.layout != layout:
         tracker.note(f"its states were spread by {_words(state.layout)}, and are now by {_words(layout)}")
@@ -146,7 +156,7 @@ def _note_start(
             tracker.note(f"it was made with {name} {before}, and goes on with {now}: last bits may differ")
 
 
-class _Session:
+class Session:
     """The steps of one run with what happens between them: metrics, evaluation, checkpoints."""
 
     def __init__(
@@ -163,13 +173,14 @@ class _Session:
         stop: StopRequest,
     ) -> None:
         from ds_train.checkpoint.native import Saver
+        from ds_train.engine.speed import Speed
 
         self.stop = stop
         self._at: tuple[int, int] | None = None  # step and tokens
         self._saved_step = 0
         self.run, self.plan, self.info, self.parts, self.tracker = run, plan, info, parts, tracker
         self.folder, self.layout, self.fingerprint, self.watch = folder, layout, fingerprint, watch
-        self.rate = _Throughput(run, parts, info)
+        self.speed = Speed(run, parts, info)
         section = run.checkpoint
         self.saver = Saver(
             folder / "checkpoints",
@@ -180,26 +191,26 @@ class _Session:
             in_background=saves_in_background(run, info.device),
         )
 
-    def train(self, done: int, watchdog: Watchdog) -> None:
-        """Steps `done` + 1 to the timeline's last, each followed by what is due after it; fewer where it is to stop."""
+    def train(self, done: int, watchdog: Watchdog | None = None, stop_after: int | None = None) -> None:
+        """Steps `done` + 1 to `stop_after`, or the timeline's last, each followed by what is due after it."""
         start = None if self.watch.patience_ended else done
         while start is not None:
-            start = self._train_from(start, watchdog)
+            start = self._train_from(start, watchdog, stop_after or self.watch.timeline.steps)
         if self.stop.agreed:
             self._save_and_stop(done)
         self._note_saves(self.saver.wait())
 
-    def _train_from(self, done: int, watchdog: Watchdog) -> int | None:
+    def _train_from(self, done: int, watchdog: Watchdog | None, stop_after: int) -> int | None:
         """Train to the end; or to a step that is rolled back, which gives the one to go on from."""
         from ds_train.engine.loop import due, train_steps
 
         run, timeline = self.run, self.watch.timeline
         steps = train_steps(run, self.plan, self.info, self.parts, timeline, done, stop=self.stop, watchdog=watchdog)
-        with closing(steps) as results:
-            for result in results:
+        with closing(steps):
+            for result in self._profiled(steps, done):
                 self._at = result.step, result.tokens
-                last = result.step == timeline.steps
-                self.rate.add(result)
+                last = result.step == stop_after
+                self.speed.add(result)
                 if last or result.measured or due(run.track.log_every_steps, result.step):
                     self.tracker.log(self._record(result), result.step)
                 back = self._see(result)
@@ -216,6 +227,15 @@ class _Session:
                 if last:
                     break
         return None
+
+    def _profiled(self, steps: Iterator[StepResult], done: int) -> Iterator[StepResult]:
+        """`steps`, of which those that the recipe names are recorded."""
+        if self.run.track.profile_steps is None:
+            return steps
+        from ds_train.engine.profile import profiled
+
+        clock, note = self.parts.clock, self.tracker.note
+        return profiled(steps, self.run, self.plan, self.info, clock, self.folder, done, note)
 
     def _see(self, result: StepResult) -> int | None:
         """See to what isn't as usual: the step to go on from after a roll-back."""
@@ -244,11 +264,9 @@ class _Session:
         self.tracker.log({"kind": "fault", "step": step, "reason": verdict}, step)
 
     def _record(self, result: StepResult) -> dict[str, Any]:
-        from ds_train.track.memory import memory
-
-        record = asdict(result)
+        record = dict(vars(result))  # asdict would copy it deeply, at every step
         measured = record.pop("measured")
-        return {"kind": "train", **record, **measured, **self.rate.take(), **memory(self.info.device)}
+        return {"kind": "train", **record, **measured, **self.speed.take()}
 
     def _evaluate(self, result: StepResult) -> bool:
         """Score what is held out; whether it is better than ever before."""
@@ -269,7 +287,6 @@ class _Session:
 
     def _save(self, step: int, tokens: int) -> None:
         from ds_train.checkpoint.native import TrainState
-        from ds_train.engine.contract import versions
 
         state = TrainState(
             step=step,
@@ -287,45 +304,14 @@ class _Session:
 
     def _note_saves(self, saves: Iterable[Saved]) -> None:
         for saved in saves:
+            self.speed.add_save(saved.stall_seconds)
             record = {"kind": "save", **asdict(saved), "path": str(saved.path)}
             self.tracker.log(record, saved.step)
             if saved.error is None:
                 self.tracker.note(f"saved {saved.path}")
+                self.tracker.keep(saved.path, "checkpoint", saved.step)
             else:
                 self.tracker.note(f"step {saved.step} could not be saved: {saved.error}; older checkpoints are whole")
-
-
-class _Throughput:
-    """Tokens per second and MFU since the last metrics line."""
-
-    def __init__(self, run: RunConfig, parts: Assembly, info: RankInfo) -> None:
-        from ds_train.track.flops import flops_per_token
-        from ds_train.track.peak import measure_peak_flops
-
-        parameters = parts.part.matrix_parameters
-        config = parts.model.config
-        self._flops_per_token = cache(lambda length: flops_per_token(config, parameters, length))
-        peak = run.track.peak_tflops
-        rank_peak = measure_peak_flops(parts.model.dtype, parts.engine.device) if peak == "auto" else peak * 1e12
-        self._peak_flops = rank_peak * info.ranks
-        self._tokens, self._seconds, self._flops = 0, 0.0, 0.0
-
-    def add(self, result: StepResult) -> None:
-        self._tokens += result.real_tokens
-        positions = result.real_tokens / result.patch
-        self._flops += positions * self._flops_per_token(result.sequence_length // result.patch)
-        self._seconds += result.seconds
-
-    def take(self) -> dict[str, float]:
-        from ds_train.track.flops import mfu
-
-        seconds = self._seconds or math.inf
-        rates = {
-            "tokens_per_second": self._tokens / seconds,
-            "mfu": mfu(self._flops / seconds, self._peak_flops),
-        }
-        self._tokens, self._seconds, self._flops = 0, 0.0, 0.0
-        return rates
 
 
 def _note_noise_scale(run: RunConfig, folder: Path, tracker: Tracker, info: RankInfo) -> None:
@@ -405,7 +391,7 @@ def _model_card(run: RunConfig, plan: RunPlan, folder: Path, step: int) -> str:
     for record in last["eval"]:
         facts |= {"held-out loss": f"{record['loss']:.4f}", "held-out accuracy": f"{record['accuracy']:.4f}"}
     facts |= {"task": run.task.kind, "layout": _words(_layout_record(run, plan))}
-    facts |= {name: version(name) for name in ("ds_train", "deepspeed", "torch", "transformers")}
+    facts |= versions()
     return model_card(run.name, facts, dump(run), run.model.path)
 
 
@@ -427,7 +413,7 @@ def _write_records(folder: Path, run: RunConfig, plan: RunPlan) -> None:
     from ds_train.checkpoint.manifest import write_json, write_text
 
     write_text(folder / "recipe.yaml", dump(run))
-    write_json(folder / "plan.json", plan.to_dict())
+    write_json(folder / "plan.json", plan.to_dict() | {"versions": versions()})
     write_json(folder / "deepspeed.json", plan.deepspeed_json)
 
 
@@ -484,13 +470,21 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 
-def _farewell(run: RunConfig, folder: Path) -> None:
-    """Say where everything lies; let the exported model speak where the recipe asks for a sample."""
-    if run.checkpoint.export and run.task.kind == "causal-lm" and run.track.sample_prompt is not None:
-        from ds_train.checkpoint.hf import generate_sample
+def _log_sample(run: RunConfig, folder: Path, tracker: Tracker, info: RankInfo, timeline: Timeline) -> None:
+    """Let the exported model speak where the recipe asks for it."""
+    prompt = run.track.sample_prompt
+    if prompt is None or not (info.is_main and run.checkpoint.export and run.task.kind == "causal-lm"):
+        return
+    from ds_train.checkpoint.hf import generate_sample
 
-        sample = generate_sample(folder / "export", run.track.sample_prompt, run.track.sample_tokens)
-        print(f"\nsample of the exported model:\n{sample}\n")
+    text = generate_sample(folder / "export", prompt, run.track.sample_tokens)
+    record = {"kind": "sample", "step": timeline.steps, "prompt": prompt, "text": text.removeprefix(prompt)}
+    tracker.log(record, timeline.steps)
+    tracker.note(f"\nsample of the exported model:\n{text}\n")
+
+
+def _farewell(folder: Path) -> None:
+    """Say where everything lies."""
     places = {
         "metrics": folder / "metrics.jsonl",
         "recipe and plan": folder / "recipe.yaml",

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import IO, Any
 
-from ds_train.engine.agent import GRACE_S
+from ds_train.engine.agent import GRACE_S, exit_code
 from ds_train.engine.hosts import LOCALHOST, LOST, LOST_AFTER_S, module_command, ssh_problem
 from ds_train.engine.stop import SIGNALS
 from ds_train.errors import HUNG_CODE, STOPPED_CODE
@@ -176,10 +176,10 @@ class Launch:
         running = dict(self._processes)
         while running:
             for host, process in list(running.items()):
-                code = process.poll()
-                if code is None:
+                if process.poll() is None:
                     continue
                 del running[host]
+                code = exit_code(process.returncode) if process.returncode < 0 else process.returncode
                 killed = code > _BY_SIGNAL
                 if (code and not ended.code) or (killed and ended.code <= _BY_SIGNAL and stop_at < math.inf):
                     ended = self._ending(host, code)

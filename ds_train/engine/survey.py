@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ds_train.config import RunConfig
 from ds_train.engine.findings import Facts, Finding, findings, unreachable
-from ds_train.engine.hosts import LOCALHOST, Answer, ask
+from ds_train.engine.hosts import LOCALHOST, Answer, ask_facts
 from ds_train.engine.launch import World
 from ds_train.engine.port import free_port
 from ds_train.engine.probe import devices, look
@@ -127,12 +127,10 @@ def survey(hosts: Sequence[Host], port: int | None = None, run: RunConfig | None
     request = {"port": wished, "device": os.environ.get("DS_ACCELERATOR"), **needs(run, recipe)}
     here = look(request)
     if local:
-        answers = {LOCALHOST: Answer(LOCALHOST, json.dumps(here), None, here["time"], here["time"])}
-    else:
-        answers = ask(
-            {host.name: json.dumps(request) for host in hosts}, "ds_train.engine.probe", ["look"], _LOOK_TIMEOUT_S
-        )
-    facts = {name: json.loads(each.output) for name, each in answers.items() if each.problem is None}
+        answers = {LOCALHOST: Answer(LOCALHOST, "", None, here["time"], here["time"])}
+        return Survey(tuple(hosts), answers, {LOCALHOST: here}, here, wished)
+    requests = {host.name: json.dumps(request) for host in hosts}
+    answers, facts = ask_facts(requests, "ds_train.engine.probe", ["look"], _LOOK_TIMEOUT_S)
     return Survey(tuple(hosts), answers, facts, here, wished)
 
 

@@ -99,6 +99,7 @@ class Lab:
         if host in self.hosts:
             self.cut(host)
             _kill(self.hosts.pop(host))
+            self._ip(LOGIN, "link", "del", host)  # the kernel's own removal comes some time after the namespace's
         self._remove(host)
 
     def cut(self, host: str) -> None:
@@ -174,8 +175,11 @@ class Lab:
     def close(self) -> None:
         """Take everything down."""
         for host in list(self.hosts):
-            self.kill(host)
-        self._remove(LOGIN)
+            with contextlib.suppress(subprocess.CalledProcessError):
+                self.kill(host)
+        for name in _namespaces():
+            if name.startswith(self._name("")):
+                _remove_namespace(name)
 
     # -- how ---------------------------------------------------------------------------------------------------------
 

@@ -51,10 +51,10 @@ def started() -> tuple[subprocess.Popen[str], dict[str, list[psutil.Process]]]:
     ("victim", "number", "code"),
     [
         ("rank", signal.SIGKILL, 128 + 9),
-        ("deepspeed", signal.SIGKILL, 128 + 9),
+        pytest.param("deepspeed", signal.SIGKILL, 128 + 9, marks=pytest.mark.exhaustive),
         ("launch", signal.SIGTERM, 128 + 15),
         ("launch", signal.SIGKILL, -9),
-        ("agent", signal.SIGKILL, 128 + 9),
+        pytest.param("agent", signal.SIGKILL, 128 + 9, marks=pytest.mark.exhaustive),
     ],
 )
 def test_whatever_is_killed_nothing_is_left(victim: str, number: signal.Signals, code: int) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from ds_train.engine.findings import Finding, clocks, findings, interfaces, together, unreachable
+from ds_train.engine import hosts
+from ds_train.engine.findings import Finding, clocks, findings, interfaces, kernels, together, unreachable
 from ds_train.engine.hosts import LOCALHOST, Answer
 from ds_train.engine.probe import look
 from ds_train.engine.survey import Survey, refuse, survey
@@ -133,6 +134,24 @@ def test_what_hosts_see_of_the_first() -> None:
     assert line == "ok    network     gloo takes eth0, NCCL ib0 on a, b"
     (line,) = map(str, interfaces({"a": facts()}, {"a": "eth0"}, {"GLOO_SOCKET_IFNAME": "eth1"}))
     assert line.startswith("fail  network     a: GLOO_SOCKET_IFNAME=eth1, and it has no eth1. Fix: it has eth0, lo")
+
+
+def test_kernels_are_those_of_the_device() -> None:
+    cpu, gpu = "cpu-avx512 (the widest)\n", "hello\ncpu-avx2 (the widest)\ncuda-sm_90 (built for it)\n/x/y.so\n"
+    assert [str(found) for found in kernels({"a": gpu, "b": gpu})] == ["ok    kernels     cuda-sm_90, built on 2 hosts"]
+    (line,) = map(str, kernels({"a": cpu, "b": gpu}))
+    assert line == "note  kernels     hosts differ, and a step is the slowest's: a cpu-avx512, b cuda-sm_90"
+    line, _ = map(str, kernels({"a": cpu, "b": "torch (the kernels can't be built: there is no g++ here)"}))
+    assert line.startswith("warn  kernels     b: torch's optimizers run there: torch (the kernels can't")
+
+
+def test_a_shell_that_greets_is_told_apart_from_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = {"a": 'welcome\n{"x": 1}\n', "b": "welcome\n"}
+    answers = {name: Answer(name, output, None, 0, 0) for name, output in said.items()}
+    monkeypatch.setattr(hosts, "ask", lambda *_: answers)
+    everyone, facts = hosts.ask_facts({}, "m", (), 1.0)
+    assert facts == {"a": {"x": 1}}
+    assert "it answered 'welcome'. Fix: see what `ssh b true` prints" in str(everyone["b"].problem)
 
 
 def surveyed(**changed: Any) -> Survey:
