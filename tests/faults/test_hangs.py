@@ -60,7 +60,7 @@ def test_a_rank_that_is_stopped_between_steps_is_named(place: Place, zygote: Zyg
 )
 def test_what_is_no_step_may_take_its_time(place: Place, zygote: Zygote, where: str) -> None:
     recipe = place.recipe("slow", 4, {"zero_stage": 2}, **QUICK, checkpoint={"export": True})
-    zygote.run(recipe, acts=[act(1, f"ds_train.{where}", "SIGCONT", delay=9)]).check()
+    zygote.run(recipe, acts=[act(1, where, "SIGCONT", delay=9)]).check()
     assert place.records("slow", "fault") == []
 
 
