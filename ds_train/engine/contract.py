@@ -108,12 +108,16 @@ def parameter_sums(part: Part, stage_3: bool) -> dict[tuple[str, str], str]:
     """A checksum of what this rank holds of each parameter, by (which ranks hold the same, the parameter's name)."""
     place = part.mesh.place
     whole = names_of_whole(part)
+    names = Counter(whole.values())
     keys, sums = [], []
     for name, parameter in part.model.named_parameters():
         held = getattr(parameter, "ds_tensor", None)
         if held is not None and getattr(held.status, "name", "") != "AVAILABLE":
             continue  # on disk
-        owner = f"tensor {place.tensor}" if getattr(parameter, "tensor_shard", None) is not None else "all tensor ranks"
+        # A weight with two names may be in two stages of a pipeline.
+        stage = f"stage {place.pipe}" if names[whole[name]] == 1 else "all stages"
+        cut = getattr(parameter, "tensor_shard", None) is not None
+        owner = f"{stage}, tensor {place.tensor}" if cut else f"{stage}, all tensor ranks"
         if stage_3:
             owner += f", data {place.data}, sequence {place.sequence}"
         keys.append((owner, whole[name]))

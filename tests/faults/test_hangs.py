@@ -82,12 +82,12 @@ def test_a_killed_rank_ends_the_others(place: Place, zygote: Zygote) -> None:
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("stage", [0, 2])
-def test_a_rank_with_another_weight_is_named(place: Place, zygote: Zygote, stage: int) -> None:
+@pytest.mark.parametrize("layout", [{"zero_stage": 0}, {"zero_stage": 2}, {"pipeline": 2}], ids=str)
+def test_a_rank_with_another_weight_is_named(place: Place, zygote: Zygote, layout: dict[str, int]) -> None:
     spoil = act(1, "ds_train.engine.build:assemble", "spoil", "after")
-    ended = zygote.run(place.recipe("odd", 4, {"zero_stage": stage}), acts=[spoil])
+    ended = zygote.run(place.recipe("odd", 4, layout), acts=[spoil])
     assert ended.codes[0] == 2, ended.outputs[0]
-    assert "the parameter transformer.wte.weight (all tensor ranks) of rank 1 on" in ended.outputs[0]
+    assert "the parameter transformer.wte.weight (all stages, all tensor ranks) of rank 1 on" in ended.outputs[0]
 
 
 @pytest.mark.faults
