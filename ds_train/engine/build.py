@@ -26,19 +26,21 @@ from ds_train.parallel.mesh import Mesh
 from ds_train.parallel.sequence import leave_sequence
 from ds_train.parallel.tensor import gradient_norm
 from ds_train.plan.make import RunPlan, make_plan
+from ds_train.track.phases import StepClock, step_clock, time_pipeline
 
 
 @dataclass(frozen=True)
 class Assembly:
     """All that the step loop works with. `engine` is DeepSpeed's, around this rank's part of the model.
 
-    `kernel` is what updates the parameters.
+    `kernel` is what updates the parameters, `clock` what tells where the time of a step goes.
     """
 
     engine: Any
     part: Part
     data: DataBundle
     kernel: Choice
+    clock: StepClock
 
     @property
     def model(self) -> PreTrainedModel:
@@ -104,4 +106,7 @@ def assemble(run: RunConfig, plan: RunPlan, info: RankInfo, tokenizer: Any, prep
     if run.model.compile:
         for layer in repeated_layers(part.model):
             layer.compile()
-    return Assembly(engine, part, data, kernel)
+    clock = step_clock(info.device)
+    if part.pipeline is not None:
+        time_pipeline(engine, clock)
+    return Assembly(engine, part, data, kernel, clock)
