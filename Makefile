@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RANKS ?= 2
 RECIPE ?= ds_configs/quickstart.yaml
 
-.PHONY: install install-dev train kernels test gpu-test lint format parity reshard cluster families planner bench clean
+.PHONY: install install-dev train kernels test gpu-test lint format parity reshard health cluster families planner bench clean
 
 # torch comes first and alone: a later install would replace its CPU build by a CUDA one of several GB.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -55,6 +55,10 @@ parity: install-dev
 # Checkpoints of 8 layouts, each continued on every other one, for two families (an hour on 2 cores).
 reshard: install-dev
 	$(BIN)/pytest tests/parity/test_reshard.py -m "parity or exhaustive"
+
+# Poisoned samples in every layout: skipped, diagnosed, rolled back (minutes).
+health: install-dev
+	$(BIN)/pytest tests/parity/test_health.py tests/parity/test_roll_back.py -m "parity or exhaustive"
 
 # Several hosts, as network namespaces of this machine; Debian's packages need root (a quarter of an hour on 2 cores).
 CLUSTER_PACKAGES := openssh-server openssh-client pdsh iproute2

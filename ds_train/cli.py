@@ -422,6 +422,29 @@ def reshard(
     print(f"{folder.resolve()}: continue it with checkpoint.resume={folder}")
 
 
+@app.command(name="explain-step")
+def explain_step(
+    run: Annotated[Path, typer.Argument(help="Folder of a run: run_root/name.")],
+    step: Annotated[int, typer.Argument(help="Step, counted from 1 as in metrics.jsonl.")],
+    rollbacks: Annotated[
+        int | None, typer.Option(min=0, help="As the run was after so many roll-backs; after all of them without it.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Which documents a step trained on, or will: source, tokens of it, SHA-256. From the run's recipe and its data."""
+    from ds_train.data import ledger
+
+    explained = ledger.explain_step(run, step, rollbacks)
+    if as_json:
+        print(json.dumps(explained, indent=2))
+        return
+    size = f"{explained['samples']} samples of {explained['sequence_length']} tokens"
+    print(f"step {step}: {size}, tokens {explained['tokens_before']:,} to {explained['tokens_after'] - 1:,} of the run")
+    for portion in explained["documents"]:
+        place = f"document {portion['document']}, tokens {portion['start']} to {portion['stop'] - 1}"
+        print(f"  sample {portion['sample']}: {portion['source']}, {place}, sha256 {portion['sha256'][:16]}")
+
+
 @app.command()
 def report(
     folders: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs, or metrics.jsonl files.")],

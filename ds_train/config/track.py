@@ -25,6 +25,10 @@ class TrackSection(Section):
     eval_samples: int = Field(default=256, ge=1)
     """Held-out samples per evaluation; fewer where there are fewer."""
 
+    eval_prompts: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """`causal-lm`: texts that the model continues by its `sample_tokens` likeliest tokens at every evaluation, in lines
+    of kind `sample` of metrics.jsonl."""
+
     noise_scale_every_steps: int | None = Field(default=None, ge=1)
     """Measure the gradient noise scale (arXiv 1812.06162) every this many steps, for a norm of every micro-batch's
     gradient; the end of the run names the batch size that it speaks for. `null` never does."""
@@ -66,4 +70,4 @@ class TrackSection(Section):
     """`causal-lm`: text that the exported model continues at the end of the run. `null` generates nothing."""
 
     sample_tokens: int = Field(default=64, ge=1)
-    """Tokens of that sample."""
+    """Tokens of that sample, and of those of `eval_prompts`."""

@@ -20,6 +20,7 @@ from ds_train.models.patch import embed_patches
 from ds_train.models.token_drop import repeated_layers
 from ds_train.optim.build import build_optimizer, choose_kernel
 from ds_train.optim.fuse import fuse_passes
+from ds_train.optim.guard import guard_steps
 from ds_train.parallel.build import Part, build_part
 from ds_train.parallel.check import check_documents_apart, check_layout, check_token_dropping
 from ds_train.parallel.mesh import Mesh
@@ -96,7 +97,8 @@ def assemble(run: RunConfig, plan: RunPlan, info: RankInfo, tokenizer: Any, prep
         config=plan.deepspeed_json,
         mpu=part.mpu,
     )
-    fuse_passes(engine, partial(gradient_norm, group=mesh.tensor))
+    fuse_passes(engine)
+    guard_steps(engine, partial(gradient_norm, group=mesh.tensor))
     if run.patch.size > 1:
         embed_patches(part.model)
     if run.task.kind == "causal-lm" and run.data.rows_have_documents:

@@ -8,7 +8,8 @@ import os
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -24,7 +25,8 @@ from ds_train.plan.topology import Cluster
 if TYPE_CHECKING:
     from ds_train.checkpoint.native import Saved, TrainState
     from ds_train.engine.build import Assembly
-    from ds_train.engine.loop import EvalResult, StepResult
+    from ds_train.engine.loop import StepResult
+    from ds_train.engine.watch import RunWatch
     from ds_train.schedule.timeline import Timeline
     from ds_train.track.tracker import Tracker
 
@@ -62,6 +64,7 @@ def train(run: RunConfig, info: RankInfo, stop_after: int | None = None) -> None
     from ds_train.checkpoint import hf, native
     from ds_train.data.prepare import read_manifest
     from ds_train.engine.build import assemble
+    from ds_train.engine.watch import RunWatch
     from ds_train.parallel.sequence import leave_sequence
     from ds_train.schedule.timeline import make_timeline
     from ds_train.track.phases import collectives_timed
@@ -97,12 +100,15 @@ def train(run: RunConfig, info: RankInfo, stop_after: int | None = None) -> None
             tracker.note(f"continuing {resumed} after step {done}")
             if state is not None and state.layout != layout:
                 tracker.note(f"its states were spread by {_words(state.layout)}, and are now by {_words(layout)}")
-        session = Session(run, plan, info, parts, tracker, folder, layout, fingerprint)
+        watch = RunWatch(run, info, parts, tracker, folder, timeline, state)
+        session = Session(run, plan, info, parts, tracker, folder, layout, fingerprint, watch)
         with collectives_timed(parts.clock, info.device):
-            session.train(done, timeline, stop_after or timeline.steps)
+            session.train(done, stop_after or timeline.steps)
         _note_noise_scale(run, folder, tracker, info)
         if run.checkpoint.export:
-            hf.export(parts.part, tokenizer, folder / "export", _model_card(run, plan, folder) if info.is_main else "")
+            step = watch.use_best()
+            card = _model_card(run, plan, folder, step) if info.is_main else ""
+            hf.export(parts.part, tokenizer, folder / "export", card)
             tracker.keep(folder / "export", "export", timeline.steps)
             _push(run, folder / "export", tracker, info)
         # What follows is rank 0's alone: no attention may wait for the others.
@@ -129,12 +135,13 @@ class Session:
         folder: Path,
         layout: dict[str, Any],
         fingerprint: str,
+        watch: RunWatch,
     ) -> None:
         from ds_train.checkpoint.native import Saver
         from ds_train.engine.speed import Speed
 
         self.run, self.plan, self.info, self.parts, self.tracker = run, plan, info, parts, tracker
-        self.folder, self.layout, self.fingerprint = folder, layout, fingerprint
+        self.folder, self.layout, self.fingerprint, self.watch = folder, layout, fingerprint, watch
         self.speed = Speed(run, parts, info)
         section = run.checkpoint
         self.saver = Saver(
@@ -146,51 +153,94 @@ class Session:
             in_background=saves_in_background(run, info.device),
         )
 
-    def train(self, done: int, timeline: Timeline, stop_after: int) -> None:
+    def train(self, done: int, stop_after: int) -> None:
         """Steps `done` + 1 to `stop_after`, each followed by what is due after it."""
-        from ds_train.engine.loop import due, evaluate, train_steps
-
-        run = self.run
-        steps = train_steps(run, self.plan, self.info, self.parts, timeline, done)
-        if run.track.profile_steps is not None:
-            from ds_train.engine.profile import profiled
-
-            steps = profiled(steps, run, self.plan, self.info, self.parts.clock, self.folder, done, self.tracker.note)
-        for result in steps:
-            last = result.step == stop_after
-            self.speed.add(result)
-            if last or result.measured or due(run.track.log_every_steps, result.step):
-                self.tracker.log(self._record(result), result.step)
-            if last or due(run.track.eval_every_steps, result.step):
-                self._log_evaluation(evaluate(run, self.parts, result.step), result.tokens)
-            if (last and run.checkpoint.save_final) or due(run.checkpoint.every_steps, result.step):
-                self._save(result)
-            self._note_saves(self.saver.ended())
-            if last:
-                break
+        start = None if self.watch.patience_ended else done
+        while start is not None:
+            start = self._train_from(start, stop_after)
         self._note_saves(self.saver.wait())
+
+    def _train_from(self, done: int, stop_after: int) -> int | None:
+        """Train to the end; or to a step that is rolled back, which gives the one to go on from."""
+        from ds_train.engine.loop import due, train_steps
+
+        run, timeline = self.run, self.watch.timeline
+        with closing(train_steps(run, self.plan, self.info, self.parts, timeline, done)) as results:
+            for result in self._profiled(results, done):
+                last = result.step == stop_after
+                self.speed.add(result)
+                if last or result.measured or due(run.track.log_every_steps, result.step):
+                    self.tracker.log(self._record(result), result.step)
+                back = self._see(result)
+                if back is not None:
+                    return back
+                evaluated = last or due(run.track.eval_every_steps, result.step)
+                better = evaluated and self._evaluate(result)
+                if self.watch.patience_ended and not last:
+                    last = True
+                    self.watch.note_early_end()
+                if better or (last and run.checkpoint.save_final) or due(run.checkpoint.every_steps, result.step):
+                    self._save(result.step, result.tokens)
+                self._note_saves(self.saver.ended())
+                if last:
+                    break
+        return None
+
+    def _profiled(self, results: Iterator[StepResult], done: int) -> Iterator[StepResult]:
+        if self.run.track.profile_steps is None:
+            return results
+        from ds_train.engine.profile import profiled
+
+        clock, note = self.parts.clock, self.tracker.note
+        return profiled(results, self.run, self.plan, self.info, clock, self.folder, done, note)
+
+    def _see(self, result: StepResult) -> int | None:
+        """See to what isn't as usual: the step to go on from after a roll-back."""
+        verdict = self.watch.see(result)
+        if verdict.action == "go-on":
+            return None
+        self._note_saves(self.saver.wait())
+        if verdict.action == "stop":
+            raise self.watch.diagnosed(result)
+        back = self.watch.roll_back(verdict, self.saver)
+        if back is not None:
+            self._save(back, self.watch.timeline.tokens_after(back))
+        return back
 
     def _record(self, result: StepResult) -> dict[str, Any]:
         record = dict(vars(result))  # asdict would copy it deeply, at every step
         measured = record.pop("measured")
         return {"kind": "train", **record, **measured, **self.speed.take()}
 
-    def _log_evaluation(self, scores: EvalResult | None, tokens: int) -> None:
-        if scores is not None:
-            record = {"kind": "eval", **asdict(scores), "perplexity": scores.perplexity, "tokens": tokens}
-            self.tracker.log(record, scores.step)
+    def _evaluate(self, result: StepResult) -> bool:
+        """Score what is held out; whether it is better than ever before."""
+        from ds_train.engine.continuations import continue_prompts
+        from ds_train.engine.loop import evaluate
 
-    def _save(self, result: StepResult) -> None:
+        scores = evaluate(self.run, self.parts, result.step)
+        if scores is None:
+            return False
+        better = self.watch.judge(scores)
+        record = {"kind": "eval", **asdict(scores), "perplexity": scores.perplexity, "tokens": result.tokens}
+        self.tracker.log(record | ({"best": better} if self.run.checkpoint.best else {}), result.step)
+        for prompt, text in continue_prompts(self.run, self.parts):
+            line = {"kind": "sample", "step": result.step, "tokens": result.tokens, "prompt": prompt, "text": text}
+            self.tracker.log(line, result.step)
+            self.tracker.note(f"step {result.step}: {prompt}{text}")
+        return better
+
+    def _save(self, step: int, tokens: int) -> None:
         from ds_train.checkpoint.native import TrainState
 
         state = TrainState(
-            step=result.step,
-            tokens=result.tokens,
+            step=step,
+            tokens=tokens,
             recipe=self.run.model_dump(mode="json"),
             layout=self.layout,
             versions=_versions(),
             data_fingerprint=self.fingerprint,
             wandb_id=self.tracker.wandb_id,
+            **self.watch.decided(),
         )
         self._note_saves(self.saver.save(state))
 
@@ -274,11 +324,12 @@ def _versions() -> dict[str, str]:
     return {name: version(name) for name in ("ds_train", "deepspeed", "torch", "transformers")}
 
 
-def _model_card(run: RunConfig, plan: RunPlan, folder: Path) -> str:
+def _model_card(run: RunConfig, plan: RunPlan, folder: Path, step: int) -> str:
+    """The card of the model of step `step`."""
     from ds_train.checkpoint.hf import model_card
     from ds_train.track.metrics import read_metrics
 
-    records = read_metrics(folder / "metrics.jsonl")
+    records = [record for record in read_metrics(folder / "metrics.jsonl") if record.get("step", 0) <= step]
     last = {kind: [record for record in records if record["kind"] == kind][-1:] for kind in ("train", "eval")}
     facts: dict[str, Any] = {}
     for record in last["train"]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -17,12 +17,11 @@ from ds_train.engine.build import Assembly
 from ds_train.engine.noise import MicroGradients
 from ds_train.engine.ranks import RankInfo, all_sum, seed_generators
 from ds_train.models.load import fold_seed
-from ds_train.models.tasks import Batch
+from ds_train.models.tasks import Batch, carry_nonfinite
 from ds_train.optim.build import set_learning_rate
-from ds_train.parallel.tensor import gradient_norm
 from ds_train.plan.make import RunPlan
 from ds_train.schedule.learning_rate import learning_rate_factor
-from ds_train.schedule.timeline import Timeline
+from ds_train.schedule.timeline import StepShape, Timeline
 from ds_train.schedule.token_drop import kept_tokens
 
 
@@ -33,8 +32,8 @@ class StepResult:
     `step` counts from 1; `tokens` are the positions consumed up to here (samples x sequence length), the clock of
     every schedule; `samples`, `sequence_length` and `patch` are this step's; `real_tokens` leaves padding out. `loss`
     is the mean over the labels of the global batch, in nats. `grad_norm` is the L2 norm of the whole gradient before
-    clipping. `applied` is False where DeepSpeed skipped the update (fp16 overflow, non-finite gradients). `seconds`
-    include the wait for the step's data. `measured` is what only some steps are asked for, by name.
+    clipping. `applied` is False where the update was skipped: a loss or gradient that isn't finite. `seconds` include
+    the wait for the step's data. `measured` is what only some steps are asked for, by name.
     """
 
     step: int
@@ -76,7 +75,7 @@ def train_steps(
     timeline: Timeline,
     first: int = 0,
     rates: Sequence[float] | None = None,
-) -> Iterator[StepResult]:
+) -> Generator[StepResult, None, None]:
     """Train steps `first` (counted from 0) to the timeline's last, yielding after each. Collective.
 
     `rates` are the learning rates of all steps from 0, and there are as many steps; without them the recipe's schedule
@@ -84,11 +83,6 @@ def train_steps(
     """
     stop = timeline.steps if rates is None else len(rates)
     place = plan.layout.coordinates(info.rank)
-    # Ranks that share a layer's matrices draw the same dropout.
-    seat = f"{place.pipe}/{place.data}/{place.sequence}"
-    # Of ranks that work on the same samples one counts them.
-    counting = int(place.pipe == place.sequence == place.tensor == 0)
-    replicas = plan.layout.data * plan.layout.sequence
     steps = parts.data.train.steps(lambda: timeline.shapes(first, stop), run.data.workers)
     while True:
         started = time.perf_counter()
@@ -105,21 +99,14 @@ def train_steps(
         else:
             lr = rates[step]
         set_learning_rate(parts.engine.optimizer, lr)
-        if parts.part.dropping is not None:
-            parts.part.dropping.kept = kept_tokens(run.token_drop, shape.length, shape.before, timeline.total_tokens)
-        # Dropout draws from a seed of its own at every step and rank, so there is no generator state to save.
-        seed_generators(fold_seed(run.seed, "step", step, seat), parts.engine.device)
-        counts = all_sum(counting * _counts(batches, run.data.pads_rows).to(parts.engine.device))
-        labels, real_tokens = counts.tolist()
-        # DeepSpeed averages over accumulation and replicas; the loss is a mean over the global batch's labels.
-        weight = plan.batch.accumulation * replicas / max(1, labels)
+        labels, real_tokens, weight = begin_step(run, parts, timeline, shape, batches)
         measured: dict[str, float] = {}
         if due(run.track.noise_scale_every_steps, step + 1):
             with MicroGradients(parts) as gradients:
-                loss_sum, norm = _update(parts, batches, weight, plan.zero_stage, gradients)
-            measured = gradients.scale(norm, labels)
+                loss_sum, norm = update(parts, batches, weight, gradients)
+            measured = gradients.scale(norm, labels) if math.isfinite(norm) else {}
         else:
-            loss_sum, norm = _update(parts, batches, weight, plan.zero_stage)
+            loss_sum, norm = update(parts, batches, weight)
         loss = float(all_sum(loss_sum * (place.tensor == 0))) / max(1, labels)
         parts.clock.stop()
         yield StepResult(
@@ -152,8 +139,33 @@ def evaluate(run: RunConfig, parts: Assembly, step: int) -> EvalResult | None:
     )
 
 
-def _update(
-    parts: Assembly, batches: Sequence[Batch], weight: float, zero_stage: int, gradients: MicroGradients | None = None
+def begin_step(
+    run: RunConfig, parts: Assembly, timeline: Timeline, shape: StepShape, batches: Sequence[Batch]
+) -> tuple[int, int, float]:
+    """Set what a step depends on besides weights and samples. Collective.
+
+    Returns:
+        Labels and tokens that aren't padding, of the global batch, and what summed losses are multiplied by.
+    """
+    mesh = parts.part.mesh
+    place, layout = mesh.place, mesh.layout
+    if parts.part.dropping is not None:
+        parts.part.dropping.kept = kept_tokens(run.token_drop, shape.length, shape.before, timeline.total_tokens)
+    # Dropout draws from a seed of its own at every step and rank, so there is no generator state to save. Ranks that
+    # share a layer's matrices draw the same.
+    seat = f"{place.pipe}/{place.data}/{place.sequence}"
+    seed_generators(fold_seed(run.seed, "step", shape.step, seat), parts.engine.device)
+    # Of ranks that work on the same samples one counts them.
+    counting = int(place.pipe == place.sequence == place.tensor == 0)
+    counts = all_sum(counting * _counts(batches, run.data.pads_rows).to(parts.engine.device))
+    labels, real_tokens = counts.tolist()
+    # DeepSpeed averages over accumulation and replicas; the loss is a mean over the global batch's labels.
+    replicas = parts.engine.gradient_accumulation_steps() * layout.data * layout.sequence
+    return labels, real_tokens, replicas / max(1, labels)
+
+
+def update(
+    parts: Assembly, batches: Sequence[Batch], weight: float, gradients: MicroGradients | None = None
 ) -> tuple[Tensor, float]:
     """One optimizer step: (summed loss of this rank's labels, norm of the whole gradient)."""
     engine, part, clock = parts.engine, parts.part, parts.clock
@@ -161,22 +173,19 @@ def _update(
         loss_sum = part.pipeline.train_step(engine, batches, weight)
         return loss_sum, float(engine.get_global_grad_norm() or 0.0)
     loss_sum = torch.zeros((), dtype=torch.float64, device=engine.device)
-    norm = 0.0
-    for index, batch in enumerate(batches):
+    for batch in batches:
         with clock("data"):
             own = _own(batch, parts)
         with clock("forward"), nullcontext() if part.dropping is None else part.dropping.on(own):
             loss = part.loss.train_loss(engine, own)
         with clock("backward"):
-            engine.backward(loss * weight)
+            engine.backward(carry_nonfinite(loss) * weight)
         if gradients is not None:
             gradients.end_of_micro_batch(batch, weight)
         loss_sum += loss.detach()
         with clock("optimizer"):
-            if zero_stage == 0 and index + 1 == len(batches):
-                norm = gradient_norm(part.model, part.mesh.tensor)
             engine.step()
-    return loss_sum, float(engine.get_global_grad_norm() or 0.0) if zero_stage > 0 else norm
+    return loss_sum, float(engine.get_global_grad_norm() or 0.0)
 
 
 def _scores(parts: Assembly, batches: Iterator[dict[str, Tensor]]) -> Tensor:

@@ -13,14 +13,11 @@ from typing import Any
 
 import torch
 from ds_kernels import FusedAdagrad, FusedAdam, norm_and_flag
-from torch import Tensor, nn
+from torch import Tensor
 
 
-def fuse_passes(engine: Any, norm: Callable[[nn.Module], float]) -> None:
-    """Let the fused optimizer of `engine` (DeepSpeed's) unscale, clip and take norms; without one, change nothing.
-
-    `norm` gives the gradient norm of the whole model where there is no ZeRO.
-    """
+def fuse_passes(engine: Any) -> None:
+    """Let the fused optimizer of `engine` (DeepSpeed's) unscale, clip and take norms; without one, change nothing."""
     from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
@@ -40,7 +37,7 @@ def fuse_passes(engine: Any, norm: Callable[[nn.Module], float]) -> None:
         _clip_in_step(zero, fused)
         _copy_in_step_of_bf16(zero, fused)
     elif zero is fused:
-        _clip_without_zero(engine, fused, norm)
+        _clip_without_zero(engine, fused)
 
 
 def clip_factor(norm: float | Tensor, largest: float, scale: float = 1.0) -> float:
@@ -195,10 +192,10 @@ def _takes_copy(wide: Tensor, narrow: Tensor | None) -> bool:
     )
 
 
-def _clip_without_zero(engine: Any, fused: Any, norm: Callable[[nn.Module], float]) -> None:
-    """No ZeRO: the engine's clipping takes the norm and leaves the factor."""
+def _clip_without_zero(engine: Any, fused: Any) -> None:
+    """No ZeRO: the engine's clipping leaves the factor of the norm that optim/guard.py has taken."""
 
     def clip_fp32_gradients() -> None:
-        fused.grad_scale = clip_factor(norm(engine.module), engine.gradient_clipping())
+        fused.grad_scale = clip_factor(engine.get_global_grad_norm(), engine.gradient_clipping())
 
     engine.clip_fp32_gradients = clip_fp32_gradients

@@ -96,6 +96,7 @@ REFUSED: dict[str, tuple[str, str]] = {
         "set deepspeed.communication_data_type",
     ),
     "zero_optimization.compute_grad_norm": ("every step reports the norm of its gradients", "leave it out"),
+    "bf16.check_grad_overflow": ("steps with non-finite gradients never reach the weights", "leave it out"),
     "zero_optimization.legacy_stage1": ("its checkpoints and losses differ from stage 1's", "leave it out"),
     "expert_parallel": _EXPERTS,
     "use_data_before_expert_parallelism": _EXPERTS,

@@ -30,10 +30,17 @@ class MetricsFile:
                 self._warn(f"metrics can't be written to {self._path}: {_why(error)}; training goes on")
             self._failed = True
 
-    def truncate_after(self, step: int) -> None:
-        """Drop records of later steps and a half-written last line, as a resumed run writes them again."""
+    def truncate_after(self, step: int, dropped: str | None = None) -> None:
+        """Drop records of later steps and a half-written last line, as a resumed run writes them again.
+
+        `dropped` names a file beside this one that they are appended to.
+        """
         try:
-            text = "".join(line + "\n" for line, record in _lines(self._path) if record.get("step", 0) <= step)
+            lines = list(_lines(self._path))
+            text = "".join(line + "\n" for line, record in lines if record.get("step", 0) <= step)
+            if dropped is not None:
+                with self._path.with_name(dropped).open("a", encoding="utf-8") as file:
+                    file.writelines(line + "\n" for line, record in lines if record.get("step", 0) > step)
             partial = self._path.with_name(self._path.name + ".partial")
             partial.write_text(text, encoding="utf-8")
             partial.replace(self._path)

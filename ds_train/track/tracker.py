@@ -82,6 +82,11 @@ class Tracker:
             found = self._wandb
             self._try("wandb", lambda: found.keep(path, kind, step))
 
+    def go_back(self, step: int) -> None:
+        """The run goes on from `step`: metrics of later steps will be written again; these go to rolled-back.jsonl."""
+        if self._metrics is not None:
+            self._metrics.truncate_after(step, "rolled-back.jsonl")
+
     def note(self, text: str) -> None:
         """Say something that is no metric."""
         if self._display is not None:

@@ -8,6 +8,7 @@ from ds_train.plan.facts import Facts
 from ds_train.plan.rules.base import (
     PIPELINE,
     SEQUENCE,
+    TENSOR,
     KeyRule,
     Rule,
     all_of,
@@ -62,6 +63,9 @@ def _nothing_held_out(facts: Facts) -> bool:
     data = facts.run.data
     return data.validation_fraction == 0 and data.validation_path is None and data.validation_split is None
 
+
+_PROMPTS = is_not(at("track.eval_prompts", ()))
+_ROLL_BACK = at("health.on_spike", "roll-back")
 
 RULES: tuple[Rule | KeyRule, ...] = (
     # -- optimizer and schedule -------------------------------------------------------------------------------------
@@ -127,6 +131,49 @@ RULES: tuple[Rule | KeyRule, ...] = (
     Rule(
         "push-export", "checkpoint.push_to", all_of(given("checkpoint.push_to"), at("checkpoint.export", False)),
         "it is the export that is uploaded", "set checkpoint.export=true, or leave it out",
+    ),
+    Rule(
+        "best-data", "checkpoint.best", all_of(given("checkpoint.best"), _nothing_held_out),
+        "nothing is held out to evaluate on", "set data.validation_fraction above 0, or leave it out",
+    ),
+    Rule(
+        "best-evaluations", "checkpoint.best",
+        all_of(given("checkpoint.best"), is_not(given("track.eval_every_steps"))),
+        "with one evaluation at the end there is nothing to choose from", "set track.eval_every_steps",
+    ),
+    Rule(
+        "patience-best", "checkpoint.patience", all_of(given("checkpoint.patience"), is_not(given("checkpoint.best"))),
+        "no score says which evaluation is better", "set checkpoint.best=loss",
+    ),
+    Rule(
+        "eval-prompts-task", "track.eval_prompts", all_of(_PROMPTS, is_not(at("task.kind", "causal-lm"))),
+        "only causal language models continue a text", "leave it out",
+    ),
+    Rule(
+        "eval-prompts-data", "track.eval_prompts", all_of(_PROMPTS, _nothing_held_out),
+        "nothing is held out, so there are no evaluations", "set data.validation_fraction above 0, or leave it out",
+    ),
+    Rule(
+        "eval-prompts-layout", "track.eval_prompts", all_of(_PROMPTS, any_of(PIPELINE, TENSOR, SEQUENCE)),
+        "one rank can't generate while its parts of the model are on others",
+        "leave it out, or use data ranks with any parallel.zero_stage; track.sample_prompt samples the export",
+    ),
+    Rule(
+        "roll-back-saves", "health.on_spike", all_of(_ROLL_BACK, is_not(given("checkpoint.every_steps"))),
+        "there is no checkpoint to go back to before the end", "set checkpoint.every_steps, or health.on_spike=note",
+    ),
+    Rule(
+        "roll-back-kept", "health.spike_steps",
+        lambda f: _ROLL_BACK(f) and f.run.checkpoint.every_steps
+        and f.run.health.spike_steps - 1 > (f.run.checkpoint.keep_last - 1) * f.run.checkpoint.every_steps,
+        "when a spike is known, the checkpoint before it is gone",
+        lambda f: "raise checkpoint.keep_last to "
+        f"{-(-(f.run.health.spike_steps - 1) // (f.run.checkpoint.every_steps or 1)) + 1}, or set it to 1",
+    ),
+    Rule(
+        "roll-back-nvme", "health.on_spike", all_of(_ROLL_BACK, nvme),
+        "states on nvme are read from a checkpoint when a run starts, not in the middle of one",
+        "set health.on_spike=note, or offload to cpu",
     ),
     Rule(
         "save-nvme", "checkpoint.asynchronous", all_of(at("checkpoint.asynchronous", True), nvme),

@@ -37,8 +37,41 @@ class Broken:
 STAGE3 = {"parallel.zero_stage": 3}
 CURRICULUM = {"curriculum.kind": "linear"}
 DROPPING = {"token_drop.kind": "random-ltd"}
+ROLL_BACK = {"health.on_spike": "roll-back", "checkpoint.every_steps": 10}
 FLASH = {"model.attention": "flash_attention_2", "batch.micro_samples": 1}
 CASES = [
+    Broken(
+        "best-data",
+        {"checkpoint.best": "loss", "data.validation_fraction": 0.0, "track.eval_every_steps": None},
+        "nothing is held out to evaluate on", ("best-evaluations",),
+    ),
+    Broken(
+        "best-evaluations", {"checkpoint.best": "loss", "track.eval_every_steps": None}, "set track.eval_every_steps",
+    ),
+    Broken("patience-best", {"checkpoint.patience": 3}, "set checkpoint.best=loss"),
+    Broken(
+        "eval-prompts-task", BERT | {"task.kind": "masked-lm", "track.eval_prompts": ["a"], "data.sequence_length": 64},
+        "only causal language models",
+    ),
+    Broken(
+        "eval-prompts-data",
+        {"track.eval_prompts": ["a"], "data.validation_fraction": 0.0, "track.eval_every_steps": None},
+        "there are no evaluations",
+    ),
+    Broken("eval-prompts-layout", {"track.eval_prompts": ["a"], "parallel.tensor": 2}, "use data ranks"),
+    Broken(
+        "roll-back-saves", ROLL_BACK | {"checkpoint.every_steps": None}, "set checkpoint.every_steps",
+    ),
+    Broken(
+        "roll-back-kept",
+        ROLL_BACK | {"health.spike_steps": 30, "checkpoint.keep_last": 2},
+        "raise checkpoint.keep_last to 4",
+    ),
+    Broken(
+        "roll-back-nvme",
+        STAGE3 | ROLL_BACK | {"parallel.offload_optimizer": "nvme", "parallel.nvme_path": "/tmp"},
+        "set health.on_spike=note",
+    ),
     Broken("tensorboard", {"track.also": ["csv", "tensorboard"]}, "pip install tensorboard"),
     Broken("wandb-artifacts", {"track.wandb_artifacts": "all"}, "wandb is off"),
     Broken("profile-steps", {"track.profile_steps": [5, 4]}, "write [5, 7]"),

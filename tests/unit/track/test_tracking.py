@@ -61,6 +61,15 @@ def test_a_resumed_run_drops_what_it_will_write_again(tmp_path: Path) -> None:
     assert [record["step"] for record in read_metrics(path)] == [1, 2, 3, 4, 5]
 
 
+def test_a_run_that_goes_back_keeps_what_it_gives_up_in_another_file(tmp_path: Path) -> None:
+    path, dropped = tmp_path / "metrics.jsonl", tmp_path / "rolled-back.jsonl"
+    for last in (8, 6):
+        path.write_text("".join(json.dumps({"step": step}) + "\n" for step in range(1, last)))
+        MetricsFile(path, pytest.fail).truncate_after(4, dropped.name)
+        assert [record["step"] for record in read_metrics(path)] == [1, 2, 3, 4]
+    assert [record["step"] for record in read_metrics(dropped)] == [5, 6, 7, 5]
+
+
 def test_a_disk_that_refuses_is_said_once_and_stops_nothing(tmp_path: Path) -> None:
     said: list[str] = []
     file = MetricsFile(tmp_path / "no folder" / "metrics.jsonl", said.append)
