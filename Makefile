@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RANKS ?= 2
 RECIPE ?= ds_configs/quickstart.yaml
 
-.PHONY: install install-dev train kernels test gpu-test lint format parity reshard health cluster families planner bench clean
+.PHONY: install install-dev train kernels test gpu-test lint format parity reshard health faults cluster families planner bench clean
 
 # torch comes first and alone: a later install would replace its CPU build by a CUDA one of several GB.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -56,9 +56,9 @@ parity: install-dev
 reshard: install-dev
 	$(BIN)/pytest tests/parity/test_reshard.py -m "parity or exhaustive"
 
-# Poisoned samples in every layout: skipped, diagnosed, rolled back (minutes).
-health: install-dev
-	$(BIN)/pytest tests/parity/test_health.py tests/parity/test_roll_back.py -m "parity or exhaustive"
+# Ranks that are killed, stopped, hung or told to stop, damaged files, full disks (about 40 minutes on 2 cores).
+faults: install-dev
+	$(BIN)/pytest tests/faults -m "faults or not faults"
 
 # Several hosts, as network namespaces of this machine; Debian's packages need root (a quarter of an hour on 2 cores).
 CLUSTER_PACKAGES := openssh-server openssh-client pdsh iproute2
@@ -67,6 +67,10 @@ cluster: install-dev
 	{ apt-get -qq update && apt-get -qq install --no-install-recommends $(CLUSTER_PACKAGES) > /dev/null; } || \
 	echo "couldn't install $(CLUSTER_PACKAGES)"
 	$(BIN)/pytest tests/cluster -m cluster
+
+# Poisoned samples in every layout: skipped, diagnosed, rolled back (minutes).
+health: install-dev
+	$(BIN)/pytest tests/parity/test_health.py tests/parity/test_roll_back.py -m "parity or exhaustive"
 
 # docs/families.md: which model families train in a pipeline and with tensor ranks (half an hour on 2 cores).
 families: install-dev

@@ -66,6 +66,7 @@ def measure(info: RankInfo, folder: Path, steps: int, rounds: int) -> None:
     from ds_train.data.prepare import prepare, prepared_tokenizer
     from ds_train.engine.build import assemble
     from ds_train.engine.job import Session, make_run_folder, quiet_libraries
+    from ds_train.engine.stop import StopRequest
     from ds_train.engine.watch import RunWatch
     from ds_train.plan.make import make_plan
     from ds_train.plan.topology import Cluster
@@ -84,7 +85,7 @@ def measure(info: RankInfo, folder: Path, steps: int, rounds: int) -> None:
     make_run_folder(place)
     tracker = Tracker(run, {}, place, True, steps, 0, None)
     watch = RunWatch(run, info, parts, tracker, place, timeline, None)
-    session = Session(run, plan, info, parts, tracker, place, {}, "", watch)
+    session = Session(run, plan, info, parts, tracker, place, {}, "", watch, StopRequest(run.faults.grace_seconds))
     batch = parts.data.train.step(0)[0]
 
     def bare(count: int) -> None:
@@ -95,7 +96,7 @@ def measure(info: RankInfo, folder: Path, steps: int, rounds: int) -> None:
 
     def trainer(done: int, count: int) -> None:
         with collectives_timed(parts.clock, info.device):
-            session.train(done, done + count)
+            session.train(done, stop_after=done + count)
 
     size = steps // rounds
     bare(size // 4)

@@ -11,7 +11,7 @@ import typer
 
 from ds_train import __version__
 from ds_train.config import RunConfig, load
-from ds_train.errors import EXIT_CODE, UserError, user_error
+from ds_train.errors import EXIT_CODE, STOPPED_CODE, UserError, user_error
 
 # Heavy libraries are imported inside commands: `schema` and `plan` answer without torch.
 app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, help=__doc__)
@@ -297,6 +297,7 @@ def launch(
     run = load(recipe, overrides or [])
     from ds_train.engine import survey
     from ds_train.engine.launch import run as run_ranks
+    from ds_train.engine.supervise import MARGIN_S
     from ds_train.plan.make import make_plan
 
     hosts = survey.hosts_of(hostfile, include, exclude, ranks)
@@ -305,10 +306,47 @@ def launch(
     world = found.world(master_addr)
     make_plan(run, found.cluster())
     print(survey.describe(world), flush=True)
-    ended = run_ranks(world, ["ds_train.engine", recipe, *(overrides or [])])
+    ended = run_ranks(world, ["ds_train.engine", recipe, *(overrides or [])], run.faults.grace_seconds + MARGIN_S)
     # What the user did wrong has been said by the rank that met it.
     if ended.code not in (0, EXIT_CODE):
-        print(f"error: {ended}", file=sys.stderr)
+        print(ended if ended.code == STOPPED_CODE else f"error: {ended}", file=sys.stderr)
+    sys.exit(ended.code)
+
+
+@app.command()
+def supervise(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    hostfile: Hostfile = None,
+    include: Include = "",
+    exclude: Exclude = "",
+    ranks: Ranks = None,
+    master_addr: MasterAddr = None,
+    master_port: MasterPort = None,
+    limit: Annotated[
+        int, typer.Option(min=0, help="Failures in a row without a new checkpoint, after which it is given up.")
+    ] = 5,
+    pause: Annotated[float, typer.Option(min=0.0, help="Seconds before a restart, doubled with each in a row.")] = 10.0,
+    longest_pause: Annotated[float, typer.Option(min=0.0, help="They grow no further than this.")] = 600.0,
+) -> None:
+    """Train as `launch` does, and start again from the last checkpoint when it fails; without hosts that are gone.
+
+    What the user has to mend (exit code 2) isn't started again. Each restart is a line of kind `restart` in
+    RUN/metrics.jsonl.
+    """
+    run = load(recipe, overrides or [])
+    from ds_train.engine import supervise as supervision
+    from ds_train.engine.survey import hosts_of
+
+    supervisor = supervision.Supervisor(
+        run,
+        supervision.Policy(limit, pause, longest_pause),
+        lambda hosts: supervision.find_hosts(run, recipe, hosts, master_addr, master_port),
+        supervision.start_run(recipe, overrides or []),
+    )
+    ended = supervisor.supervise(hosts_of(hostfile, include, exclude, ranks))
+    if ended.code not in (0, EXIT_CODE):
+        print(ended if ended.code == STOPPED_CODE else f"error: {ended}", file=sys.stderr)
     sys.exit(ended.code)
 
 

@@ -9,6 +9,12 @@ from typing import Any
 EXIT_CODE = 2
 """Exit code of every command that ends because of the user's input."""
 
+STOPPED_CODE = 75
+"""A run that was told to stop, and has saved: started again, it goes on. (EX_TEMPFAIL of sysexits.h.)"""
+
+HUNG_CODE = 76
+"""A run whose step hung, or whose rank no longer answered: RUN/faults says where."""
+
 _NO_VALUE = object()
 
 
@@ -42,6 +48,10 @@ class UserError(Exception):
     def __reduce__(self) -> tuple[type[UserError], tuple[list[Problem]]]:
         # Exceptions travel between ranks by pickle, which would rebuild this one from its text.
         return UserError, (self.problems,)
+
+
+class Stopped(Exception):
+    """The run was told to stop and has ended in order; the process exits with code 75."""
 
 
 def user_error(key: str, reason: str, fix: str = "", value: Any = _NO_VALUE) -> UserError:

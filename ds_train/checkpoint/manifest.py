@@ -1,4 +1,4 @@
-"""What makes a folder of files whole: a manifest with size and SHA-256 of each, written last."""
+"""What makes a folder of files whole: a manifest with size and SHA-256 of each, and of itself, written last."""
 
 from __future__ import annotations
 
@@ -33,16 +33,37 @@ def write_manifest(folder: Path, extra: dict[str, Any], known: Sequence[Written]
         name = str(path.relative_to(folder))
         if path.is_file() and path.name != MANIFEST and name not in files:
             files[name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
-    write_json(folder / MANIFEST, {**extra, "files": files})
+    write_text(folder / MANIFEST, _sealed({**extra, "files": files}))
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of `folder`, or None where there is none that can be read."""
+    """The manifest of `folder`, or None where there is none, or one that isn't what was written to the last byte."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
+        text = (folder / MANIFEST).read_text(encoding="utf-8")
+        manifest = json.loads(text)
     except (OSError, ValueError):
         return None
-    return manifest if isinstance(manifest, dict) and isinstance(manifest.get("files"), dict) else None
+    if not isinstance(manifest, dict) or manifest.pop(_SEAL, None) is None or text != _sealed(manifest):
+        return None
+    return manifest
+
+
+_SEAL = "sha256_of_the_rest"
+
+
+def _sealed(content: dict[str, Any]) -> str:
+    seal = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    return json.dumps({**content, _SEAL: seal}, indent=2) + "\n"
+
+
+def newest_step(checkpoints: Path) -> int:
+    """The last step of which there is a checkpoint with a manifest; 0 where there is none."""
+    steps = [0]
+    for manifest in checkpoints.glob(f"step-*/{MANIFEST}"):
+        number = manifest.parent.name.removeprefix("step-")
+        if number.isdigit():
+            steps.append(int(number))
+    return max(steps)
 
 
 def damage(folder: Path, first: int = 0, every: int = 1) -> str | None:

@@ -288,16 +288,19 @@ def open_fragments(checkpoint: Path) -> FragmentFiles:
 
 
 def check_resumable(state: TrainState, recipe: Mapping[str, Any], data_fingerprint: str) -> None:
-    """Refuse to continue a checkpoint under a recipe that means another run. The layout may be any.
+    """Refuse to continue a checkpoint under a recipe that means another run. The layout may be any, and so may the
+    place of data whose content is the same.
 
     Raises:
         UserError: naming every key that differs and both values.
     """
+    same_data = state.data_fingerprint == data_fingerprint
     problems = [
         Problem(key, f"the checkpoint was made with {old}", "restore it, or set another `name` to start anew", new)
         for key, old, new in _differences(state.recipe, recipe)
+        if not (same_data and key in _PLACES_OF_DATA)
     ]
-    if not problems and state.data_fingerprint != data_fingerprint:
+    if not problems and not same_data:
         problems = [Problem("data", "the prepared data has changed since the checkpoint", "restore the source files")]
     if problems:
         raise UserError(problems)
@@ -346,8 +349,11 @@ _FREE = (
 )
 
 
+_PLACES_OF_DATA = ("data.path", "data.validation_path")
+
+
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    old_leaves, new_leaves = _leaves(old), _leaves(new)
+    old_leaves, new_leaves = leaves(old), leaves(new)
     return [
         (key, old_leaves.get(key), new_leaves.get(key))
         for key in sorted(old_leaves.keys() | new_leaves.keys())
@@ -357,14 +363,15 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[s
     ]
 
 
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    leaves: dict[str, Any] = {}
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Every value of nested mappings by its dotted key."""
+    found: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping):
-            leaves |= _leaves(value, f"{prefix}{key}.")
+            found |= leaves(value, f"{prefix}{key}.")
         else:
-            leaves[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
-    return leaves
+            found[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
+    return found
 
 
 _NAME = re.compile(r"step-(\d+)(\.old)?")

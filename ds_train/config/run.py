@@ -12,6 +12,7 @@ from ds_train.config.checkpoint import CheckpointSection
 from ds_train.config.compress import CompressSection
 from ds_train.config.curriculum import CurriculumSection
 from ds_train.config.data import DataSection
+from ds_train.config.faults import FaultsSection
 from ds_train.config.health import HealthSection
 from ds_train.config.model import ModelSection
 from ds_train.config.optimizer import OptimizerSection
@@ -71,6 +72,9 @@ class RunConfig(Section):
 
     checkpoint: CheckpointSection = CheckpointSection()
     """Saving, resuming, exporting."""
+
+    faults: FaultsSection = FaultsSection()
+    """Stopping in order, and what a run that hangs does."""
 
     health: HealthSection = HealthSection()
     """Steps that aren't numbers, losses that leap."""

@@ -24,7 +24,7 @@ from typing import Any
 import psutil
 
 GRACE_S = 30.0
-"""What DeepSpeed's launcher gives ranks to end after SIGTERM (launcher/launch.py)."""
+"""How long ranks have to end after SIGTERM where the launch doesn't say it."""
 
 SILENCE_S = 30.0
 """How long the launch may say nothing, where it is on another machine."""
@@ -47,8 +47,7 @@ def main() -> int:
         env=rank_environment(os.environ, spec),
         stdin=subprocess.DEVNULL,
         start_new_session=True,
-        # Should this process be killed, DeepSpeed's launcher is told and ends its ranks.
-        preexec_fn=lambda: _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM),
+        preexec_fn=_begin_launcher,
     )
     _watch(child, asked, SILENCE_S if spec["remote"] else float("inf"))
     _clear()
@@ -91,17 +90,35 @@ def _watch(child: subprocess.Popen[bytes], asked: list[float], silence_s: float)
             asked.append(0.0)
         if asked:
             if kill_at is None:
-                child.terminate()
+                _tell(child)
             kill_at = min(kill_at or float("inf"), time.monotonic() + min(asked))
             asked.clear()
         if kill_at is not None and time.monotonic() >= kill_at:
             _kill_all()
 
 
+def _tell(launcher: subprocess.Popen[bytes]) -> None:
+    """Ask the ranks themselves to end: DeepSpeed's launcher would kill each of them 30 seconds after it has told it."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        own = psutil.Process(launcher.pid)
+        for process in own.children() or [own]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.terminate()
+
+
+def _begin_launcher() -> None:
+    """In DeepSpeed's launcher before it begins: should this process be killed, it is told and ends its ranks.
+
+    SIGUSR1, which Slurm sends to every process of a job step, would end it, and then its ranks. They listen for it.
+    """
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+
+
 def _asked_to_end() -> list[float]:
     """Seconds to end in, appended when a signal comes."""
     asked: list[float] = []
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, lambda *_: asked.append(GRACE_S))
     return asked
 

@@ -11,13 +11,13 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ds_train.config import RunConfig, dump, load
-from ds_train.engine.ranks import RankInfo, meet, on_main_first, return_freed_memory, run_to_exit_code
-from ds_train.errors import first_line, user_error
+from ds_train.engine.ranks import RankInfo, meet, on_main_first, return_freed_memory, run_to_exit_code, versions
+from ds_train.engine.stop import StopRequest
+from ds_train.errors import STOPPED_CODE, Stopped, first_line, user_error
 from ds_train.plan.make import RunPlan, make_plan
 from ds_train.plan.search import auto_fields, keep_choice
 from ds_train.plan.topology import Cluster
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from ds_train.engine.build import Assembly
     from ds_train.engine.loop import StepResult
     from ds_train.engine.watch import RunWatch
+    from ds_train.engine.watchdog import Watchdog
     from ds_train.schedule.timeline import Timeline
     from ds_train.track.tracker import Tracker
 
@@ -58,6 +59,17 @@ def train(run: RunConfig, info: RankInfo, stop_after: int | None = None) -> None
     # Below this line torch is imported; everything above answers in well under a second.
     meet(info)
     quiet_libraries()
+    with StopRequest(run.faults.grace_seconds) as stop:
+        _train(run, plan, info, folder, stop, stop_after)
+
+
+def _train(
+    run: RunConfig, plan: RunPlan, info: RankInfo, folder: Path, stop: StopRequest, stop_after: int | None
+) -> None:
+    from ds_train.engine.contract import check_common, check_facts, check_parameters
+
+    recipe = run.model_dump(mode="json")
+    check_common(recipe, plan)
     on_main_first(info, lambda: _check_places(run, folder))
     prepared, tokenizer = _prepare_data(run, info)
 
@@ -65,6 +77,7 @@ def train(run: RunConfig, info: RankInfo, stop_after: int | None = None) -> None
     from ds_train.data.prepare import read_manifest
     from ds_train.engine.build import assemble
     from ds_train.engine.watch import RunWatch
+    from ds_train.engine.watchdog import Watchdog
     from ds_train.parallel.sequence import leave_sequence
     from ds_train.schedule.timeline import make_timeline
     from ds_train.track.phases import collectives_timed
@@ -72,6 +85,7 @@ def train(run: RunConfig, info: RankInfo, stop_after: int | None = None) -> None
 
     layout = _layout_record(run, plan)
     fingerprint = str(read_manifest(prepared)["content"])
+    check_facts({"data": read_manifest(prepared)})
     resumed = _find_checkpoint(run, info, folder, fingerprint)
     # Only now: a run that is refused leaves the folder's records as they were.
     on_main_first(info, lambda: _write_records(folder, run, plan))
@@ -84,42 +98,62 @@ def train(run: RunConfig, info: RankInfo, stop_after: int | None = None) -> None
         state = native.read_state(resumed)
         done = state.step
         _check_clock(timeline, state)
+    check_parameters(parts.part, plan.zero_stage == 3)
     wandb_id = state.wandb_id if state else None
-    known = plan.to_dict() | {"versions": _versions()}
+    known = plan.to_dict() | {"versions": versions()}
     tracker = Tracker(run, known, folder, info.is_main, timeline.steps, done, wandb_id)
     exit_code = 1
     try:
-        tracker.note(f"optimizer kernel: {parts.kernel}")
-        if parts.part.stage_layers:
-            tracker.note(f"layers of the pipeline's stages: {', '.join(map(str, parts.part.stage_layers))}")
-        if parts.data.packing_efficiency is not None:
-            efficiency = parts.data.packing_efficiency
-            tracker.note(f"{run.data.packing_by} packing: {efficiency:.2%} of the windows' tokens are text")
-        if resumed is not None:
-            tracker.log({"kind": "resume", "step": done, "from": str(resumed), "ranks": info.ranks}, done)
-            tracker.note(f"continuing {resumed} after step {done}")
-            if state is not None and state.layout != layout:
-                tracker.note(f"its states were spread by {_words(state.layout)}, and are now by {_words(layout)}")
+        _note_start(run, parts, tracker, layout, resumed, state)
         watch = RunWatch(run, info, parts, tracker, folder, timeline, state)
-        session = Session(run, plan, info, parts, tracker, folder, layout, fingerprint, watch)
-        with collectives_timed(parts.clock, info.device):
-            session.train(done, stop_after or timeline.steps)
-        _note_noise_scale(run, folder, tracker, info)
-        if run.checkpoint.export:
-            step = watch.use_best()
-            card = _model_card(run, plan, folder, step) if info.is_main else ""
-            hf.export(parts.part, tokenizer, folder / "export", card)
-            tracker.keep(folder / "export", "export", timeline.steps)
-            _push(run, folder / "export", tracker, info)
+        session = Session(run, plan, info, parts, tracker, folder, layout, fingerprint, watch, stop)
+        with Watchdog(run.faults, info, folder / "faults", session.note_fault) as watchdog:
+            with collectives_timed(parts.clock, info.device):
+                session.train(done, watchdog, stop_after)
+            if not stop.agreed:
+                _note_noise_scale(run, folder, tracker, info)
+                if run.checkpoint.export:
+                    step = watch.use_best()
+                    card = _model_card(run, plan, folder, step) if info.is_main else ""
+                    hf.export(parts.part, tokenizer, folder / "export", card)
+                    tracker.keep(folder / "export", "export", step)
+                    _push(run, folder / "export", tracker, info)
         # What follows is rank 0's alone: no attention may wait for the others.
         leave_sequence()
-        _log_sample(run, folder, tracker, info, timeline)
-        exit_code = 0
+        if not stop.agreed:
+            _log_sample(run, folder, tracker, info, timeline)
+        exit_code = STOPPED_CODE if stop.agreed else 0
     finally:
         tracker.close(exit_code)
         leave_sequence()
+    if stop.agreed:
+        raise Stopped
     if info.is_main:
         _farewell(folder)
+
+
+def _note_start(
+    run: RunConfig, parts: Assembly, tracker: Tracker, layout: dict[str, Any], resumed: Path | None,
+    state: TrainState | None,
+) -> None:  # fmt: skip
+    """Say what a run begins with, and what it goes on from."""
+    tracker.note(f"optimizer kernel: {parts.kernel}")
+    if parts.part.stage_layers:
+        tracker.note(f"layers of the pipeline's stages: {', '.join(map(str, parts.part.stage_layers))}")
+    if parts.data.packing_efficiency is not None:
+        efficiency = parts.data.packing_efficiency
+        tracker.note(f"{run.data.packing_by} packing: {efficiency:.2%} of the windows' tokens are text")
+    if state is None:
+        return
+    ranks = parts.part.mesh.layout.ranks
+    tracker.log({"kind": "resume", "step": state.step, "from": str(resumed), "ranks": ranks}, state.step)
+    tracker.note(f"continuing {resumed} after step {state.step}")
+    if state.layout != layout:
+        tracker.note(f"its states were spread by {_words(state.layout)}, and are now by {_words(layout)}")
+    for name, now in versions().items():
+        before = state.versions.get(name, now)
+        if before != now:
+            tracker.note(f"it was made with {name} {before}, and goes on with {now}: last bits may differ")
 
 
 class Session:
@@ -136,10 +170,14 @@ class Session:
         layout: dict[str, Any],
         fingerprint: str,
         watch: RunWatch,
+        stop: StopRequest,
     ) -> None:
         from ds_train.checkpoint.native import Saver
         from ds_train.engine.speed import Speed
 
+        self.stop = stop
+        self._at: tuple[int, int] | None = None  # step and tokens
+        self._saved_step = 0
         self.run, self.plan, self.info, self.parts, self.tracker = run, plan, info, parts, tracker
         self.folder, self.layout, self.fingerprint, self.watch = folder, layout, fingerprint, watch
         self.speed = Speed(run, parts, info)
@@ -153,20 +191,24 @@ class Session:
             in_background=saves_in_background(run, info.device),
         )
 
-    def train(self, done: int, stop_after: int) -> None:
-        """Steps `done` + 1 to `stop_after`, each followed by what is due after it."""
+    def train(self, done: int, watchdog: Watchdog | None = None, stop_after: int | None = None) -> None:
+        """Steps `done` + 1 to `stop_after`, or the timeline's last, each followed by what is due after it."""
         start = None if self.watch.patience_ended else done
         while start is not None:
-            start = self._train_from(start, stop_after)
+            start = self._train_from(start, watchdog, stop_after or self.watch.timeline.steps)
+        if self.stop.agreed:
+            self._save_and_stop(done)
         self._note_saves(self.saver.wait())
 
-    def _train_from(self, done: int, stop_after: int) -> int | None:
+    def _train_from(self, done: int, watchdog: Watchdog | None, stop_after: int) -> int | None:
         """Train to the end; or to a step that is rolled back, which gives the one to go on from."""
         from ds_train.engine.loop import due, train_steps
 
         run, timeline = self.run, self.watch.timeline
-        with closing(train_steps(run, self.plan, self.info, self.parts, timeline, done)) as results:
-            for result in self._profiled(results, done):
+        steps = train_steps(run, self.plan, self.info, self.parts, timeline, done, stop=self.stop, watchdog=watchdog)
+        with closing(steps):
+            for result in self._profiled(steps, done):
+                self._at = result.step, result.tokens
                 last = result.step == stop_after
                 self.speed.add(result)
                 if last or result.measured or due(run.track.log_every_steps, result.step):
@@ -186,13 +228,14 @@ class Session:
                     break
         return None
 
-    def _profiled(self, results: Iterator[StepResult], done: int) -> Iterator[StepResult]:
+    def _profiled(self, steps: Iterator[StepResult], done: int) -> Iterator[StepResult]:
+        """`steps`, of which those that the recipe names are recorded."""
         if self.run.track.profile_steps is None:
-            return results
+            return steps
         from ds_train.engine.profile import profiled
 
         clock, note = self.parts.clock, self.tracker.note
-        return profiled(results, self.run, self.plan, self.info, clock, self.folder, done, note)
+        return profiled(steps, self.run, self.plan, self.info, clock, self.folder, done, note)
 
     def _see(self, result: StepResult) -> int | None:
         """See to what isn't as usual: the step to go on from after a roll-back."""
@@ -206,6 +249,19 @@ class Session:
         if back is not None:
             self._save(back, self.watch.timeline.tokens_after(back))
         return back
+
+    def _save_and_stop(self, done: int) -> None:
+        step, tokens = self._at or (done, 0)
+        self.tracker.note(f"stopping after step {step}: {self.stop.reason or 'another rank was told to'}")
+        if self._at is not None and self._saved_step != step:
+            self._save(step, tokens)
+        self._note_saves(self.saver.wait())
+        self.tracker.log({"kind": "stop", "step": step, "reason": self.stop.reason}, step)
+
+    def note_fault(self, verdict: str) -> None:
+        """Leave a word on why the run is about to end; from any thread."""
+        step = 0 if self._at is None else self._at[0]
+        self.tracker.log({"kind": "fault", "step": step, "reason": verdict}, step)
 
     def _record(self, result: StepResult) -> dict[str, Any]:
         record = dict(vars(result))  # asdict would copy it deeply, at every step
@@ -237,11 +293,13 @@ class Session:
             tokens=tokens,
             recipe=self.run.model_dump(mode="json"),
             layout=self.layout,
-            versions=_versions(),
+            versions=versions(),
             data_fingerprint=self.fingerprint,
             wandb_id=self.tracker.wandb_id,
             **self.watch.decided(),
         )
+        self._saved_step = step
+        self._at = step, tokens
         self._note_saves(self.saver.save(state))
 
     def _note_saves(self, saves: Iterable[Saved]) -> None:
@@ -320,10 +378,6 @@ def _check_places(run: RunConfig, folder: Path) -> None:
             raise user_error("checkpoint.push_to", reason, fix, run.checkpoint.push_to)
 
 
-def _versions() -> dict[str, str]:
-    return {name: version(name) for name in ("ds_train", "deepspeed", "torch", "transformers")}
-
-
 def _model_card(run: RunConfig, plan: RunPlan, folder: Path, step: int) -> str:
     """The card of the model of step `step`."""
     from ds_train.checkpoint.hf import model_card
@@ -337,7 +391,7 @@ def _model_card(run: RunConfig, plan: RunPlan, folder: Path, step: int) -> str:
     for record in last["eval"]:
         facts |= {"held-out loss": f"{record['loss']:.4f}", "held-out accuracy": f"{record['accuracy']:.4f}"}
     facts |= {"task": run.task.kind, "layout": _words(_layout_record(run, plan))}
-    facts |= _versions()
+    facts |= versions()
     return model_card(run.name, facts, dump(run), run.model.path)
 
 
@@ -359,7 +413,7 @@ def _write_records(folder: Path, run: RunConfig, plan: RunPlan) -> None:
     from ds_train.checkpoint.manifest import write_json, write_text
 
     write_text(folder / "recipe.yaml", dump(run))
-    write_json(folder / "plan.json", plan.to_dict() | {"versions": _versions()})
+    write_json(folder / "plan.json", plan.to_dict() | {"versions": versions()})
     write_json(folder / "deepspeed.json", plan.deepspeed_json)
 
 

@@ -17,12 +17,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import IO, Any
 
 from ds_train.engine.agent import GRACE_S, exit_code
 from ds_train.engine.hosts import LOCALHOST, LOST, LOST_AFTER_S, module_command, ssh_problem
+from ds_train.engine.stop import SIGNALS
+from ds_train.errors import HUNG_CODE, STOPPED_CODE
 from ds_train.plan.hostfile import Host
 from ds_train.plan.topology import Device
 
@@ -33,6 +35,7 @@ CARRIED = (
 )  # fmt: skip
 """Beginnings of the environment variables that go to other hosts; each host keeps its own of all others."""
 
+_CODES = {STOPPED_CODE: "told to stop; the same command goes on", HUNG_CODE: "it hung; RUN/faults says where"}
 _BY_SIGNAL = 128
 _CAUSE_WITHIN_S = 3.0
 _FAILED_GRACE_S = 10.0
@@ -200,31 +203,38 @@ class Launch:
             number = code - _BY_SIGNAL
             name = signal.Signals(number).name if number in set(signal.Signals) else str(number)
             return Ended(code, host, f"a rank or its launcher was ended by signal {name}")
-        return Ended(code, host, f"a rank ended with exit code {code}")
+        meaning = f" ({_CODES[code]})" if code in _CODES else ""
+        return Ended(code, host, f"a rank ended with exit code {code}{meaning}")
 
     def stop(self, grace_s: float = GRACE_S) -> None:
         """Ask all ranks to end (SIGTERM), and kill those that are there after `grace_s` seconds. Returns at once."""
         self._orders.append(grace_s)
 
 
-def run(world: World, program: Sequence[str]) -> Ended:
-    """Launch `program`, wait for its end, and pass this process's SIGINT and SIGTERM on to the ranks, which may save.
-
-    A second signal kills them.
+def run(world: World, program: Sequence[str], grace_s: float = GRACE_S) -> Ended:
+    """Launch `program`, wait for its end, and pass a signal of this process on to the ranks, which may save in
+    `grace_s`. A second one kills them.
     """
     launch = Launch(world, program)
     received: list[int] = []
 
     def end(number: int, _: object) -> None:
         received.append(number)
-        launch.stop(GRACE_S if len(received) == 1 else 0.0)
+        launch.stop(grace_s if len(received) == 1 else 0.0)
 
-    before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with handled(end):
         ended = launch.wait()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    if received and ended.code:
+    if received and ended.code not in (0, STOPPED_CODE):
         return Ended(128 + received[0], "launch", f"ended by {signal.Signals(received[0]).name}")
     return ended
+
+
+@contextlib.contextmanager
+def handled(handler: Callable[[int, object], None]) -> Iterator[None]:
+    """Let `handler` hear the signals that ask a run to stop."""
+    before = {number: signal.signal(number, handler) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, former in before.items():
+            signal.signal(number, former)

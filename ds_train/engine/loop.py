@@ -16,6 +16,8 @@ from ds_train.data.batches import count_labels
 from ds_train.engine.build import Assembly
 from ds_train.engine.noise import MicroGradients
 from ds_train.engine.ranks import RankInfo, all_sum, seed_generators
+from ds_train.engine.stop import StopRequest
+from ds_train.engine.watchdog import Watchdog
 from ds_train.models.load import fold_seed
 from ds_train.models.tasks import Batch, carry_nonfinite
 from ds_train.optim.build import set_learning_rate
@@ -75,15 +77,17 @@ def train_steps(
     timeline: Timeline,
     first: int = 0,
     rates: Sequence[float] | None = None,
+    stop: StopRequest | None = None,
+    watchdog: Watchdog | None = None,
 ) -> Generator[StepResult, None, None]:
     """Train steps `first` (counted from 0) to the timeline's last, yielding after each. Collective.
 
     `rates` are the learning rates of all steps from 0, and there are as many steps; without them the recipe's schedule
-    says them.
+    says them. Where `stop` of any rank is requested, all ranks end after the same step; `watchdog` times each.
     """
-    stop = timeline.steps if rates is None else len(rates)
+    end = timeline.steps if rates is None else len(rates)
     place = plan.layout.coordinates(info.rank)
-    steps = parts.data.train.steps(lambda: timeline.shapes(first, stop), run.data.workers)
+    steps = parts.data.train.steps(lambda: timeline.shapes(first, end), run.data.workers)
     while True:
         started = time.perf_counter()
         parts.clock.start()
@@ -99,7 +103,14 @@ def train_steps(
         else:
             lr = rates[step]
         set_learning_rate(parts.engine.optimizer, lr)
-        labels, real_tokens, weight = begin_step(run, parts, timeline, shape, batches)
+        if watchdog is not None:
+            watchdog.begin(step + 1, (shape.length, shape.patch), shape.samples * shape.length)
+        labels, real_tokens, weight = begin_step(run, parts, timeline, shape, batches, stop)
+        if stop is not None and stop.agreed:
+            parts.clock.stop()
+            if watchdog is not None:
+                watchdog.end(whole=False)
+            return
         measured: dict[str, float] = {}
         if due(run.track.noise_scale_every_steps, step + 1):
             with MicroGradients(parts) as gradients:
@@ -109,7 +120,7 @@ def train_steps(
             loss_sum, norm = update(parts, batches, weight)
         loss = float(all_sum(loss_sum * (place.tensor == 0))) / max(1, labels)
         parts.clock.stop()
-        yield StepResult(
+        result = StepResult(
             step=step + 1,
             tokens=shape.after,
             samples=shape.samples,
@@ -124,6 +135,9 @@ def train_steps(
             seconds=time.perf_counter() - started,
             measured=measured,
         )
+        if watchdog is not None:
+            watchdog.end()
+        yield result
 
 
 def evaluate(run: RunConfig, parts: Assembly, step: int) -> EvalResult | None:
@@ -140,9 +154,10 @@ def evaluate(run: RunConfig, parts: Assembly, step: int) -> EvalResult | None:
 
 
 def begin_step(
-    run: RunConfig, parts: Assembly, timeline: Timeline, shape: StepShape, batches: Sequence[Batch]
-) -> tuple[int, int, float]:
-    """Set what a step depends on besides weights and samples. Collective.
+    run: RunConfig, parts: Assembly, timeline: Timeline, shape: StepShape, batches: Sequence[Batch],
+    stop: StopRequest | None = None,
+) -> tuple[int, int, float]:  # fmt: skip
+    """Set what a step depends on besides weights and samples, and agree whether to `stop` instead. Collective.
 
     Returns:
         Labels and tokens that aren't padding, of the global batch, and what summed losses are multiplied by.
@@ -157,8 +172,11 @@ def begin_step(
     seed_generators(fold_seed(run.seed, "step", shape.step, seat), parts.engine.device)
     # Of ranks that work on the same samples one counts them.
     counting = int(place.pipe == place.sequence == place.tensor == 0)
-    counts = all_sum(counting * _counts(batches, run.data.pads_rows).to(parts.engine.device))
-    labels, real_tokens = counts.tolist()
+    asked = torch.tensor([stop is not None and stop.requested])
+    own = torch.cat([counting * _counts(batches, run.data.pads_rows), asked])
+    labels, real_tokens, stopping = all_sum(own.to(parts.engine.device)).tolist()
+    if stop is not None:
+        stop.agreed = stopping > 0
     # DeepSpeed averages over accumulation and replicas; the loss is a mean over the global batch's labels.
     replicas = parts.engine.gradient_accumulation_steps() * layout.data * layout.sequence
     return labels, real_tokens, replicas / max(1, labels)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
 import socket
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ds_train.engine.network import interface_to
 from ds_train.engine.schedulers import scheduler_place
-from ds_train.errors import EXIT_CODE, UserError
+from ds_train.errors import EXIT_CODE, STOPPED_CODE, Stopped, UserError
 from ds_train.plan.topology import Device, device_here, known_device
 
 if TYPE_CHECKING:
@@ -98,6 +100,12 @@ def return_freed_memory() -> None:
         mallopt(_M_MMAP_THRESHOLD, _LARGE_BLOCK_BYTES)
 
 
+def versions() -> dict[str, str]:
+    """Versions of what decides on numbers."""
+    libraries = {name: version(name) for name in ("ds_train", "torch", "deepspeed", "transformers")}
+    return {"python": platform.python_version(), **libraries}
+
+
 def leave() -> None:
     """Take torch.distributed down; without it the interpreter's exit aborts now and then."""
     import torch
@@ -162,7 +170,8 @@ def _main_waits() -> bool:
 
 
 def run_to_exit_code(body: Callable[[RankInfo], None]) -> int:
-    """Run `body` with this process's place. A `UserError` is printed by rank 0, a line per problem; exit code 2.
+    """Run `body` with this process's place. A `UserError` is printed by rank 0, a line per problem; exit code 2. A run
+    that was told to stop has exit code 75.
 
     The launcher kills every rank as soon as one ends badly, so the others leave the word to rank 0 first. Where rank 0
     still waits for them after a while, it hasn't met what they have (a file that their host lacks, say): they tell it.
@@ -178,6 +187,8 @@ def run_to_exit_code(body: Callable[[RankInfo], None]) -> int:
             for problem in error.problems:
                 print(f"error{here}: {problem}", file=sys.stderr, flush=True)
         return EXIT_CODE
+    except Stopped:
+        return STOPPED_CODE
     finally:
         if "torch" in sys.modules:
             leave()

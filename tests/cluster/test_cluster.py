@@ -66,13 +66,15 @@ def test_deepspeeds_own_front_end_gives_them_too(lab: Lab, recipe: str) -> None:
 
 
 @contextlib.contextmanager
-def in_mid_run(lab: Lab, recipe: str, hosts: int, **env: str) -> Iterator[subprocess.Popen[str]]:
+def in_mid_run(
+    lab: Lab, recipe: str, hosts: int, *more: str, command: str = "launch", steps: int = 1_000_000, **env: str
+) -> Iterator[subprocess.Popen[str]]:
     """A launch on so many hosts that has trained a few steps and would go on for hours."""
     hostfile = lab.hostfile(*(f"worker-{index} slots=1" for index in range(hosts)))
-    command = [sys.executable, "-m", "ds_train.cli", "launch", recipe, "schedule.steps=1000000", "--hostfile", hostfile]
+    line = [sys.executable, "-m", "ds_train.cli", command, recipe, f"schedule.steps={steps}", "--hostfile", hostfile]
     sizes = ["batch.global_samples=6", "batch.micro_samples=1", *ZERO_2]
     process = subprocess.Popen(
-        lab.command(*command, *sizes), env=lab.environment(env), cwd=ROOT, text=True,
+        lab.command(*line, *sizes, *more), env=lab.environment(env), cwd=ROOT, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     try:
@@ -116,6 +118,23 @@ def test_a_lost_host_ends_the_launch_everywhere(lab: Lab, recipe: str, accident:
     assert len(named) == 1, errors[-4000:]
     assert named[0].startswith("error: worker-2: the connection is lost")
     assert launch.returncode != 0
+    lab.boot("worker-2")
+    lab.wait_for_sshd("worker-2")
+
+
+def test_a_supervised_run_goes_on_without_a_lost_host(lab: Lab, recipe: str) -> None:
+    often = ("checkpoint.every_steps=2", "--pause", "1")
+    with in_mid_run(lab, recipe, 3, *often, command="supervise", steps=150) as supervised:
+        power_cut(lab)
+        output = "".join(supervised.communicate(timeout=300))
+    assert supervised.returncode == 0, output[-4000:]
+    assert "worker-2: no answer; going on without" in output
+    path = Path(recipe).parent / "runs" / "tiny"
+    records = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    (restart,) = [record for record in records if record["kind"] == "restart"]
+    assert (restart["exit_code"], restart["host"], restart["ranks"]) == (255, "worker-2", 3)
+    assert json.loads((path / "plan.json").read_text())["layout"]["data"] == 2
+    assert [record["step"] for record in records if record["kind"] == "train"] == list(range(1, 151))
     lab.boot("worker-2")
     lab.wait_for_sshd("worker-2")
 

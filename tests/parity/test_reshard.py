@@ -76,7 +76,8 @@ def run_each(folder: Path, script: str, ranks: int, arguments: list[str]) -> Non
 
 
 def check_pairs(folder: Path, model: str, pairs: list[tuple[str, str]], **changes: Any) -> None:
-    """Save on the first layout of each pair, go on on the second; compare losses, weights and states."""
+    """Save on the first layout of each pair, go on on the second; compare losses, weights and states of all."""
+    apart: list[str] = []
     sources = sorted({source for source, _ in pairs})
     for ranks in sorted({LAYOUTS[source][0] for source in sources}):
         recipes = [
@@ -96,8 +97,13 @@ def check_pairs(folder: Path, model: str, pairs: list[tuple[str, str]], **change
             root = f"from-{source}"
             expected = torch.tensor(losses(folder, "whole", source)[SAVED:])
             found = torch.tensor(losses(folder, root, target))
-            torch.testing.assert_close(found, expected, rtol=1e-5, atol=0, msg=lambda text, t=target: f"{t}: {text}")
+            furthest = float(((found - expected).abs() / expected).max())
+            print(f"{model}, {source} to {target}: losses at most {furthest:.1e} apart")
+            if not furthest <= 1e-5:
+                apart.append(f"{source} to {target}: {furthest:.1e}, {found.tolist()} instead of {expected.tolist()}")
             same_states(checkpoint, next((folder / root / target / "resaved").glob("step-*")))
+
+    assert not apart, "\n".join(apart)
 
 
 def same_states(one: Path, other: Path) -> None:

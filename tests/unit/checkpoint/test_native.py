@@ -118,6 +118,18 @@ def test_every_harm_to_every_file_is_noticed(tmp_path: Path, file: str, harm: st
     assert found.name == "step-00000005"
 
 
+def test_every_bit_of_the_manifest_counts(tmp_path: Path) -> None:
+    path = save(tmp_path, 5).path / MANIFEST
+    content = path.read_bytes()
+    assert damage(path.parent) is None
+    for place in range(len(content)):
+        for bit in range(8):
+            path.write_bytes(content[:place] + bytes([content[place] ^ 1 << bit]) + content[place + 1 :])
+            assert damage(path.parent) is not None, (place, bit)
+        path.write_bytes(content[:place])
+        assert damage(path.parent) is not None, place
+
+
 @pytest.fixture
 def small_disk() -> Iterator[None]:
     """No file may grow beyond 100 bytes, as on a disk that is full."""
@@ -250,6 +262,10 @@ def test_what_may_and_what_may_not_change_on_resume() -> None:
     native.check_resumable(saved, recipe | {"track": {"wandb": "online"}}, "abc")
     native.check_resumable(saved, recipe | {"data": {"source": "text", "workers": 4}}, "abc")
     native.check_resumable(saved, recipe | {"optimizer": {"betas": (0.9, 0.95)}}, "abc")
+    moved = recipe | {"data": {"source": "text", "workers": 1, "path": "/elsewhere"}}
+    native.check_resumable(saved, moved, "abc")
+    with pytest.raises(UserError, match=r"data\.path=/elsewhere: the checkpoint was made with None"):
+        native.check_resumable(saved, moved, "xyz")
     with pytest.raises(UserError, match=r"(?s)data.source=stdlib.*made with text.*seed=2"):
         native.check_resumable(saved, recipe | {"seed": 2, "data": {"source": "stdlib"}}, "abc")
     with pytest.raises(UserError, match="data has changed"):

@@ -1,0 +1,87 @@
+"""When a step is too long, and whom the others wait for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from ds_train.config.faults import FaultsSection
+from ds_train.engine import watchdog
+from ds_train.engine.watchdog import Pace, Report, name_late
+
+SECTION = FaultsSection(late_factor=10, late_floor_seconds=3, first_step_seconds=100)
+
+
+def test_a_step_may_take_a_multiple_of_the_median_per_token() -> None:
+    pace = Pace(SECTION)
+    assert pace.limit("short", 100) == 100
+    pace.add("short", 100, 50.0)  # compiled
+    for _ in range(10):
+        pace.add("short", 100, 1.0)
+    assert pace.limit("short", 100) == pytest.approx(10.0)
+    assert pace.limit("short", 400) == pytest.approx(40.0)
+
+
+def test_no_step_is_late_before_the_floor() -> None:
+    pace = Pace(SECTION)
+    for _ in range(10):
+        pace.add("short", 100, 0.01)
+    assert pace.limit("short", 100) == 3
+
+
+def test_the_first_step_of_a_length_may_compile_and_says_nothing_about_the_others() -> None:
+    pace = Pace(SECTION)
+    for _ in range(3):
+        pace.add("short", 100, 1.0)
+    assert pace.limit("long", 400) == 100
+    pace.add("long", 400, 90.0)
+    assert pace.limit("long", 400) == pytest.approx(40.0)
+
+
+def report(rank: int, **changes: Any) -> Report:
+    usual: dict[str, Any] = {
+        "host": f"host{rank}", "step": 7, "seconds": 9.0, "place": "all_reduce", "waits": True, "collectives": {"0": 5},
+    }  # fmt: skip
+    return Report(rank, **(usual | changes))
+
+
+def test_ranks_that_say_nothing_are_named_first() -> None:
+    assert name_late([report(0), report(2, step=6)], 4).startswith("ranks 1, 3 give no answer")
+    assert name_late([report(0)], 2).startswith("rank 1 gives no answer")
+
+
+def test_the_rank_that_computes_while_the_others_wait_is_late() -> None:
+    words = name_late([report(0), report(1, waits=False, place="sleep (user.py:3)"), report(2)], 3)
+    assert words == "late is rank 1 on host1, at step 7, in sleep (user.py:3)"
+
+
+def test_an_older_step_and_fewer_collectives_tell_where_all_wait() -> None:
+    assert "rank 1 on host1" in name_late([report(0), report(1, step=6), report(2)], 3)
+    assert "rank 2 on host2" in name_late([report(0), report(1), report(2, collectives={"0": 4})], 3)
+
+
+def test_nobody_is_named_without_a_sign() -> None:
+    assert name_late([report(0), report(1, place="broadcast")], 2) == (
+        "no rank is behind the others; they are at all_reduce and broadcast"
+    )
+
+
+def test_a_single_rank_says_where_it_is() -> None:
+    assert name_late([report(0, waits=False, place="f (a.py:1)")], 1).endswith("in f (a.py:1)")
+
+
+def test_collectives_are_counted_and_named() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        before = sum(watchdog._begun().values())
+        dist.all_reduce(torch.ones(3))
+        assert sum(watchdog._begun().values()) == before + 1
+        assert "gloo:all_reduce in 0 default_pg: [[3]] -> [[3]], done" in list(watchdog._last_collectives())[-1]
+    finally:
+        dist.destroy_process_group()
+    place, waits = watchdog._place()
+    assert "_place" in place
+    assert not waits
