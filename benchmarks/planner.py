@@ -116,7 +116,9 @@ def rows(names: list[tuple[str, str]], folder: Path, samples: int) -> list[dict[
         before = found.get((row["name"], row["rank"]), row)
         least = {key: min(row.get(key, math.inf), before.get(key, math.inf)) for key in ("seconds", "busy")}
         found[row["name"], row["rank"]] = row | least
-    predicted = {f"{model}-{layout}": predict(folder, model, layout, samples) for model, layout in names}
+    measured = {name for name, _ in found}
+    wanted = [name for name in names if "-".join(name) in measured]
+    predicted = {"-".join(name): predict(folder, *name, samples) for name in wanted}
     for name in predicted:  # a step is as long as its busiest rank needs
         ranks = [row for (other, _), row in found.items() if other == name]
         for row in ranks:

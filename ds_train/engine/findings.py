@@ -175,8 +175,9 @@ def kernels(built: Mapping[str, str]) -> list[Finding]:
         # The last such line is about the device, where there is one.
         words = next((line for line in reversed(output.splitlines()) if _CHOICE.fullmatch(line)), "torch (unknown)")
         kinds[name] = words.partition(" ")[0]
-        if kinds[name] == "torch":
-            found.append(Finding("warn", "kernels", f"torch's optimizers run there: {words}", name, "install g++"))
+        if kinds[name].startswith("torch"):
+            text = f"torch's optimizers run there: {words}"
+            found.append(Finding("warn", "kernels", text, name, "install g++, and nvcc for a GPU"))
     if len(set(kinds.values())) > 1:
         each = ", ".join(f"{name} {kind}" for name, kind in kinds.items())
         found.append(Finding("note", "kernels", f"hosts differ, and a step is the slowest's: {each}"))
