@@ -53,19 +53,19 @@ class Zygote:
 
     def start(
         self, recipe: Path, *overrides: str, acts: Sequence[Act] = (), ranks: int = 2, timeout_s: float = 120,
-        settle_s: float = 20, user: int | None = None, own_overrides: dict[int, list[str]] | None = None,
+        settle_s: float = 20, ordinary: bool = False, own_overrides: dict[int, list[str]] | None = None,
     ) -> Launch:  # fmt: skip
         """Start ranks that train `recipe`; after one has ended badly, the others get `settle_s`.
 
         Args:
-            user: id of the user that they become.
+            ordinary: they ask for the modes of files, as root doesn't.
             own_overrides: overrides of single ranks.
         """
         self._count += 1
         logs = self._logs / f"launch{self._count:03d}"
         launch = {
             "ranks": ranks, "recipe": str(recipe), "overrides": overrides, "acts": list(acts), "logs": str(logs),
-            "timeout_s": timeout_s, "settle_s": settle_s, "user": user, "port": free_port(),
+            "timeout_s": timeout_s, "settle_s": settle_s, "ordinary": ordinary, "port": free_port(),
             "own_overrides": own_overrides or {},
         }  # fmt: skip
         assert self._process.stdin is not None

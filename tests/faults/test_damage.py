@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -124,23 +122,12 @@ def test_a_folder_that_became_read_only_stops_no_run(place: Place, zygote: Zygot
     assert place.history("readonly") == place.history("whole")
 
 
-def test_a_folder_of_somebody_else_stops_no_run(zygote: Zygote) -> None:
-    if os.geteuid() != 0:
-        pytest.skip("only root can become another user")
-    folder = Path(tempfile.mkdtemp(prefix="ds_train-faults-"))
-    try:
-        folder.chmod(0o755)
-        place = Place(folder)
-        zygote.run(place.recipe("whole", 6, {"zero_stage": 2})).check()
-        run = shutil.copytree(place.run("whole"), place.run("foreign"))
-        shutil.rmtree(run / "checkpoints" / "step-00000006")
-        nobody = 65534
-        for path in [run, *run.rglob("*")]:
-            os.chown(path, nobody, nobody)
-        os.chown(run / "checkpoints", 0, 0)
-        ended = zygote.run(place.recipe("foreign", 6, {"zero_stage": 2}), user=nobody).check()
-        assert "step 6 could not be saved: Permission denied" in ended.outputs[0]
-        assert place.steps("foreign") == [2, 4]
-        assert place.history("foreign") == place.history("whole")
-    finally:
-        shutil.rmtree(folder)
+def test_a_folder_that_may_not_be_written_stops_no_run(place: Place, zygote: Zygote) -> None:
+    zygote.run(place.recipe("whole", 6, {"zero_stage": 2})).check()
+    checkpoints = shutil.copytree(place.run("whole"), place.run("foreign")) / "checkpoints"
+    shutil.rmtree(checkpoints / "step-00000006")
+    checkpoints.chmod(0o555)
+    ended = zygote.run(place.recipe("foreign", 6, {"zero_stage": 2}), ordinary=True).check()
+    assert "step 6 could not be saved: Permission denied" in ended.outputs[0]
+    assert place.steps("foreign") == [2, 4]
+    assert place.history("foreign") == place.history("whole")

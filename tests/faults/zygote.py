@@ -6,6 +6,7 @@ codes when all have ended. `acts` of a launch strike a rank at a chosen call of 
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import importlib
 import json
@@ -65,6 +66,21 @@ def lay(act: Mapping[str, Any]) -> None:
     setattr(holder, name, struck)
 
 
+class _Capabilities(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_uint32) for name in ("effective", "permitted", "inheritable")]
+
+
+def respect_modes() -> None:
+    """Let root's processes ask for the modes of files as others' do (capabilities DAC_OVERRIDE and DAC_READ_SEARCH)."""
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, this process
+    data = (_Capabilities * 2)()
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.capget(header, data)
+    data[0].effective &= ~(1 << 1 | 1 << 2)
+    if libc.capset(header, data):
+        raise OSError(ctypes.get_errno(), "capset")
+
+
 def be_rank(rank: int, launch: Mapping[str, Any]) -> int:
     """Train the launch's recipe as `rank`."""
     output = os.open(f"{launch['logs']}/rank{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
@@ -76,8 +92,8 @@ def be_rank(rank: int, launch: Mapping[str, Any]) -> int:
     for act in launch["acts"]:
         if act["rank"] == rank:
             lay(act)
-    if launch["user"] is not None:
-        os.setuid(launch["user"])
+    if launch["ordinary"]:
+        respect_modes()
     from ds_train.engine.job import run_job
 
     return run_job(launch["recipe"], [*launch["overrides"], *launch["own_overrides"].get(str(rank), ())])
