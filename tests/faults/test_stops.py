@@ -69,6 +69,7 @@ class Run:
             assert self.process.poll() is None, self.log.read_text()[-3000:]
             assert time.monotonic() < deadline, self.log.read_text()[-3000:]
             time.sleep(0.05)
+        self.everything = self.tree.children(recursive=True)
 
     def processes(self, word: str) -> list[psutil.Process]:
         """Processes of this run with `word` on their command lines."""
@@ -81,9 +82,8 @@ class Run:
 
     def end(self) -> str:
         """Wait until all of it has ended: the exit code is the process's."""
-        everything = self.tree.children(recursive=True)
         self.process.wait(120)
-        _, alive = psutil.wait_procs(everything, timeout=60)
+        _, alive = psutil.wait_procs(self.everything, timeout=60)
         assert not alive, "processes are left"
         return self.log.read_text()
 

@@ -34,7 +34,7 @@ def strike(act: Mapping[str, Any], result: Any = None) -> None:
     if act["do"] == "hang":
         time.sleep(3600)
     elif act["do"] == "spoil":
-        next(result.model.parameters()).data.view(-1)[3] += 1e-3
+        result.model.get_output_embeddings().weight.data.view(-1)[3] += 1e-3
     else:
         os.kill(os.getpid(), getattr(signal, act["do"]))
         time.sleep(0.2)  # a signal that only asks is heard by a thread
