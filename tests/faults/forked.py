@@ -52,7 +52,7 @@ class Zygote:
         assert self._process.stdout.readline() == "ready\n"
 
     def start(
-        self, recipe: Path, *overrides: str, acts: Sequence[Act] = (), ranks: int = 2, timeout_s: float = 120,
+        self, recipe: Path, *overrides: str, acts: Sequence[Act] = (), ranks: int = 2, timeout_s: float = 300,
         settle_s: float = 20, ordinary: bool = False, own_overrides: dict[int, list[str]] | None = None,
     ) -> Launch:  # fmt: skip
         """Start ranks that train `recipe`; after one has ended badly, the others get `settle_s`.

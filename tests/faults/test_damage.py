@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from conftest import Place
 from forked import Zygote
+from place import Place
 
 from ds_train.checkpoint import native
 
@@ -52,8 +52,9 @@ def test_every_harm_to_every_file_makes_the_older_one_be_taken(place: Place, zyg
             notes: list[str] = []
             found = native.find(checkpoints, "auto", notes.append)
             assert found == older, (name, harm)
-            assert len(notes) == 1
-            assert notes[0].startswith("checkpoint step-00000006 is passed over: ")
+            if (name, harm) != ("manifest.json", "remove"):  # without one it is a save that didn't end
+                assert len(notes) == 1
+                assert notes[0].startswith("checkpoint step-00000006 is passed over: ")
             shutil.copy(kept / name, newest / name)
     assert native.find(checkpoints, "auto", pytest.fail) == newest
 

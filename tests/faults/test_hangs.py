@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 
 import pytest
-from conftest import Place
 from forked import Zygote, act
+from place import Place
 
 pytestmark = pytest.mark.parity
 

@@ -6,8 +6,8 @@ import random
 from typing import Any
 
 import pytest
-from conftest import Place
 from forked import Act, Zygote, act
+from place import Place
 
 pytestmark = pytest.mark.parity
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import Place
 from forked import Zygote, act
+from place import Place
 from ranks import ROOT, clean_environment, stop
 
 from ds_train.engine.port import free_port
