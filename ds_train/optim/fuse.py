@@ -3,7 +3,7 @@
 DeepSpeed multiplies every gradient by the unscale and clip factor before the optimizer reads it again, copies each to
 float64 for its norm, and copies the updated parameters to 16 bits. Here factor and copy go into the pass of the update,
 and the norm is one pass over all gradients; the bits are those of DeepSpeed's passes. Everything else, the collectives
-among it, stays DeepSpeed's, and so does the 16-bit copy of ZeRO 1 and 2, which stands in the middle of `step`.
+among it, stays DeepSpeed's, and so does the 16-bit copy of ZeRO 2, which stands in the middle of `step`.
 """
 
 from __future__ import annotations
