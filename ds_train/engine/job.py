@@ -96,7 +96,8 @@ def train(run: RunConfig, info: RankInfo) -> None:
         session.train(done, timeline)
         _note_noise_scale(run, folder, tracker, info)
         if run.checkpoint.export:
-            hf.export(parts.part, tokenizer, folder / "export", _model_card(run, plan, folder) if info.is_main else "")
+            card = _model_card(run, plan, folder) if info.is_main else ""
+            hf.export(parts.part, tokenizer, folder / "export", card, parts.packing)
             _push(run, folder / "export", tracker, info)
         exit_code = 0
     finally:

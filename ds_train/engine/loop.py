@@ -21,6 +21,7 @@ from ds_train.models.tasks import Batch
 from ds_train.optim.build import set_learning_rate
 from ds_train.parallel.tensor import gradient_norm
 from ds_train.plan.make import RunPlan
+from ds_train.schedule.distill import teacher_share
 from ds_train.schedule.learning_rate import learning_rate_factor
 from ds_train.schedule.timeline import Timeline
 from ds_train.schedule.token_drop import kept_tokens
@@ -99,6 +100,10 @@ def train_steps(
         set_learning_rate(parts.engine.optimizer, lr)
         if parts.part.dropping is not None:
             parts.part.dropping.kept = kept_tokens(run.token_drop, shape.length, shape.before, timeline.total_tokens)
+        if parts.distilling is not None:
+            parts.distilling.alpha = teacher_share(run.compress.distill, shape.before, timeline.total_tokens)
+        if parts.rounding is not None:
+            parts.rounding.on = shape.before >= run.compress.quantize.start * timeline.total_tokens
         # Dropout draws from a seed of its own at every step and rank, so there is no generator state to save.
         torch.manual_seed(fold_seed(run.seed, "step", step, seat))
         counts = all_sum(counting * _counts(batches, run.data.pads_rows).to(parts.engine.device))

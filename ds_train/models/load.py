@@ -24,7 +24,7 @@ from ds_train.errors import UserError, first_line, user_error
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-_AUTO_CLASSES = {
+AUTO_CLASSES = {
     "causal-lm": transformers.AutoModelForCausalLM,
     "masked-lm": transformers.AutoModelForMaskedLM,
     "sequence-classification": transformers.AutoModelForSequenceClassification,
@@ -188,7 +188,7 @@ def _random_model(run: RunConfig, config: PreTrainedConfig, zero3_json: dict[str
             stack.enter_context(prevent_arange_dtype_change())
             dtype = DTYPES[run.precision.dtype]
             stack.enter_context(deepspeed.zero.Init(config_dict_or_path=zero3_json, dtype=dtype))
-        auto_class: Any = _AUTO_CLASSES[run.task.kind]
+        auto_class: Any = AUTO_CLASSES[run.task.kind]
         return auto_class.from_config(config, dtype=DTYPES[run.precision.dtype], **_attention(run))
 
 
@@ -206,7 +206,7 @@ def _pretrained_model(
     # transformers partitions while it loads only if such an object is alive (deepspeed-rules: silent otherwise).
     alive = HfDeepSpeedConfig(deepspeed_json) if zero_stage == 3 else None
     family = type(outline(run, config)) if cut is not None else None
-    loader: Any = _AUTO_CLASSES[run.task.kind] if family is None else _part_of(family, cut)
+    loader: Any = AUTO_CLASSES[run.task.kind] if family is None else _part_of(family, cut)
     try:
         model, info = loader.from_pretrained(
             run.model.path,
