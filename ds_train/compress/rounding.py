@@ -1,7 +1,8 @@
 """Weights and activations as small integers with scales: the arithmetic, and its gradient for training.
 
 Symmetric around 0: the largest of what shares a scale is half of the range of integers, as compressed-tensors has it
-(quantization/utils/helpers.py: calculate_qparams), which reads what is exported.
+(quantization/utils/helpers.py: calculate_qparams), which reads what is exported. Or a hair less: -127.5 is a tie, where
+the last bit of a scale, which differs between layouts, would decide between two integers.
 Shapes: O outputs, I inputs of a matrix, G groups of inputs that share a scale (1 without groups).
 """
 
@@ -60,6 +61,8 @@ class Grid:
         return weight_OI.unflatten(-1, (-1, self.group or weight_OI.shape[-1]))
 
 
+_HAIR = 2.0**-16
+
 TOKENS = Grid(8)
 """Integers of activations, with one scale a token."""
 
@@ -85,7 +88,7 @@ def straight_through(value: Tensor, rounded: Callable[[], Tensor]) -> Tensor:
 
 
 def _scale(largest: Tensor, grid: Grid) -> Tensor:
-    scale = largest / ((grid.most - grid.least) / 2)
+    scale = largest * ((1 + _HAIR) * 2 / (grid.most - grid.least))
     return torch.where(scale == 0, torch.finfo(scale.dtype).eps, scale)
 
 

@@ -161,7 +161,6 @@ def check(folder: Path, folders: dict[str, Path], chosen: dict[str, list[str]]) 
     run_ranks(2, ["tests/parity/train_many.py", *map(str, recipes.values())], timeout_s=900).check()
     for case, layouts in chosen.items():
         expected = plain_loop(recipes[case, layouts[0]], folders["teacher"])
-        assert expected[0][0] > 1.02 * expected[-1][0], "the reference doesn't learn, so it shows nothing"
         for layout in layouts:
             found = history_of(folder, f"{case}-{layout}")
             np.testing.assert_allclose(found, expected, rtol=1e-5, err_msg=f"{case} {layout}")

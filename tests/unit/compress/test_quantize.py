@@ -49,12 +49,12 @@ def run_with(section: QuantizeSection, **model: Any) -> RunConfig:
     return validate({"model": {"arch": "llama"} | model, "schedule": {"steps": 1}, "compress": {"quantize": quantize}})
 
 
-def oracle(tensor: Tensor, **options: Any) -> Tensor:
-    """Quantized and back by compressed-tensors, whose groups are those of the last dimension."""
+def oracle(tensor: Tensor, scale: Tensor, **options: Any) -> Tensor:
+    """Rounded with these scales by compressed-tensors; that those are its own, to a hair, is asserted."""
     args = QuantizationArgs(type="int", symmetric=True, **options)
-    group = options.get("group_size") or tensor.shape[-1]
-    grouped = tensor.unflatten(-1, (-1, group))
-    scale, zero = calculate_qparams(grouped.amin(-1), grouped.amax(-1), args)
+    grouped = tensor.unflatten(-1, (-1, options.get("group_size") or tensor.shape[-1]))
+    own, zero = calculate_qparams(grouped.amin(-1), grouped.amax(-1), args)
+    torch.testing.assert_close(scale, own, rtol=2e-5 if tensor.dtype == torch.float32 else 5e-3, atol=0)
     return fake_quantize(tensor, scale, zero, args)
 
 
@@ -64,25 +64,36 @@ def test_rounds_as_the_library_that_reads_it(bits: int, group: int, dtype: torch
     weight = torch.randn(19, 48, dtype=dtype)
     weight[3] = 0
     grid = Grid(bits, group)
-    ours = grid.rounded(weight, grid.scales(weight))
+    scales = grid.scales(weight)
     strategy: dict[str, Any] = {"strategy": "group", "group_size": group} if group else {"strategy": "channel"}
-    expected = oracle(weight.float(), num_bits=bits, **strategy)
+    ours = grid.rounded(weight, scales)
     assert ours.dtype == dtype
-    step = grid.scales(weight).float().repeat_interleave(group or 48, 1)
+    assert grid.integers(weight, scales).unique().numel() > 2**bits // 3
     if dtype == torch.float32:
-        torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-7)
-    else:  # scales are bf16 here
-        assert bool(((ours.float() - weight.float()).abs() <= 0.55 * step + 0.01 * weight.float().abs()).all())
-    assert grid.integers(weight, grid.scales(weight)).unique().numel() > 2**bits // 3
+        torch.testing.assert_close(ours, oracle(weight, scales, num_bits=bits, **strategy), rtol=1e-6, atol=0)
+    # Half a step; in 16 bits the scale, and the value that an integer stands for, are rounded too.
+    step = scales.float().repeat_interleave(group or 48, 1)
+    slack = 0.5001 * step if dtype == torch.float32 else 0.54 * step + 2.0**-8 * weight.float().abs()
+    assert bool(((ours.float() - weight.float()).abs() <= slack).all())
 
 
 def test_tokens_round_as_the_library_does() -> None:
     hidden = torch.randn(2, 7, 24, requires_grad=True)
     ours = round_tokens(hidden)
-    expected = oracle(hidden.detach().flatten(0, 1), num_bits=8, strategy="channel").view_as(hidden)
-    torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-7)
-    (gradient,) = torch.autograd.grad((ours * expected).sum(), hidden)
-    torch.testing.assert_close(gradient, expected)
+    flat = hidden.detach().flatten(0, 1)
+    scale = flat.abs().amax(-1, keepdim=True) / 127.5 * (1 + 2.0**-16)
+    torch.testing.assert_close(
+        ours.flatten(0, 1), oracle(flat, scale, num_bits=8, strategy="channel"), rtol=1e-6, atol=0
+    )
+    weight = torch.randn_like(hidden)
+    (gradient,) = torch.autograd.grad((ours * weight).sum(), hidden)
+    torch.testing.assert_close(gradient, weight)
+
+
+@pytest.mark.parametrize("sign", [-1.0, 1.0])
+def test_the_last_bit_of_the_largest_decides_nothing(sign: float) -> None:
+    near = sign * torch.rand(4000, 1).add_(0.5) * torch.ones(1, 2) * torch.tensor([1.0, 0.3])
+    assert Grid(4).integers(near, Grid(4).scales(near))[:, 0].unique().tolist() == [7 * int(sign)]
 
 
 def rounded_weights(model: PreTrainedModel, section: QuantizeSection) -> dict[str, Tensor]:
@@ -151,7 +162,9 @@ def test_from_pretrained_computes_what_was_trained(name: str, tmp_path: Path) ->
     Rounding(run_with(section), model)
     tokens = torch.randint(1, 97, (2, 9))
     with torch.no_grad():
-        torch.testing.assert_close(loaded(tokens).logits, model(tokens).logits, rtol=1e-5, atol=1e-5)
+        # A token's largest value may lie one integer further there, see compress/rounding.py.
+        near = 5e-3 if section.activations != "none" else 1e-5
+        torch.testing.assert_close(loaded(tokens).logits, model(tokens).logits, rtol=1e-5, atol=near)
     bits = {"int8": 8, "int4-group": 4, "int8-activations": 8}[name]
     weights = sum(value.numel() for key, value in model.state_dict().items() if key.rpartition(".")[0] in packing.names)
     stored = sum(

@@ -1,0 +1,129 @@
+"""Quantization-aware training: the losses of a plain PyTorch loop in float64, in every layout, and the export."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from plain_loop import (
+    DECAY,
+    GLOBAL,
+    LR,
+    STEPS,
+    history_of,
+    write_corpus,
+    write_recipe,
+    write_weights,
+)  # fmt: skip
+from ranks import run_ranks
+from torch import Tensor
+from torch.func import functional_call
+from torch.nn import functional
+from transformers import AutoModelForCausalLM
+
+from ds_train.config import load
+from ds_train.data.build import load_data
+from ds_train.data.prepare import prepare, prepared_tokenizer
+
+pytestmark = pytest.mark.parity
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "zero0": {"zero_stage": 0},
+    "zero2": {"zero_stage": 2},
+    "zero3": {"zero_stage": 3},
+    "tensor2": {"tensor": 2},
+    "pipeline2": {"pipeline": 2},
+    "sequence2": {"sequence": 2},
+}
+CASES: dict[str, dict[str, Any]] = {
+    "int4": {"weights": "int4", "group": 8},
+    "int8": {"weights": "int8", "start": 0.3},
+    "int8-activations": {"weights": "int8", "activations": "int8"},
+}
+HAIR = 1 + 2.0**-16
+
+
+def round_last(tensor: Tensor, bits: int, group: int = 0) -> Tensor:
+    """`tensor` on a grid over groups of its last dimension, with the gradient of the identity."""
+    parts = tensor.detach().unflatten(-1, (-1, group or tensor.shape[-1]))
+    scale = parts.abs().amax(-1, keepdim=True) * HAIR / ((2**bits - 1) / 2)
+    rounded = (parts / scale).round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) * scale
+    return tensor + (rounded.flatten(-2) - tensor).detach()
+
+
+def plain_loop(recipe: Path) -> list[tuple[float, float]]:
+    """(loss, gradient norm) of each step."""
+    run = load(str(recipe))
+    section = run.compress.quantize
+    folder = prepare(run, progress=False)
+    data = load_data(
+        run, folder=folder, tokenizer=prepared_tokenizer(folder), data_rank=0, data_ranks=1, micro_samples=GLOBAL,
+        eval_micro_samples=1,
+    )  # fmt: skip
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        run.model.path, dtype=torch.float64, attn_implementation="eager"
+    ).train()
+    linear = [layer for block in model.model.layers for layer in block.modules() if type(layer) is torch.nn.Linear]
+    chosen = {f"{name}.weight" for name, module in model.named_modules() if module in linear}
+    if section.activations != "none":
+        for layer in linear:
+            layer.register_forward_pre_hook(lambda _, args: (round_last(args[0], 8),))
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() <= 1]
+    groups = [{"params": matrices, "weight_decay": DECAY}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.95), eps=1e-8, foreach=False)
+    history = []
+    for step in range(STEPS):
+        (batch,) = data.train.step(step)
+        labels = batch.pop("labels")
+        state = dict(model.named_parameters())
+        if step >= section.start * STEPS:
+            state |= {name: round_last(state[name], section.bits, section.group) for name in chosen}
+        logits = functional_call(model, state, kwargs=batch | {"use_cache": False}).logits
+        loss = functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        for group in optimizer.param_groups:
+            group["lr"] = LR
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        history.append((loss.item(), norm.item()))
+    return history
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    root = tmp_path_factory.mktemp("qat")
+    return write_corpus(root / "corpus"), write_weights(root / "llama", "llama")
+
+
+def write_case(folder: Path, folders: tuple[Path, Path], case: str, layout: str) -> Path:
+    return write_recipe(
+        folder, f"{case}-{layout}", *folders, "llama", LAYOUTS[layout], compress={"quantize": CASES[case]},
+        schedule={"kind": "constant"}, checkpoint={"export": True}, data={"validation_fraction": 0.2},
+    )  # fmt: skip
+
+
+def check(folder: Path, folders: tuple[Path, Path], chosen: dict[str, list[str]]) -> None:
+    recipes = {
+        (case, layout): write_case(folder, folders, case, layout) for case, names in chosen.items() for layout in names
+    }
+    run_ranks(2, ["tests/parity/train_many.py", *map(str, recipes.values())], timeout_s=900).check()
+    for (case, layout), recipe in recipes.items():
+        expected = plain_loop(recipe)
+        assert expected[0][0] > 1.05 * expected[-1][0], "the reference doesn't learn, so it shows nothing"
+        np.testing.assert_allclose(history_of(folder, recipe.stem), expected, rtol=1e-5, err_msg=f"{case} {layout}")
+        exported = AutoModelForCausalLM.from_pretrained(folder / "runs" / recipe.stem / "export", dtype=torch.float32)
+        assert bool(exported(torch.arange(40)[None]).logits.isfinite().all())
+
+
+def test_a_sample_of_layouts(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    check(tmp_path, folders, {"int4": ["tensor2"], "int8": ["zero3"], "int8-activations": ["pipeline2"]})
+
+
+@pytest.mark.exhaustive
+def test_every_layout(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    check(tmp_path, folders, {case: list(LAYOUTS) for case in CASES})
