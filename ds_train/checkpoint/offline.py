@@ -5,7 +5,9 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from ds_train.checkpoint import hf
 from ds_train.checkpoint.fragments import WEIGHT, Fragment, Shape
@@ -13,10 +15,14 @@ from ds_train.checkpoint.manifest import Written, damage, make_durable, write_ma
 from ds_train.checkpoint.native import FORMAT, STATE, open_fragments, read_state
 from ds_train.checkpoint.shards import FragmentFiles, write_fragments
 from ds_train.compress.packed import Packing
-from ds_train.config import RunConfig, dump
+from ds_train.compress.post_training import quantize_folder
+from ds_train.config import RunConfig, dump, load
+from ds_train.config.quantize import QuantizeSection
+from ds_train.data.build import load_data
 from ds_train.data.prepare import prepare, prepared_tokenizer
 from ds_train.errors import user_error
 from ds_train.models.load import load_model_config, outline
+from ds_train.models.tasks import model_inputs
 
 
 def export(checkpoint: Path, folder: Path, dtype: torch.dtype) -> None:
@@ -39,6 +45,40 @@ def export(checkpoint: Path, folder: Path, dtype: torch.dtype) -> None:
         hf.export_fragments(files, model, tokenizer, folder, card, dtype, packing)
     finally:
         files.close()
+
+
+def quantize(
+    source: Path, folder: Path, bits: int, group: int, by_gptq: bool, recipe: Path | None, samples: int
+) -> tuple[int, int]:
+    """Write a run's export, or any transformers folder, with rounded weights; bytes of the weights before and after.
+
+    Raises:
+        UserError: there is no model, no data to look at, or the layers can't be rounded so.
+    """
+    own = source / "recipe.yaml"
+    recipe = own if recipe is None and own.is_file() else recipe
+    model = source / "export" if own.is_file() else source
+    batches = []
+    if by_gptq:
+        if recipe is None:
+            raise user_error("--recipe", "gptq looks at samples, and a folder of weights has none", "give a recipe")
+        batches = _calibration(load(recipe), samples)
+    section = QuantizeSection.model_validate({"weights": f"int{bits}", "group": group})
+    return quantize_folder(model, folder, section, "gptq" if by_gptq else "rtn", batches)
+
+
+def _calibration(run: RunConfig, count: int) -> list[dict[str, Tensor]]:
+    """What the model takes of the first samples of the recipe's training."""
+    prepared = prepare(run)
+    micro = 8
+    data = load_data(
+        run, folder=prepared, tokenizer=prepared_tokenizer(prepared), data_rank=0, data_ranks=1, micro_samples=micro,
+        eval_micro_samples=micro,
+    )  # fmt: skip
+    places = data.train.order.index(np.arange(min(count, data.train.num_samples))).tolist()
+    return [
+        model_inputs(data.train.of_samples(places[start : start + micro])) for start in range(0, len(places), micro)
+    ]
 
 
 def rewrite(checkpoint: Path, folder: Path, file_bytes: int = hf.FILE_BYTES) -> None:

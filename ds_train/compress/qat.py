@@ -33,12 +33,17 @@ class Rounding:
         self._activations = section.activations != "none"
         # Inside of a checkpointed layer nothing is kept anyway, and its own hooks must see what would be.
         self._again = not run.model.activation_checkpointing
-        for layer in repeated_layers(model):
-            for module in layer.modules():
-                if _is_linear(module):
-                    cut = getattr(module.weight, "tensor_shard", None)
-                    ranks = group if cut is not None and cut.dim == 1 else None
-                    module.forward = partial(self._forward, module, module.forward, ranks)  # type: ignore[method-assign]
+        linear: list[Any] = [
+            module for layer in repeated_layers(model) for module in layer.modules() if _is_linear(module)
+        ]
+        for module in linear:
+            cut = getattr(module.weight, "tensor_shard", None)
+            ranks = group if cut is not None and cut.dim == 1 else None
+            inputs = int(module.weight.shape[-1])
+            if ranks is not None and section.group and inputs % section.group:
+                reason = f"tensor ranks have {inputs} inputs of a matrix, which it doesn't divide"
+                raise user_error("compress.quantize.group", reason, "choose a divisor, or 0", section.group)
+            module.forward = partial(self._forward, module, module.forward, ranks)
 
     def _forward(self, module: Any, forward: Any, ranks: Any, hidden: Tensor) -> Tensor:
         if not self.on:

@@ -17,8 +17,9 @@ from ds_train.compress.teacher import Teacher, check_teacher, paired_layers
 from ds_train.compress.teacher_cache import cached_teacher
 from ds_train.config import RunConfig
 from ds_train.data.build import DataBundle, load_data
-from ds_train.engine.ranks import RankInfo
+from ds_train.engine.ranks import RankInfo, on_main_first
 from ds_train.models.cpu_products import fp32_products_are_faster, use_fp32_products
+from ds_train.models.kept_layers import start_from_kept_layers
 from ds_train.models.lean import use_lean_layers
 from ds_train.models.load import load_model_config
 from ds_train.models.patch import embed_patches
@@ -79,6 +80,9 @@ def assemble(run: RunConfig, plan: RunPlan, info: RankInfo, tokenizer: Any, prep
         micro_samples=plan.batch.micro_samples,
         eval_micro_samples=plan.batch.eval_micro_samples,
     )
+    if run.model.keep_layers is not None:
+        whole = run
+        run = on_main_first(info, lambda: start_from_kept_layers(whole, tokenizer))
     config = load_model_config(run, tokenizer)
     if plan.size is None:
         # A hub model's sizes are known only now that its config is on this machine.

@@ -21,6 +21,7 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig, prevent_arang
 
 from ds_train.config import RunConfig
 from ds_train.errors import UserError, first_line, user_error
+from ds_train.plan.model_size import of_kept_layers
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -47,6 +48,8 @@ def load_model_config(run: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Pre
         config = _config_from_scratch(str(run.model.arch), keys)
     else:
         config = _config_of_pretrained(run, keys)
+        if run.model.keep_layers is not None:
+            config = type(config).from_dict(of_kept_layers(config.to_dict(), run.model.keep_layers))
         # Fine-tuning with padded samples needs to know the padding (GPT-like classifiers look for the last real token).
         if getattr(config, "pad_token_id", None) is None:
             config.pad_token_id = tokenizer.pad_token_id

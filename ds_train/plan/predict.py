@@ -11,7 +11,7 @@ from ds_train.plan.batch import BatchPlan
 from ds_train.plan.facts import Facts
 from ds_train.plan.hardware import GIB, Hardware, hardware_of
 from ds_train.plan.memory import Choice, MemoryModel, RankMemory
-from ds_train.plan.model_size import read_config
+from ds_train.plan.model_size import of_kept_layers, read_config
 from ds_train.plan.outline import outline
 from ds_train.plan.throughput import StepTime, TimeModel
 from ds_train.plan.topology import Cluster, Layout
@@ -118,7 +118,7 @@ def config_keys(facts: Facts) -> Mapping[str, Any] | None:
             keys["vocab_size"] = facts.vocabulary
         return keys
     stored = read_config(run.model.path, run.model.revision)
-    return stored | keys if stored is not None else None
+    return of_kept_layers(stored, run.model.keep_layers) | keys if stored is not None else None
 
 
 def chosen(run: RunConfig, layout: Layout, batch: BatchPlan, stage: int) -> Choice:

@@ -15,6 +15,7 @@ from typing import Any
 from ds_train.config.load import nearest
 from ds_train.errors import Problem
 from ds_train.plan.facts import Facts
+from ds_train.plan.model_size import model_size, read_config
 from ds_train.plan.topology import processor_has_fp16
 from ds_train.plan.transformers_keys import TASKS, architectures_with_head, known_architectures
 
@@ -86,6 +87,10 @@ def _given(key: str) -> Predicate:
 
 def _above_one(key: str) -> Predicate:
     return lambda facts: facts.value(key) > 1
+
+
+def _above_zero(key: str) -> Predicate:
+    return lambda facts: facts.value(key) > 0
 
 
 def _all(*predicates: Predicate) -> Predicate:
@@ -354,6 +359,81 @@ def _ignored_sections(facts: Facts) -> dict[str, Any]:
     dtype = facts.run.precision.dtype
     unused = {"aio": not _nvme(facts), "fp16": dtype != "fp16", "bf16": dtype != "bf16"}
     return {f"deepspeed.{key}": facts.raw(key) for key, off in unused.items() if off and facts.raw(key) is not None}
+
+
+_TEACHER = "compress.distill.teacher"
+
+
+def _has_teacher(facts: Facts) -> bool:
+    return facts.run.compress.distill.active
+
+
+_CACHED = _all(_has_teacher, _above_zero("compress.distill.cache_top"))
+_HIDDEN = _above_zero("compress.distill.hidden")
+_ROUNDS = _not(_at("compress.quantize.weights", "none"))
+
+
+def _unread(facts: Facts, section: str, *switches: str) -> dict[str, Any]:
+    """Keys of a section that is off, besides what switches it on, that have another value than their default."""
+    fields = type(facts.value(section)).model_fields
+    return {
+        f"{section}.{key}": facts.value(f"{section}.{key}")
+        for key, field in fields.items()
+        if key not in switches and facts.value(f"{section}.{key}") != field.default
+    }
+
+
+def _teacher_config(facts: Facts) -> dict[str, Any] | None:
+    """config.json of the recipe's teacher; None where there is no teacher, or it isn't on this machine."""
+    teacher = facts.run.compress.distill.teacher
+    return read_config(teacher) if teacher is not None and facts.run.compress.distill.active else None
+
+
+def _teacher_differs(facts: Facts) -> str | None:
+    """What the teacher and the recipe don't agree about, in a phrase."""
+    config, run = _teacher_config(facts), facts.run
+    if config is None:
+        return None
+    positions, vocabulary = config.get("max_position_embeddings"), config.get("vocab_size")
+    if positions and positions < run.data.sequence_length:
+        return f"it takes {positions} tokens, and data.sequence_length={run.data.sequence_length}"
+    if run.task.kind == _CLASSIFYING:
+        labels = len(config.get("id2label") or (0, 1))
+        differs = labels != run.task.num_labels
+        return f"it has {labels} labels, and task.num_labels={run.task.num_labels}" if differs else None
+    ours = facts.size.vocab_size if facts.size else None
+    if ours and vocabulary and ours != vocabulary:
+        return f"its vocabulary is {vocabulary:,} tokens, and the model's {ours:,}"
+    return None
+
+
+def _teacher_missing(facts: Facts) -> bool:
+    teacher = facts.run.compress.distill.teacher
+    if teacher is None or not facts.cluster.here or not facts.run.compress.distill.active:
+        return False
+    return teacher.startswith((".", "/", "~")) and _teacher_config(facts) is None
+
+
+def _stored_layers(facts: Facts) -> int:
+    """Layers of `model.path`; 0 where they aren't known."""
+    size = model_size(facts.run.model.model_copy(update={"keep_layers": None}), facts.run.task.kind)
+    return (size.num_hidden_layers or 0) if size else 0
+
+
+def _missing_layer(facts: Facts) -> bool:
+    kept, count = facts.run.model.keep_layers, _stored_layers(facts)
+    return kept is not None and count > 0 and max(kept) >= count
+
+
+def _ungrouped(facts: Facts) -> int | None:
+    """A number of inputs of the model's matrices, on one tensor rank, that the group of scales doesn't divide."""
+    group, size = facts.run.compress.quantize.group, facts.size
+    if not (group and size and _ROUNDS(facts)):
+        return None
+    heads, hidden = size.num_attention_heads, size.hidden_size
+    attention = heads * (size.head_dim or hidden // heads) if heads and hidden else None
+    cut = [inputs // facts.tensor for inputs in (size.intermediate_size, attention) if inputs]
+    return next((inputs for inputs in (hidden, *cut) if inputs and inputs % group), None)
 
 
 RULES: tuple[Rule | KeyRule, ...] = (
@@ -784,6 +864,10 @@ RULES: tuple[Rule | KeyRule, ...] = (
         lambda f: f.run.model.activation_checkpointing and not f.supports("supports_gradient_checkpointing"),
         lambda f: f"the models of family {f.arch} don't support it", "set model.activation_checkpointing=false",
     ),
+    Rule(
+        "keep-layers", "model.keep_layers", _missing_layer,
+        lambda f: f"the model has {_stored_layers(f)} layers", lambda f: f"numbers from 0 to {_stored_layers(f) - 1}",
+    ),
     # -- data ----------------------------------------------------------------------------------------------------
     Rule(
         "classification-source", "data.source", _all(_CLASSIFIER, _at("data.source", "stdlib", "text")),
@@ -848,6 +932,79 @@ RULES: tuple[Rule | KeyRule, ...] = (
     Rule(
         "tokenizer-pretrained", "data.tokenizer", _foreign_tokens,
         "pretrained weights know the tokens of their own tokenizer", "set data.tokenizer=model",
+    ),
+    # -- distillation, quantization ------------------------------------------------------------------------------
+    KeyRule(
+        "distill-unread",
+        lambda f: {} if _has_teacher(f) else _unread(f, "compress.distill", "logits", "hidden"),
+        "there is no teacher, so nothing reads it", "set compress.distill.logits or compress.distill.hidden",
+    ),
+    Rule(
+        "distill-start", _TEACHER, _all(_has_teacher, _not(_given(_TEACHER)), _not(_given("model.path"))),
+        "a model from scratch has no start to learn from", "give a teacher's folder or hub id", lambda f: "null",
+    ),
+    Rule(
+        "distill-missing", _TEACHER, _teacher_missing, "there is no config.json",
+        "give a transformers folder, or a hub id",
+    ),
+    Rule(
+        "distill-teacher", _TEACHER, _teacher_differs, lambda f: str(_teacher_differs(f)),
+        "give a teacher of the same task and tokens",
+    ),
+    Rule(
+        "distill-patch", "patch.size", _all(_has_teacher, _PATCHES), "a teacher reads token by token",
+        "set patch.size=1",
+    ),
+    Rule(
+        "distill-cache-logits", "compress.distill.cache_top",
+        _all(_CACHED, _any(_HIDDEN, _at("compress.distill.logits", "none"))),
+        "only logits are kept on disk", "set cache_top=0, or hidden=0 and logits to a divergence",
+    ),
+    Rule(
+        "distill-cache-samples", "compress.distill.cache_top",
+        _all(_CACHED, _any(_CURRICULUM, _at("task.kind", "masked-lm"))),
+        "samples aren't the same every time they are seen", "set compress.distill.cache_top=0",
+    ),
+    Rule(
+        "distill-cache-sequence", "compress.distill.cache_top", _all(_CACHED, _SEQUENCE),
+        "what is on disk goes by whole samples", "set compress.distill.cache_top=0, or parallel.sequence=1",
+    ),
+    Rule(
+        "distill-hidden-layout", "compress.distill.hidden", _all(_HIDDEN, _any(_PIPELINE, _SEQUENCE)),
+        "hidden states of other ranks aren't compared",
+        "set parallel.pipeline=1 and parallel.sequence=1; parallel.tensor and ZeRO go with it",
+    ),
+    Rule(
+        "distill-hidden-recomputed", "compress.distill.hidden",
+        _all(_HIDDEN, _at("model.activation_checkpointing", True, "auto")),
+        "layers that are computed again would be compared again", "set model.activation_checkpointing=false",
+    ),
+    Rule(
+        "distill-hidden-rows", "compress.distill.hidden", _all(_HIDDEN, _at("data.padding_free", True)),
+        "a sample's mean isn't taken where samples share a row", "set data.padding_free=false",
+    ),
+    KeyRule(
+        "quantize-unread", lambda f: {} if _ROUNDS(f) else _unread(f, "compress.quantize", "weights"),
+        "nothing is rounded, so nothing reads it", "set compress.quantize.weights",
+    ),
+    Rule(
+        "quantize-activations", "compress.quantize.activations",
+        lambda f: f.run.compress.quantize.activations == "int8" and _ROUNDS(f)
+        and (f.run.compress.quantize.weights != "int8" or f.run.compress.quantize.group > 0),
+        "products of integers have 8 bits on both sides and one scale a row", "set weights=int8 and group=0",
+    ),
+    Rule(
+        "quantize-group", "compress.quantize.group", _ungrouped,
+        lambda f: f"a tensor rank's matrices have {_ungrouped(f)} inputs, which it doesn't divide",
+        lambda f: f"0, or {_divisors(_ungrouped(f))}",
+    ),
+    Rule(
+        "quantize-experts", "compress.quantize.weights", lambda f: _ROUNDS(f) and _sizes(f, "num_experts"),
+        "experts aren't linear layers", "set none",
+    ),
+    Rule(
+        "quantize-compile", "model.compile", _all(_ROUNDS, _at("model.compile", True)),
+        "layers that round aren't compiled", "set model.compile=false",
     ),
     # -- raw DeepSpeed keys; deepspeed_keys.py checks them one by one, these look at what else is set --------------
     KeyRule(
