@@ -1,6 +1,6 @@
 """SST-2 accuracy of int8 and int4 models, trained so or rounded afterwards, and of a half as deep student.
 
-Real BERT weights and data as in benchmarks/bert_sst2.py. Every accuracy but the teacher's is that of the exported folder
+Real BERT weights and data as in benchmarks/bert_sst2.py. Every accuracy is that of the exported folder
 in plain transformers. Sizes are those of the blocks' linear weights in the file, beside what bits and scales add up to.
 """
 
@@ -127,6 +127,7 @@ def accuracy(folder: Path) -> float:
 
 def sizes(folder: Path) -> str:
     """Megabytes of the blocks' linear layers in the file, and by arithmetic: bits of each weight and its scales."""
+    import torch
     from safetensors import safe_open
     from transformers import AutoConfig
 
@@ -142,11 +143,12 @@ def sizes(folder: Path) -> str:
     count = config.num_hidden_layers * (4 * hidden**2 + 2 * hidden * inner)
     rows = config.num_hidden_layers * (5 * hidden + inner)
     quantized = getattr(config, "quantization_config", None)
-    expected = 4 * count
+    width = 2 if config.dtype == torch.bfloat16 else 4
+    expected = width * count
     if quantized is not None:
         weights = quantized["config_groups"]["group_0"]["weights"]
         group = weights.get("group_size")
-        expected = count * weights["num_bits"] // 8 + 4 * (count // group if group else rows)
+        expected = count * weights["num_bits"] // 8 + width * (count // group if group else rows)
     total = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     return f"{found / 1e6:6.2f} MB in blocks, {expected / 1e6:6.2f} by arithmetic, {total / 1e6:6.2f} in all"
 

