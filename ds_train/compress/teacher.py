@@ -20,6 +20,7 @@ from ds_train.models.cpu_products import fp32_products_are_faster, use_fp32_prod
 from ds_train.models.load import AUTO_CLASSES, DTYPES
 from ds_train.models.tasks import TOKEN_IDS, Batch, model_inputs, plain_head
 from ds_train.models.token_drop import repeated_layers
+from ds_train.plan.facts import has_tokenizer
 
 KEY = "compress.distill.teacher"
 
@@ -72,7 +73,7 @@ class Teacher:
         except (OSError, ValueError) as error:
             raise _cannot_load(path, error) from error
         if info["missing_keys"]:
-            _refuse(run, f"it isn't trained for {run.task.kind}: it has no {min(info['missing_keys'])}", path)
+            _refuse(run, f"it isn't trained for {run.task.kind}: it has no {max(info['missing_keys'])}", path)
         self.model: PreTrainedModel = loaded.eval().requires_grad_(False).to(device)
         self.model.config.use_cache = False
         if fp32_products_are_faster(device, dtype):
@@ -116,12 +117,12 @@ def first_tensor(output: Any) -> Tensor:
 
 def _check_tokens(run: RunConfig, path: str, tokenizer: PreTrainedTokenizerBase) -> None:
     """Compare tokens one by one, where the teacher has a tokenizer beside it."""
-    if run.compress.distill.teacher is None:
+    if run.compress.distill.teacher is None or not has_tokenizer(path):
         return
     try:
         theirs = transformers.AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError, ImportError):
-        return
+    except (OSError, ValueError) as error:
+        raise _cannot_load(path, error) from error
     words = theirs.get_vocab()
     other = next((word for word, token in tokenizer.get_vocab().items() if words.get(word) != token), None)
     if other is not None:

@@ -25,6 +25,12 @@ _TOKENIZER_FILES = (
 )
 
 
+def has_tokenizer(path: str) -> bool:
+    """Whether a model's folder has a tokenizer beside the weights; yes for a hub id."""
+    folder = Path(path).expanduser()
+    return not folder.is_dir() or any((folder / name).is_file() for name in _TOKENIZER_FILES)
+
+
 @dataclass(frozen=True)
 class Facts:
     """A recipe on a cluster, and what follows from the two."""
@@ -100,10 +106,7 @@ class Facts:
     def own_tokenizer(self) -> bool:
         """Whether the pretrained model has a tokenizer of its own, as far as this machine can tell."""
         path = self.run.model.path
-        if path is None:
-            return False
-        folder = Path(path).expanduser()
-        return not folder.is_dir() or any((folder / name).is_file() for name in _TOKENIZER_FILES)
+        return path is not None and has_tokenizer(path)
 
     @property
     def weights_missing(self) -> bool:
