@@ -32,8 +32,8 @@ CARD = "README.md"
 
 
 def export(
-    part: Part, tokenizer: PreTrainedTokenizerBase, folder: Path, card: str, packing: Packing | None = None,
-    file_bytes: int = FILE_BYTES,
+    part: Part, tokenizer: PreTrainedTokenizerBase, folder: Path, card: str, file_bytes: int = FILE_BYTES,
+    packing: Packing | None = None,
 ) -> None:  # fmt: skip
     """Write safetensors, config, tokenizer and model card of the whole model into `folder`. Collective.
 
@@ -62,7 +62,7 @@ def export(
 
 def export_fragments(
     files: FragmentFiles, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, card: str,
-    dtype: torch.dtype, packing: Packing | None = None, file_bytes: int = FILE_BYTES,
+    dtype: torch.dtype, file_bytes: int = FILE_BYTES, packing: Packing | None = None,
 ) -> None:  # fmt: skip
     """As `export`, from a checkpoint and an outline of the model, in this process alone.
 

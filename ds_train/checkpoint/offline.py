@@ -42,7 +42,7 @@ def export(checkpoint: Path, folder: Path, dtype: torch.dtype) -> None:
         model = outline(run, load_model_config(run, tokenizer))
         quantize = run.compress.quantize
         packing = Packing.of(quantize, model) if quantize.bits else None
-        hf.export_fragments(files, model, tokenizer, folder, card, dtype, packing)
+        hf.export_fragments(files, model, tokenizer, folder, card, dtype, packing=packing)
     finally:
         files.close()
 

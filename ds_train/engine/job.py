@@ -97,7 +97,7 @@ def train(run: RunConfig, info: RankInfo) -> None:
         _note_noise_scale(run, folder, tracker, info)
         if run.checkpoint.export:
             card = _model_card(run, plan, folder) if info.is_main else ""
-            hf.export(parts.part, tokenizer, folder / "export", card, parts.packing)
+            hf.export(parts.part, tokenizer, folder / "export", card, packing=parts.packing)
             _push(run, folder / "export", tracker, info)
         exit_code = 0
     finally:

@@ -171,5 +171,33 @@ def test_a_sample_of_layouts(folders: dict[str, Path], tmp_path: Path) -> None:
 
 
 @pytest.mark.exhaustive
+def test_a_run_goes_on_in_another_layout(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Projections and all: taught by hidden states while rounded to 4 bits, stopped half-way."""
+    section = {"teacher": str(folders["teacher"]), "logits": "js", "alpha_end": 0.1, "hidden": HIDDEN}
+    compress = {"distill": section, "quantize": {"weights": "int4", "group": 8, "start": 0.3}}
+    recipes = {
+        name: write_recipe(
+            tmp_path, name, folders["corpus"], folders["weights"], "llama", LAYOUTS[name], compress=compress,
+            checkpoint={"every_steps": 5, "export": True},
+        )
+        for name in ("zero2", "zero3", "tensor2")
+    }  # fmt: skip
+    run_ranks(2, ["tests/parity/train_many.py", str(recipes["zero2"])]).check()
+    checkpoint = tmp_path / "runs" / "zero2" / "checkpoints" / "step-00000005"
+    others = [str(recipes[name]) for name in ("zero3", "tensor2")]
+    run_ranks(2, ["tests/parity/go_on.py", str(checkpoint), *others], timeout_s=600).check()
+    expected = history_of(tmp_path, "zero2")
+    for name in ("zero3", "tensor2"):
+        np.testing.assert_allclose(history_of(tmp_path, name), expected[5:], rtol=1e-5, err_msg=name)
+    tokens = torch.arange(40)[None]
+    logits = [
+        AutoModelForCausalLM.from_pretrained(tmp_path / "runs" / name / "export", dtype=torch.float32)(tokens).logits
+        for name in recipes
+    ]
+    torch.testing.assert_close(logits[1], logits[0], rtol=0, atol=1e-3)
+    torch.testing.assert_close(logits[2], logits[0], rtol=0, atol=1e-3)
+
+
+@pytest.mark.exhaustive
 def test_every_layout(folders: dict[str, Path], tmp_path: Path) -> None:
     check(tmp_path, folders, {case: list(layouts) for case, (_, layouts) in CASES.items()})
