@@ -86,8 +86,9 @@ def quantized_names(model: PreTrainedModel, section: QuantizeSection) -> list[st
     found = []
     for layer in repeated_layers(model):
         for module in layer.modules():
-            shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters(recurse=False)}
-            if any(len(shape) > 2 for shape in shapes.values()) or isinstance(module, Conv1D):
+            # A parameter that ZeRO-3 has partitioned keeps its real shape beside it.
+            shapes = [getattr(one, "ds_shape", one.shape) for one in module.parameters(recurse=False)]
+            if any(len(shape) > 2 for shape in shapes) or isinstance(module, Conv1D):
                 reason = f"{names[id(module)]} is a {type(module).__name__}, and only linear layers are rounded"
                 raise user_error("compress.quantize.weights", reason, "set none", section.weights)
             if not isinstance(module, nn.Linear):

@@ -395,6 +395,9 @@ def _teacher_differs(facts: Facts) -> str | None:
     if config is None:
         return None
     positions, vocabulary = config.get("max_position_embeddings"), config.get("vocab_size")
+    heads = [config.get(name) for name in _HEADS]
+    if not run.compress.distill.cache_top and any(count and count % facts.sequence for count in heads):
+        return f"parallel.sequence={facts.sequence} doesn't divide its {next(count for count in heads if count)} heads"
     if positions and positions < run.data.sequence_length:
         return f"it takes {positions} tokens, and data.sequence_length={run.data.sequence_length}"
     if run.task.kind == _CLASSIFYING:
