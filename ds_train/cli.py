@@ -332,6 +332,32 @@ def quantize(
 
 
 @app.command()
+def sparsify(
+    source: Annotated[Path, typer.Argument(help="A run's folder with its export, or a transformers folder.")],
+    folder: Annotated[Path, typer.Argument(help="Folder that transformers will load; replaced if it is there.")],
+    pattern: Annotated[str, typer.Option(help="Zeros of a row: 2:4 (two in four neighbours), or a share.")] = "2:4",
+    method: Annotated[str, typer.Option(help="magnitude, wanda or sparsegpt (both with samples).")] = "wanda",
+    recipe: Annotated[Path | None, typer.Option(help="Recipe of the samples; the run's own without it.")] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Samples that are looked at.")] = 128,
+) -> None:
+    """Set weights of a trained model's linear layers to zero; compress.keep_zeros trains it so. Takes one process."""
+    if method not in ("magnitude", "wanda", "sparsegpt"):
+        raise user_error("--method", "no such method", "magnitude, wanda or sparsegpt", method)
+    from ds_train.checkpoint import offline
+    from ds_train.compress.sparsity import Pattern
+
+    zeros, colon, group = pattern.partition(":")
+    try:
+        chosen = Pattern(int(zeros) / int(group), int(group)) if colon else Pattern(float(zeros))
+    except (ValueError, ZeroDivisionError):
+        chosen = Pattern(1.0)
+    if not 0 < chosen.share < 1:
+        raise user_error("--pattern", "not a share of a row", "such as 2:4 or 0.5", pattern)
+    share = offline.sparsify(source, folder, chosen, method, recipe, samples)  # type: ignore[arg-type]
+    print(f"{folder.resolve()}: {share:.1%} of the blocks' linear weights are zero")
+
+
+@app.command()
 def version() -> None:
     """The version of ds_train."""
     print(__version__)

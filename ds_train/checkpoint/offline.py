@@ -15,7 +15,8 @@ from ds_train.checkpoint.manifest import Written, damage, make_durable, write_ma
 from ds_train.checkpoint.native import FORMAT, STATE, open_fragments, read_state
 from ds_train.checkpoint.shards import FragmentFiles, write_fragments
 from ds_train.compress.packed import Packing
-from ds_train.compress.post_training import quantize_folder
+from ds_train.compress.post_training import quantize_folder, thin_folder
+from ds_train.compress.sparsity import Pattern, Score
 from ds_train.config import RunConfig, dump, load
 from ds_train.config.quantize import QuantizeSection
 from ds_train.data.build import load_data
@@ -55,16 +56,31 @@ def quantize(
     Raises:
         UserError: there is no model, no data to look at, or the layers can't be rounded so.
     """
+    model, batches = _model_and_samples(source, recipe, samples if by_gptq else 0)
+    section = QuantizeSection.model_validate({"weights": f"int{bits}", "group": group})
+    return quantize_folder(model, folder, section, "gptq" if by_gptq else "rtn", batches)
+
+
+def sparsify(source: Path, folder: Path, pattern: Pattern, score: Score, recipe: Path | None, samples: int) -> float:
+    """Write a run's export, or any transformers folder, with zeros in its weights; the share of them.
+
+    Raises:
+        UserError: there is no model, no data to look at, or the pattern doesn't fit the layers.
+    """
+    model, batches = _model_and_samples(source, recipe, samples if score != "magnitude" else 0)
+    return thin_folder(model, folder, pattern, score, batches)
+
+
+def _model_and_samples(source: Path, recipe: Path | None, samples: int) -> tuple[Path, list[dict[str, Tensor]]]:
+    """A transformers folder, and what its model is shown: of the recipe, or of the run whose folder it is."""
     own = source / "recipe.yaml"
     recipe = own if recipe is None and own.is_file() else recipe
     model = source / "export" if own.is_file() else source
-    batches = []
-    if by_gptq:
-        if recipe is None:
-            raise user_error("--recipe", "gptq looks at samples, and a folder of weights has none", "give a recipe")
-        batches = _calibration(load(recipe), samples)
-    section = QuantizeSection.model_validate({"weights": f"int{bits}", "group": group})
-    return quantize_folder(model, folder, section, "gptq" if by_gptq else "rtn", batches)
+    if not samples:
+        return model, []
+    if recipe is None:
+        raise user_error("--recipe", "the method looks at samples, and a folder of weights has none", "give a recipe")
+    return model, _calibration(load(recipe), samples)
 
 
 def _calibration(run: RunConfig, count: int) -> list[dict[str, Tensor]]:

@@ -25,13 +25,7 @@ def gptq(weight_OI: Tensor, products_II: Tensor, grid: Grid) -> tuple[Tensor, Te
         products_II: sum over tokens of x x^T for the inputs x that the layer gets.
     """
     exact = weight_OI.float().clone()
-    products = products_II.double().clone()
-    dead = products.diagonal() == 0
-    products.diagonal()[dead] = 1.0
-    exact[:, dead] = 0.0
-    products.diagonal().add_(_DAMP * products.diagonal().mean())
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(products))
-    upper = torch.linalg.cholesky(inverse, upper=True).float()
+    upper = inverse_factor(exact, products_II)
     inputs = exact.shape[1]
     group = grid.group or inputs
     scales = [grid.scales(exact)] if not grid.group else []
@@ -53,3 +47,15 @@ def gptq(weight_OI: Tensor, products_II: Tensor, grid: Grid) -> tuple[Tensor, Te
             errors_OB[:, place - start : place - start + 1] = error_O1
         exact[:, stop:] -= errors_OB @ upper[start:stop, stop:]
     return rounded.to(weight_OI.dtype), torch.cat(scales, -1).to(weight_OI.dtype)
+
+
+def inverse_factor(weight_OI: Tensor, products_II: Tensor) -> Tensor:
+    """The upper Cholesky factor of the damped products' inverse, (I, I) fp32. Weights of inputs that are always zero
+    become zero in place."""
+    products = products_II.double().clone()
+    dead = products.diagonal() == 0
+    products.diagonal()[dead] = 1.0
+    weight_OI[:, dead] = 0.0
+    products.diagonal().add_(_DAMP * products.diagonal().mean())
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(products))
+    return torch.linalg.cholesky(inverse, upper=True).float()

@@ -1,4 +1,4 @@
-"""Quantization of a trained transformers folder, on one process: to nearest, or by GPTQ with calibration samples.
+"""A trained transformers folder made smaller on one process: rounded or thinned out, with samples or without.
 
 Shapes: B samples, T tokens, N tokens in all, I inputs of a layer.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +20,8 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from ds_train.compress.gptq import gptq
 from ds_train.compress.packed import Packing
+from ds_train.compress.qat import linear_names
+from ds_train.compress.sparsity import Pattern, Score, thin
 from ds_train.compress.teacher import first_tensor
 from ds_train.config.quantize import QuantizeSection
 from ds_train.errors import first_line, user_error
@@ -41,13 +43,51 @@ def quantize_folder(
     """
     model = _load(source)
     packing = Packing.of(section, model)
-    scales = _round_by_gptq(model, packing, batches) if method == "gptq" else None
+    scales: dict[str, Tensor] | None = None
+    if method == "gptq":
+        scales = {}
+
+        def rounded(name: str, weight: Tensor, products: Tensor) -> Tensor:
+            values, scales[name] = gptq(weight, products, packing.grid)
+            return values
+
+        _layer_by_layer(model, packing.names, batches, rounded)
+    model.config.quantization_config = packing.config(model)
+    _write(model, packing.state(model.state_dict(), scales), source, folder)
+    return _bytes(source), _bytes(folder)
+
+
+def thin_folder(
+    source: Path, folder: Path, pattern: Pattern, score: Score, batches: Sequence[Mapping[str, Tensor]] = ()
+) -> float:
+    """Write the model in `source` with zeros in its blocks' linear weights to `folder`; the share of zeros there.
+
+    Args:
+        batches: what the model is shown for other scores than `magnitude`, without labels.
+
+    Raises:
+        UserError: no model can be loaded from there, or the pattern doesn't fit its layers.
+    """
+    model = _load(source)
+    linear = {f"{name}.weight" for name in linear_names(model, pattern.group)}
+    if score == "magnitude":
+        for name, parameter in model.named_parameters():
+            if name in linear:
+                parameter.data = thin(parameter.data, None, pattern, score)
+    else:
+        names = frozenset(name.removesuffix(".weight") for name in linear)
+        _layer_by_layer(model, names, batches, lambda _, weight, products: thin(weight, products, pattern, score))
+    _write(model, model.state_dict(), source, folder)
+    weights = [parameter for name, parameter in model.named_parameters() if name in linear]
+    return sum(int((one == 0).sum()) for one in weights) / sum(one.numel() for one in weights)
+
+
+def _write(model: Any, state: Mapping[str, Tensor], source: Path, folder: Path) -> None:
+    """The model's config and weights, and all else that lies in `source`."""
     written = folder.with_name(folder.name + ".partial")
     shutil.rmtree(written, ignore_errors=True)
     written.mkdir(parents=True)
-    model.config.quantization_config = packing.config(model)
     model.config.save_pretrained(written)
-    state = packing.state(model.state_dict(), scales)
     ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ()) | set(model.all_tied_weights_keys)
     kept = {name: tensor.contiguous() for name, tensor in state.items() if name not in ignored}
     save_file(revert_weight_conversion(model, kept), written / "model.safetensors", {"format": "pt"})
@@ -57,7 +97,6 @@ def quantize_folder(
             shutil.copy(path, written / path.name)
     shutil.rmtree(folder, ignore_errors=True)
     written.rename(folder)
-    return _bytes(source), _bytes(folder)
 
 
 def _load(source: Path) -> Any:
@@ -73,23 +112,26 @@ def _load(source: Path) -> Any:
 
 
 @torch.no_grad()
-def _round_by_gptq(model: Any, packing: Packing, batches: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Round the layers one after the other, each for what the rounded ones before it give; their scales by name."""
+def _layer_by_layer(
+    model: Any, chosen: Collection[str], batches: Sequence[Mapping[str, Tensor]],
+    change: Callable[[str, Tensor, Tensor], Tensor],
+) -> None:  # fmt: skip
+    """Change the weights of the `chosen` linear layers, each for the inputs that the changed layers before it give.
+
+    Args:
+        change: (name, weight (O, I), sum of the inputs' products (I, I)) -> the new weight.
+    """
     layers = repeated_layers(model)
     calls = _calls(model, layers, batches)
     states = [args[0] for args, _ in calls[0]]
     masks = [batch.get("attention_mask") for batch in batches]
     names = {id(module): name for name, module in model.named_modules()}
-    scales: dict[str, Tensor] = {}
     for layer, given in zip(layers, calls, strict=True):
-        linear: list[Any] = [module for module in layer.modules() if names.get(id(module)) in packing.names]
+        linear: list[Any] = [module for module in layer.modules() if names.get(id(module)) in chosen]
         products = _products(layer, linear, states, given, masks)
         for module in linear:
-            values, own = gptq(module.weight, products[id(module)], packing.grid)
-            module.weight.copy_(values)
-            scales[names[id(module)]] = own
+            module.weight.copy_(change(names[id(module)], module.weight, products[id(module)]))
         states = [_output(layer, *call) for call in zip(states, given, strict=True)]
-    return scales
 
 
 _Call = tuple[tuple[Any, ...], dict[str, Any]]

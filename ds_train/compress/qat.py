@@ -33,10 +33,7 @@ class Rounding:
         self._activations = section.activations != "none"
         # Inside of a checkpointed layer nothing is kept anyway, and its own hooks must see what would be.
         self._again = not run.model.activation_checkpointing
-        linear: list[Any] = [
-            module for layer in repeated_layers(model) for module in layer.modules() if _is_linear(module)
-        ]
-        for module in linear:
+        for module in linear_layers(model):
             cut = getattr(module.weight, "tensor_shard", None)
             ranks = group if cut is not None and cut.dim == 1 else None
             inputs = int(module.weight.shape[-1])
@@ -82,6 +79,15 @@ def quantized_names(model: PreTrainedModel, section: QuantizeSection) -> list[st
     Raises:
         UserError: the blocks hold matrices that aren't linear layers, or rows that groups don't divide.
     """
+    return linear_names(model, section.group, "compress.quantize.group", "compress.quantize.weights")
+
+
+def linear_names(model: PreTrainedModel, group: int, group_key: str = "", key: str = "") -> list[str]:
+    """Names of the linear layers of the model's blocks, whose inputs come in groups of `group` (0: in one).
+
+    Raises:
+        UserError: the blocks hold matrices that aren't linear layers, or rows that groups don't divide.
+    """
     names = {id(module): name for name, module in model.named_modules()}
     found = []
     for layer in repeated_layers(model):
@@ -89,15 +95,20 @@ def quantized_names(model: PreTrainedModel, section: QuantizeSection) -> list[st
             # A parameter that ZeRO-3 has partitioned keeps its real shape beside it.
             shapes = [getattr(one, "ds_shape", one.shape) for one in module.parameters(recurse=False)]
             if any(len(shape) > 2 for shape in shapes) or isinstance(module, Conv1D):
-                reason = f"{names[id(module)]} is a {type(module).__name__}, and only linear layers are rounded"
-                raise user_error("compress.quantize.weights", reason, "set none", section.weights)
+                reason = f"{names[id(module)]} is a {type(module).__name__}, and only linear layers are taken"
+                raise user_error(key or "model", reason, "leave it out for this family", model.config.model_type)
             if not isinstance(module, nn.Linear):
                 continue
-            if section.group and module.in_features % section.group:
+            if group and module.in_features % group:
                 reason = f"{names[id(module)]} has {module.in_features} inputs, which it doesn't divide"
-                raise user_error("compress.quantize.group", reason, "choose a divisor, or 0", section.group)
+                raise user_error(group_key or "--pattern", reason, "choose a divisor, or 0", group)
             found.append(names[id(module)])
     return found
+
+
+def linear_layers(model: PreTrainedModel) -> list[Any]:
+    """The linear layers of the blocks of this rank's part of a model, tensor-parallel ones too."""
+    return [module for layer in repeated_layers(model) for module in layer.modules() if _is_linear(module)]
 
 
 def _is_linear(module: nn.Module) -> bool:

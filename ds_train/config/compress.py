@@ -15,3 +15,7 @@ class CompressSection(Section):
 
     quantize: QuantizeSection = QuantizeSection()
     """Weights of few bits."""
+
+    keep_zeros: bool = False
+    """Weights of the blocks' linear layers that start as zero stay zero, so that what `ds-train sparsify` has made is
+    trained as it is."""

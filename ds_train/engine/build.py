@@ -12,7 +12,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ds_train.compress.distill import Distilling, add_projections
 from ds_train.compress.packed import Packing
-from ds_train.compress.qat import Rounding
+from ds_train.compress.qat import Rounding, linear_layers
+from ds_train.compress.sparsity import keep_zeros
 from ds_train.compress.teacher import Teacher, check_teacher, paired_layers
 from ds_train.compress.teacher_cache import cached_teacher
 from ds_train.config import RunConfig
@@ -101,6 +102,8 @@ def assemble(run: RunConfig, plan: RunPlan, info: RankInfo, tokenizer: Any, prep
     quantize = run.compress.quantize
     packing = Packing.of(quantize, part.outline) if quantize.bits else None
     rounding = Rounding(run, part.model, mesh.tensor) if quantize.bits else None
+    if run.compress.keep_zeros:
+        keep_zeros(linear_layers(part.model))
     if run.model.lean_activations and not run.model.activation_checkpointing and not run.model.compile:
         use_lean_layers(part.model)
     distilling = None if teacher is None else _distilling(run, plan, part, data, teacher)

@@ -179,7 +179,7 @@ def test_from_pretrained_computes_what_was_trained(name: str, tmp_path: Path) ->
     ("family", "section", "says"),
     [
         ("gpt2", SECTIONS["int8"], "is a Conv1D"),
-        ("mixtral", SECTIONS["int8"], "only linear layers"),
+        ("mixtral", SECTIONS["int8"], "only linear layers are taken"),
         ("llama", QuantizeSection(weights="int4", group=20), "has 32 inputs"),
     ],
 )
