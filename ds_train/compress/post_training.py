@@ -102,6 +102,8 @@ def _write(model: Any, state: Mapping[str, Tensor], source: Path, folder: Path) 
 def _load(source: Path) -> Any:
     try:
         config = transformers.AutoConfig.from_pretrained(source)
+        if getattr(config, "quantization_config", None) is not None:
+            raise ValueError("its weights are packed integers already")
         (name,) = config.architectures or ("",)
         kind: Any = getattr(transformers, name)
         return kind.from_pretrained(source, config=config, dtype="auto").eval()

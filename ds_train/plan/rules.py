@@ -417,6 +417,12 @@ def _teacher_missing(facts: Facts) -> bool:
     return teacher.startswith((".", "/", "~")) and _teacher_config(facts) is None
 
 
+def _packed_weights(facts: Facts) -> bool:
+    model = facts.run.model
+    config = read_config(model.path, model.revision) if model.path else None
+    return config is not None and "quantization_config" in config
+
+
 def _stored_layers(facts: Facts) -> int:
     """Layers of `model.path`; 0 where they aren't known."""
     size = model_size(facts.run.model.model_copy(update={"keep_layers": None}), facts.run.task.kind)
@@ -866,6 +872,10 @@ RULES: tuple[Rule | KeyRule, ...] = (
         "checkpointing-family", "model.activation_checkpointing",
         lambda f: f.run.model.activation_checkpointing and not f.supports("supports_gradient_checkpointing"),
         lambda f: f"the models of family {f.arch} don't support it", "set model.activation_checkpointing=false",
+    ),
+    Rule(
+        "model-packed", "model.path", _packed_weights,
+        "its weights are packed integers, which aren't trained", "give the folder of the full weights",
     ),
     Rule(
         "keep-layers", "model.keep_layers", _missing_layer,

@@ -87,6 +87,8 @@ def test_a_rounded_folder_is_near_the_whole_one(family: str, method: Method, tmp
     loaded = type(model).from_pretrained(tmp_path / "small", dtype=torch.float32).eval()
     with torch.no_grad():
         ours, whole = loaded(**batch).logits, model(**batch).logits
+    with pytest.raises(UserError, match="packed integers already"):
+        quantize_folder(tmp_path / "small", tmp_path / "smaller", section, "rtn")
     difference = (ours - whole).norm() / whole.norm()
     assert 1e-4 < difference < 0.25
 

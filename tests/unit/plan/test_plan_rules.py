@@ -161,6 +161,7 @@ CASES = [
     Broken("patch-packing", {"patch.size": 4, "data.packing_by": "best-fit"}, "without padding"),
     Broken("patch-divides", {"patch.size": 3}, "data.sequence_length=512 isn't a multiple of it"),
     Broken("patch-alone", {"patch.size": 4, "token_drop.kind": "random-ltd"}, "in one way"),
+    Broken("model-packed", {"model": {"path": str(Path(SHORT_TEACHER).with_name("packed"))}}, "full weights"),
     Broken(
         "keep-layers", {"model": {"path": str(Path(SHORT_TEACHER).with_name("taught")), "keep_layers": [0, 2]}},
         "numbers from 0 to 1",
