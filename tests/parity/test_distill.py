@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 from plain_loop import (
-    DECAY,
-    GLOBAL,
     LR,
     SEED,
     STEPS,
+    TWO_RANKS,
     history_of,
+    plain_optimizer,
+    whole_batches,
     write_corpus,
     write_recipe,
     write_weights,
@@ -25,27 +26,22 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from ds_train.config import load
-from ds_train.data.build import load_data
-from ds_train.data.prepare import prepare, prepared_tokenizer
 from ds_train.models.load import fold_seed
 
 pytestmark = pytest.mark.parity
 
-LAYOUTS: dict[str, dict[str, Any]] = {
-    "zero0": {"zero_stage": 0},
-    "zero2": {"zero_stage": 2},
-    "zero3": {"zero_stage": 3},
-    "tensor2": {"tensor": 2},
-    "pipeline2": {"pipeline": 2},
-}
-SEQUENCE = {"sequence2": {"sequence": 2}}
+
+def without(*names: str) -> dict[str, dict[str, Any]]:
+    return {name: layout for name, layout in TWO_RANKS.items() if name not in names}
+
+
 TEMPERATURE, ALPHA, ALPHA_END, TOP, HIDDEN = 2.0, 0.8, 0.2, 5, 0.3
 CASES: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
-    "forward": ({"logits": "forward-kl", "alpha_end": ALPHA_END}, LAYOUTS | SEQUENCE),
-    "cached": ({"logits": "reverse-kl", "alpha_end": ALPHA_END, "cache_top": TOP}, LAYOUTS),
+    "forward": ({"logits": "forward-kl", "alpha_end": ALPHA_END}, TWO_RANKS),
+    "cached": ({"logits": "reverse-kl", "alpha_end": ALPHA_END, "cache_top": TOP}, without("sequence2")),
     "hidden": (
         {"logits": "js", "alpha_end": ALPHA_END, "hidden": HIDDEN},
-        {name: layout for name, layout in LAYOUTS.items() if name != "pipeline2"},
+        without("sequence2", "pipeline2"),
     ),
 }
 
@@ -78,11 +74,6 @@ def plain_loop(recipe: Path, teacher_folder: Path) -> list[tuple[float, float]]:
     """(loss, gradient norm) of each step, with whole logits of the whole global batch."""
     run = load(str(recipe))
     section = run.compress.distill
-    folder = prepare(run, progress=False)
-    data = load_data(
-        run, folder=folder, tokenizer=prepared_tokenizer(folder), data_rank=0, data_ranks=1, micro_samples=GLOBAL,
-        eval_micro_samples=1,
-    )  # fmt: skip
     model, teacher = (
         AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64, attn_implementation="eager")
         for path in (run.model.path, teacher_folder)
@@ -93,13 +84,9 @@ def plain_loop(recipe: Path, teacher_folder: Path) -> list[tuple[float, float]]:
         for layer in one.model.layers:
             layer.register_forward_hook(lambda _, __, output, name=name: seen[name].append(output))
     extra = projections(32, 24, 4) if section.hidden else []
-    matrices = [*(p for p in model.parameters() if p.dim() > 1), *extra]
-    groups = [{"params": matrices, "weight_decay": DECAY}]
-    groups.append({"params": [p for p in model.parameters() if p.dim() <= 1], "weight_decay": 0.0})
-    optimizer = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.95), eps=1e-8, foreach=False)
+    optimizer = plain_optimizer([*model.parameters(), *extra])
     history = []
-    for step in range(STEPS):
-        (batch,) = data.train.step(step)
+    for step, batch in enumerate(whole_batches(recipe)):
         batch.pop("sample_ids", None)
         labels = batch.pop("labels")
         for group in optimizer.param_groups:
@@ -177,7 +164,7 @@ def test_a_run_goes_on_in_another_layout(folders: dict[str, Path], tmp_path: Pat
     compress = {"distill": section, "quantize": {"weights": "int4", "group": 8, "start": 0.3}}
     recipes = {
         name: write_recipe(
-            tmp_path, name, folders["corpus"], folders["weights"], "llama", LAYOUTS[name], compress=compress,
+            tmp_path, name, folders["corpus"], folders["weights"], "llama", TWO_RANKS[name], compress=compress,
             checkpoint={"every_steps": 5, "export": True},
         )
         for name in ("zero2", "zero3", "tensor2")

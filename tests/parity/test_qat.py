@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 from plain_loop import (
-    DECAY,
-    GLOBAL,
     LR,
     STEPS,
+    TWO_RANKS,
     history_of,
+    plain_optimizer,
+    whole_batches,
     write_corpus,
     write_recipe,
     write_weights,
@@ -25,19 +26,9 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 from ds_train.config import load
-from ds_train.data.build import load_data
-from ds_train.data.prepare import prepare, prepared_tokenizer
 
 pytestmark = pytest.mark.parity
 
-LAYOUTS: dict[str, dict[str, Any]] = {
-    "zero0": {"zero_stage": 0},
-    "zero2": {"zero_stage": 2},
-    "zero3": {"zero_stage": 3},
-    "tensor2": {"tensor": 2},
-    "pipeline2": {"pipeline": 2},
-    "sequence2": {"sequence": 2},
-}
 CASES: dict[str, dict[str, Any]] = {
     "int4": {"weights": "int4", "group": 8},
     "int8": {"weights": "int8", "start": 0.3},
@@ -58,11 +49,6 @@ def plain_loop(recipe: Path) -> list[tuple[float, float]]:
     """(loss, gradient norm) of each step."""
     run = load(str(recipe))
     section = run.compress.quantize
-    folder = prepare(run, progress=False)
-    data = load_data(
-        run, folder=folder, tokenizer=prepared_tokenizer(folder), data_rank=0, data_ranks=1, micro_samples=GLOBAL,
-        eval_micro_samples=1,
-    )  # fmt: skip
     model: Any = AutoModelForCausalLM.from_pretrained(
         run.model.path, dtype=torch.float64, attn_implementation="eager"
     ).train()
@@ -71,13 +57,9 @@ def plain_loop(recipe: Path) -> list[tuple[float, float]]:
     if section.activations != "none":
         for layer in linear:
             layer.register_forward_pre_hook(lambda _, args: (round_last(args[0], 8),))
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() <= 1]
-    groups = [{"params": matrices, "weight_decay": DECAY}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.95), eps=1e-8, foreach=False)
+    optimizer = plain_optimizer([*model.parameters()])
     history = []
-    for step in range(STEPS):
-        (batch,) = data.train.step(step)
+    for step, batch in enumerate(whole_batches(recipe)):
         labels = batch.pop("labels")
         state = dict(model.named_parameters())
         if step >= section.start * STEPS:
@@ -102,7 +84,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 def write_case(folder: Path, folders: tuple[Path, Path], case: str, layout: str) -> Path:
     return write_recipe(
-        folder, f"{case}-{layout}", *folders, "llama", LAYOUTS[layout], compress={"quantize": CASES[case]},
+        folder, f"{case}-{layout}", *folders, "llama", TWO_RANKS[layout], compress={"quantize": CASES[case]},
         schedule={"kind": "constant"}, checkpoint={"export": True}, data={"validation_fraction": 0.2},
     )  # fmt: skip
 
@@ -131,4 +113,4 @@ def test_a_sample_of_layouts(folders: tuple[Path, Path], tmp_path: Path) -> None
 
 @pytest.mark.exhaustive
 def test_every_layout(folders: tuple[Path, Path], tmp_path: Path) -> None:
-    check(tmp_path, folders, {case: list(LAYOUTS) for case in CASES})
+    check(tmp_path, folders, {case: list(TWO_RANKS) for case in CASES})

@@ -8,44 +8,34 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from plain_loop import DECAY, GLOBAL, LR, STEPS, history_of, write_corpus, write_recipe, write_weights
+from plain_loop import (
+    LR,
+    TWO_RANKS,
+    history_of,
+    plain_optimizer,
+    whole_batches,
+    write_corpus,
+    write_recipe,
+    write_weights,
+)  # fmt: skip
 from ranks import run_ranks
 from transformers import AutoModelForCausalLM
 
 from ds_train.compress.post_training import thin_folder
 from ds_train.compress.sparsity import Pattern
 from ds_train.config import load
-from ds_train.data.build import load_data
-from ds_train.data.prepare import prepare, prepared_tokenizer
 
 pytestmark = pytest.mark.parity
-
-LAYOUTS: dict[str, dict[str, Any]] = {
-    "zero0": {"zero_stage": 0},
-    "zero2": {"zero_stage": 2},
-    "zero3": {"zero_stage": 3},
-    "tensor2": {"tensor": 2},
-    "pipeline2": {"pipeline": 2},
-}
 
 
 def plain_loop(recipe: Path) -> list[tuple[float, float]]:
     """(loss, gradient norm) of each step, in float64."""
     run = load(str(recipe))
-    folder = prepare(run, progress=False)
-    data = load_data(
-        run, folder=folder, tokenizer=prepared_tokenizer(folder), data_rank=0, data_ranks=1, micro_samples=GLOBAL,
-        eval_micro_samples=1,
-    )  # fmt: skip
     model: Any = AutoModelForCausalLM.from_pretrained(run.model.path, dtype=torch.float64, attn_implementation="eager")
     masks = {name: weight != 0 for name, weight in model.named_parameters() if weight.dim() > 1 and ".layers." in name}
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() <= 1]
-    groups = [{"params": matrices, "weight_decay": DECAY}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.95), eps=1e-8, foreach=False)
+    optimizer = plain_optimizer([*model.parameters()])
     history = []
-    for step in range(STEPS):
-        (batch,) = data.train.step(step)
+    for batch in whole_batches(recipe):
         labels = batch.pop("labels")
         logits = model(**batch, use_cache=False).logits
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
@@ -63,7 +53,7 @@ def plain_loop(recipe: Path) -> list[tuple[float, float]]:
 
 @pytest.mark.exhaustive
 def test_zeros_stay_zero_in_every_layout(tmp_path: Path) -> None:
-    check(tmp_path, 2, list(LAYOUTS))
+    check(tmp_path, 2, list(TWO_RANKS))
 
 
 def check(folder: Path, ranks: int, layouts: list[str]) -> None:
@@ -71,7 +61,7 @@ def check(folder: Path, ranks: int, layouts: list[str]) -> None:
     thin_folder(whole, folder / "thin", Pattern(0.5, 4), "magnitude")
     recipes = [
         write_recipe(
-            folder, name, corpus, folder / "thin", "llama", LAYOUTS[name], compress={"keep_zeros": True},
+            folder, name, corpus, folder / "thin", "llama", TWO_RANKS[name], compress={"keep_zeros": True},
             schedule={"kind": "constant"}, checkpoint={"export": True},
         )
         for name in layouts
