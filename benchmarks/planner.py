@@ -1,9 +1,11 @@
 """Predicted against measured on CPU ranks: bytes that each rank holds, its peak, and the time of a step.
 
 Small layouts of two models are trained, each in fresh processes; what the engine holds is read from its tensors, the
-peak from the kernel, beside what the plan said before. Figures of the machine come from `ds-train calibrate`, which
-runs first. Constants of plan/memory.py that describe the C library's heap are fitted to the Llama's layouts, not to
-GPT-2's. `python benchmarks/planner.py [--only NAME ...] [--rounds 2]`.
+peak from the kernel. Predictions come from the recipe and from figures that `ds-train calibrate` measures first.
+Constants of plan/memory.py that describe the C library's heap are fitted to the Llama's layouts, not to GPT-2's.
+
+`python benchmarks/planner.py [--only NAME ...] [--rounds 2]`; with `--store FOLDER` what was measured is kept, so that
+layouts and rounds can be measured in parts, and `--rounds 0` prints it with predictions of the code as it is.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -79,28 +82,52 @@ def recipe(folder: Path, cache: Path, model: str, layout: str) -> Path:
     return path
 
 
-def measure(names: list[tuple[str, str]], rounds: int, folder: Path) -> list[dict[str, Any]]:
-    """A row per (model, layout) and rank; step times are the least of the rounds, which are taken in turn."""
+def measure(names: list[tuple[str, str]], rounds: int, folder: Path) -> None:
+    """Append a line per (layout, rank, round) to `folder`/rows.jsonl; layouts take turns in each round."""
     from ranks import run_ranks
 
     from ds_train.engine.port import free_port
 
-    rows: dict[tuple[str, int], dict[str, Any]] = {}
-    for count in range(rounds):
+    script, output = ROOT / "benchmarks" / "planner_worker.py", folder / f"measured-{os.getpid()}"
+    for _ in range(rounds):
         for ranks in sorted({LAYOUTS[layout][0] for _, layout in names}):
-            output = folder / f"round{count}-{ranks}"
             paths = [recipe(folder, folder / "cache", *name) for name in names if LAYOUTS[name[1]][0] == ranks]
             arguments = [f"{path}={free_port()}" for path in paths]
-            script = str(ROOT / "benchmarks" / "planner_worker.py")
-            run_ranks(ranks, [script, str(output), *arguments], timeout_s=120 * len(paths) + 60).check()
-            for rank in range(ranks):
-                for line in Path(f"{output}.{rank}").read_text().splitlines():
-                    row = json.loads(line)
-                    key = (row["name"], row["rank"])
-                    if key in rows:
-                        row["seconds"] = min(row["seconds"], rows[key]["seconds"])
-                    rows[key] = row
-    return list(rows.values())
+            try:
+                run_ranks(ranks, [str(script), str(output), *arguments], timeout_s=240 * len(paths) + 60).check()
+            finally:
+                with (folder / "rows.jsonl").open("a") as rows:
+                    for part in folder.glob(f"{output.name}.*"):
+                        rows.write(part.read_text())
+                        part.unlink()
+
+
+def rows(names: list[tuple[str, str]], folder: Path) -> list[dict[str, Any]]:
+    """What was measured, a row per (layout, rank), with what is predicted; step times are the least of the rounds."""
+    found: dict[tuple[str, int], dict[str, Any]] = {}
+    for line in (folder / "rows.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        before = found.get((row["name"], row["rank"]), row)
+        found[row["name"], row["rank"]] = row | {"seconds": min(row["seconds"], before["seconds"])}
+    predicted = {f"{model}-{layout}": predict(folder, model, layout) for model, layout in names}
+    order = list(predicted)
+    known = sorted((key for key in found if key[0] in predicted), key=lambda key: (order.index(key[0]), key[1]))
+    return [found[name, rank] | predicted[name][rank] for name, rank in known]
+
+
+def predict(folder: Path, model: str, layout: str) -> list[dict[str, Any]]:
+    """Of each rank the bytes by item and the seconds of a step."""
+    from ds_train.config import load
+    from ds_train.plan.make import make_plan
+    from ds_train.plan.topology import Cluster
+
+    ranks = LAYOUTS[layout][0]
+    plan = make_plan(load(recipe(folder, folder / "cache", model, layout)), Cluster(ranks, ranks, "cpu"))
+    assert plan.predicted is not None
+    assert plan.predicted.step is not None
+    stages = [plan.predicted.stages[plan.layout.coordinates(rank).pipe] for rank in range(ranks)]
+    seconds = plan.predicted.step.seconds
+    return [{"expected": {**stage.device, "peak": stage.device_bytes}, "expected_seconds": seconds} for stage in stages]
 
 
 def rank_correlation(first: list[float], second: list[float]) -> float:
@@ -115,12 +142,12 @@ def rank_correlation(first: list[float], second: list[float]) -> float:
     return 1 - 6 * square / (count * (count**2 - 1))
 
 
-def report(rows: list[dict[str, Any]]) -> bool:
+def report(found: list[dict[str, Any]]) -> bool:
     """Print a row per layout, of the rank whose peak is predicted worst; whether everything is within its bound."""
     mib = 2**20
     worst: dict[str, float] = dict.fromkeys(HELD, 0.0)
     shown: dict[str, dict[str, Any]] = {}
-    for row in rows:
+    for row in found:
         row["off"] = {name: row["expected"].get(name, 0) / row["held"][name] - 1 for name in HELD}
         for name, error in row["off"].items():
             worst[name] = max(worst[name], abs(error))
@@ -147,11 +174,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--only", nargs="*", help="layouts, as MODEL-LAYOUT; all without it")
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--json", help="file for the raw figures")
-    parser.add_argument("--from", dest="stored", help="file of raw figures to print again, instead of measuring")
+    parser.add_argument("--store", type=Path, help="folder of what was measured; it is added to")
     arguments = parser.parse_args()
-    if arguments.stored:
-        return 0 if report(json.loads(Path(arguments.stored).read_text())) else 1
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the ranks end too
     names = [
         (model, layout)
         for model, (_, without) in MODELS.items()
@@ -159,13 +184,14 @@ def main() -> int:
         if layout not in without and (not arguments.only or f"{model}-{layout}" in arguments.only)
     ]
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+        folder = arguments.store or Path(name)
+        folder.mkdir(parents=True, exist_ok=True)
         os.environ["DS_TRAIN_CALIBRATION"] = str(folder / "calibration.json")
-        subprocess.run([sys.executable, "-m", "ds_train.cli", "calibrate", "--ranks", "1,2,4"], check=True, cwd=ROOT)
-        rows = measure(names, arguments.rounds, folder)
-    if arguments.json:
-        Path(arguments.json).write_text(json.dumps(rows))
-    return 0 if report(rows) else 1
+        if not (folder / "calibration.json").exists():
+            command = [sys.executable, "-m", "ds_train.cli", "calibrate", "--ranks", "1,2,4"]
+            subprocess.run(command, check=True, cwd=ROOT)
+        measure(names, arguments.rounds, folder)
+        return 0 if report(rows(names, folder)) else 1
 
 
 if __name__ == "__main__":

@@ -162,8 +162,6 @@ def one(recipe: str) -> dict[str, Any]:
     return {
         "name": run.name, "rank": info.rank, "held": held, "seconds": min(seconds),
         "expected": {**expected.device, "peak": expected.device_bytes},
-        "expected_seconds": predicted.step.seconds if predicted.step else 0.0,
-        "step_parts": predicted.step.parts() if predicted.step else {},
     }  # fmt: skip
 
 

@@ -65,11 +65,13 @@ def plan(
     cluster: Annotated[
         str | None, typer.Option(help="Cluster to plan for: 16x8:H100 (hosts x devices:kind), or a hostfile.")
     ] = None,
-    ranks: Annotated[int, typer.Option(min=1, help="Ranks of the imagined launch on machines like this one.")] = 1,
+    ranks: Annotated[int, typer.Option(min=1, help="Ranks of the launch on machines like this one.")] = 1,
     ranks_per_host: Annotated[
         int | None, typer.Option(min=1, help="Ranks of one host; all of them without it.")
     ] = None,
-    device: Annotated[str, typer.Option(help="Kind of device: cpu, cuda, xpu, hpu, npu.")] = "cpu",
+    device: Annotated[
+        str, typer.Option(help="Kind of device: cpu, cuda, xpu, hpu, npu; this machine's own without it.")
+    ] = "",
     auto: Annotated[bool, typer.Option("--auto", help="Choose every field that may be auto.")] = False,
     why: Annotated[
         str | None, typer.Option(help="Explain one way to run it: zero3, pipe2+tensor4, zero2+offload+micro4 ...")
@@ -83,19 +85,19 @@ def plan(
     from ds_train.plan.clusters import cluster_of
     from ds_train.plan.make import make_plan
     from ds_train.plan.search import with_auto
-    from ds_train.plan.topology import Cluster, known_device
+    from ds_train.plan.topology import Cluster, device_here, known_device
     from ds_train.plan.why import explain
 
     run = load(recipe, overrides or [])
     if cluster is not None:
         imagined = cluster_of(cluster)
     else:
-        known = known_device(device, "--device")
+        known = known_device(device, "--device") if device else device_here()
         on_host = ranks_per_host or ranks
         if ranks % on_host:
             fix = f"give a divisor of {ranks}; hosts are alike"
             raise user_error("--ranks-per-host", f"doesn't divide the {ranks} ranks", fix, on_host)
-        imagined = Cluster(ranks, on_host, known, here=False)
+        imagined = Cluster(ranks, on_host, known, here=known == device_here())
     if auto:
         run = with_auto(run)
     if why is not None:
