@@ -102,7 +102,7 @@ class MemoryModel:
         self.moments = 0 if optimizer.kind == "sgd" and optimizer.momentum == 0 else _MOMENTS[optimizer.kind]
         self._one_group = optimizer.decay_all or optimizer.weight_decay == 0 or optimizer.kind == "adagrad"
         self.width = WIDTH[run.precision.dtype]
-        self._teacher = teacher_bytes(run)
+        self.teacher_elements = teacher_elements(run)
 
     def ranks(self, choice: Choice) -> list[RankMemory]:
         """The peak of each pipeline stage's ranks."""
@@ -137,6 +137,11 @@ class MemoryModel:
             return self.width
         return WIDTH[self.run.precision.gradient_dtype]
 
+    @property
+    def _teacher_bytes(self) -> int:
+        dtype = self.run.compress.distill.dtype
+        return self.teacher_elements * (self.width if dtype == "auto" else WIDTH[dtype])
+
     @cached_property
     def bucket(self) -> int:
         """Elements of a communication bucket."""
@@ -164,7 +169,7 @@ class MemoryModel:
             "optimizer": states.optimizer,
             "buffers": states.buffers,
             # The stage that takes the loss has it whole (compress/teacher.py).
-            "teacher": self._teacher if number == choice.layout.pipe - 1 else 0,
+            "teacher": self._teacher_bytes if number == choice.layout.pipe - 1 else 0,
         }
         passing = {
             "activations": activations,
@@ -282,15 +287,14 @@ class MemoryModel:
         return asked
 
 
-def teacher_bytes(run: RunConfig) -> int:
-    """Weights of the recipe's teacher where it runs beside the model; 0 without one, or where its size isn't known."""
+def teacher_elements(run: RunConfig) -> int:
+    """Parameters of the recipe's teacher where it runs beside the model; 0 without one, or where it isn't known."""
     distill = run.compress.distill
     path = distill.teacher or run.model.path
     if not distill.active or distill.cache_top or path is None:
         return 0
     size = model_size(ModelSection(path=path), run.task.kind)
-    dtype = run.precision.dtype if distill.dtype == "auto" else distill.dtype
-    return ((size.parameters or 0) if size else 0) * WIDTH[dtype]
+    return (size.parameters or 0) if size else 0
 
 
 @dataclass
