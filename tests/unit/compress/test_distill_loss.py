@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
@@ -112,3 +115,55 @@ def test_js_is_bounded_where_the_teacher_rules_a_token_out() -> None:
     assert 0 < loss.item() < math.log(2)
     assert logits.grad is not None
     assert bool(logits.grad.isfinite().all())
+
+
+class Threads:
+    """A `VocabularyShard` of one of two threads, which exchange tensors in turn."""
+
+    def __init__(self, rank: int, start: int, box: list[Tensor | None], meeting: threading.Barrier) -> None:
+        self.rank, self.start, self._box, self._meeting = rank, start, box, meeting
+
+    def _both(self, tensor: Tensor) -> tuple[Tensor, Tensor]:
+        self._box[self.rank] = tensor.clone()
+        self._meeting.wait()
+        first, second = self._box
+        assert first is not None
+        assert second is not None
+        self._meeting.wait()
+        return first, second
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        first, second = self._both(tensor)
+        return tensor.copy_(first + second)
+
+    def largest(self, tensor: Tensor) -> Tensor:
+        return torch.maximum(*self._both(tensor))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("form", ["head", "logits", "top"])
+def test_ranks_that_share_the_vocabulary_find_the_same(kind: Divergence, form: str) -> None:
+    hidden, weight, bias, head, labels = inputs()
+    theirs = head.logits(slice(None), None, VOCABULARY)
+    targets: Targets = {"head": head, "logits": TeacherLogits(theirs), "top": TopLogits.of(theirs, 9, 2.0)}[form]
+    whole = fused.linear_loss(hidden, weight, bias, Distillation(kind, 2.0, 0.4, labels, targets))
+    whole.backward()
+    box: list[Tensor | None] = [None, None]
+    meeting, cut = threading.Barrier(2, timeout=60), 29
+
+    def part(rank: int) -> tuple[Tensor, list[Tensor]]:
+        rows = slice(0, cut) if rank == 0 else slice(cut, VOCABULARY)
+        shard: Any = Threads(rank, rows.start, box, meeting)
+        own = [hidden.detach().clone(), weight.detach()[rows].clone(), bias.detach()[rows].clone()]
+        h, w, b = (tensor.requires_grad_() for tensor in own)
+        loss = fused.linear_loss(h, w, b, Distillation(kind, 2.0, 0.4, labels, targets, shard), shard)
+        return loss.detach(), list(torch.autograd.grad(loss, own))
+
+    with ThreadPoolExecutor(2) as pool:
+        results = [future.result() for future in [pool.submit(part, rank) for rank in range(2)]]
+    for loss, (of_hidden, *_) in results:
+        torch.testing.assert_close(loss, whole.detach(), rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(of_hidden, hidden.grad, rtol=1e-4, atol=1e-4)
+    for place, tensor in ((1, weight), (2, bias)):
+        joined = torch.cat([gradients[place] for _, gradients in results])
+        torch.testing.assert_close(joined, tensor.grad, rtol=1e-4, atol=1e-4)
