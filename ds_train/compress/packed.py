@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ds_train.compress.distill import PROJECTIONS
 from ds_train.compress.qat import quantized_names
 from ds_train.compress.rounding import Grid
 from ds_train.config.quantize import QuantizeSection
@@ -66,7 +67,9 @@ class Packing:
         tokens = QuantizationArgs(num_bits=8, type="int", symmetric=True, strategy="token", dynamic=True)
         form = "int-quantized" if self.activations else "pack-quantized"
         others = [
-            name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in self.names
+            name
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear) and name not in self.names and not name.startswith(PROJECTIONS)
         ]
         scheme = QuantizationScheme(
             targets=["Linear"], weights=weights, input_activations=tokens if self.activations else None, format=form
