@@ -1,4 +1,4 @@
-"""Rounded weights in the compressed-tensors format, which transformers' `from_pretrained` and vLLM load."""
+"""Rounded weights in the compressed-tensors format, which transformers' `from_pretrained` loads."""
 
 from __future__ import annotations
 

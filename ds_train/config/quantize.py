@@ -12,7 +12,7 @@ from ds_train.config.base import Section
 class QuantizeSection(Section):
     """Quantization-aware training (arXiv 1712.05877): the linear layers of every block compute with rounded weights,
     whose gradient goes straight through to the full ones. What is exported are the rounded ones, packed in the
-    compressed-tensors format, which `from_pretrained` and vLLM load. Embeddings, norms and heads stay as they are."""
+    compressed-tensors format, which `from_pretrained` loads. Embeddings, norms and heads stay as they are."""
 
     weights: Literal["none", "int8", "int4"] = "none"
     """Integers that the weights are rounded to, symmetric around 0. Memory while training stays that of full ones."""
