@@ -81,6 +81,13 @@ def _as_yaml(value: Any) -> str:
     if isinstance(value, float) and value.is_integer() and abs(value) >= 1e6:
         return f"{value:g}"
     text = str(value)
-    number = text.replace("_", "").replace(".", "", 1).replace("e", "", 1).lstrip("+-").isdigit()
-    ambiguous = number or text in ("", "true", "false", "null", "yes", "no", "on", "off") or " " in text
+    ambiguous = _is_number(text) or text in ("", "true", "false", "null", "yes", "no", "on", "off") or " " in text
     return repr(text) if isinstance(value, str) and ambiguous else text
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from ds_train.config.base import Section
 from ds_train.config.batch import Auto
+
+# YAML 1.1 takes a bare `off` for false.
+_OFF = BeforeValidator(lambda value: "off" if value is False else value)
 
 
 class TrackSection(Section):
@@ -29,7 +32,7 @@ class TrackSection(Section):
     progress: bool | Auto = "auto"
     """Progress bar on rank 0. `auto`: on a terminal; otherwise a line every so often."""
 
-    wandb: Literal["off", "offline", "online"] = "off"
+    wandb: Annotated[Literal["off", "offline", "online"], _OFF] = "off"
     """Weights & Biases: `offline` writes a run that `wandb sync` uploads later."""
 
     wandb_project: str = "ds_train"
@@ -40,6 +43,21 @@ class TrackSection(Section):
 
     tags: tuple[str, ...] = ()
     """Tags of the wandb run."""
+
+    wandb_artifacts: Annotated[Literal["off", "export", "all"], _OFF] = "off"
+    """What goes to wandb as artifacts: the exported model at the end, or every checkpoint too. Rank 0 reads the files
+    once more for it, and wandb uploads them in the background."""
+
+    also: tuple[Literal["tensorboard", "csv"], ...] = ()
+    """More places for the same records: RUN/tensorboard (needs the package of that name), RUN/csv with a table for each
+    kind of record."""
+
+    profile_steps: tuple[int, int] | None = None
+    """Record steps i to j, both included and counted from 1, with torch's profiler, into RUN/profile. `ds-train
+    profile` sets it and ends the run after them."""
+
+    profile_ranks: tuple[int, ...] = (0,)
+    """Ranks that are recorded."""
 
     peak_tflops: Annotated[float, Field(gt=0.0)] | Auto = "auto"
     """Peak TFLOP/s of one rank, the denominator of MFU. `auto` measures a matrix product in the run's dtype."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import numpy as np
@@ -231,4 +232,7 @@ def prefetch(make: Callable[[], Iterator[Item]], depth: int) -> Iterator[Item]:
                 return
     finally:
         stopped.set()
+        with suppress(queue.Empty):  # room for what the thread is about to put, so that it sees the end at once
+            while True:
+                items.get_nowait()
         thread.join(timeout=5)

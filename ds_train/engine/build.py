@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from ds_kernels import Choice
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from ds_train.compress.distill import Distilling, add_projections
+from ds_train.compress.distill import Distilling
 from ds_train.compress.packed import Packing
 from ds_train.compress.qat import Rounding, linear_layers
 from ds_train.compress.sparsity import keep_zeros
-from ds_train.compress.teacher import Teacher, check_teacher, paired_layers
-from ds_train.compress.teacher_cache import cached_teacher
+from ds_train.compress.teacher import check_teacher
 from ds_train.config import RunConfig
 from ds_train.data.build import DataBundle, load_data
+from ds_train.engine.distilling import distil
 from ds_train.engine.ranks import RankInfo, on_main_first
 from ds_train.models.cpu_products import fp32_products_are_faster, use_fp32_products
 from ds_train.models.kept_layers import start_from_kept_layers
@@ -33,20 +33,23 @@ from ds_train.parallel.mesh import Mesh
 from ds_train.parallel.sequence import leave_sequence
 from ds_train.parallel.tensor import gradient_norm
 from ds_train.plan.make import RunPlan, make_plan
+from ds_train.track.phases import StepClock, step_clock, time_pipeline
 
 
 @dataclass(frozen=True)
 class Assembly:
     """All that the step loop works with. `engine` is DeepSpeed's, around this rank's part of the model.
 
-    `kernel` is what updates the parameters; `distilling` is there where the recipe has a teacher, on ranks that take
-    the loss. `rounding` and `packing` are there where weights are rounded: in training, and in the export.
+    `kernel` is what updates the parameters, `clock` what tells where the time of a step goes. `distilling` is there
+    where the recipe has a teacher, on ranks that take the loss; `rounding` and `packing` where weights are rounded: in
+    training, and in the export.
     """
 
     engine: Any
     part: Part
     data: DataBundle
     kernel: Choice
+    clock: StepClock
     distilling: Distilling | None = None
     rounding: Rounding | None = None
     packing: Packing | None = None
@@ -106,7 +109,7 @@ def assemble(run: RunConfig, plan: RunPlan, info: RankInfo, tokenizer: Any, prep
         keep_zeros(linear_layers(part.model))
     if run.model.lean_activations and not run.model.activation_checkpointing and not run.model.compile:
         use_lean_layers(part.model)
-    distilling = None if teacher is None else _distilling(run, plan, part, data, teacher)
+    distilling = None if teacher is None else distil(run, plan, part, data, teacher)
     # DeepSpeed keeps the groups of the last engine of this process.
     deepspeed.utils.groups.mpu = None
     engine, *_ = deepspeed.initialize(
@@ -125,33 +128,7 @@ def assemble(run: RunConfig, plan: RunPlan, info: RankInfo, tokenizer: Any, prep
     if run.model.compile:
         for layer in repeated_layers(part.model):
             layer.compile()
-    return Assembly(engine, part, data, kernel, distilling, rounding, packing)
-
-
-def _distilling(
-    run: RunConfig, plan: RunPlan, part: Part, data: DataBundle, theirs: PreTrainedConfig
-) -> Distilling | None:
-    """Put the teacher, of config `theirs`, beside the labels. Collective where its logits are kept on disk."""
-    from deepspeed.accelerator import get_accelerator
-
-    section, task = run.compress.distill, part.own_loss
-    device = get_accelerator().current_device_name()
-    if section.cache_top > 0:
-        classifies = run.task.kind == "sequence-classification"
-        classes = int(theirs.num_labels or 2) if classifies else theirs.get_text_config().vocab_size
-        cache = cached_teacher(run, data.train, data.manifest, device, plan.batch.eval_micro_samples, classes)
-        distilling = None if task is None else Distilling(section, cache)
-    else:
-        if part.pipeline is not None:
-            part.pipeline.carries_tokens = True
-        distilling = None if task is None else Distilling(section, Teacher(run, device))
-    if task is None or distilling is None:
-        return None
-    if section.hidden > 0:
-        ours, text = part.model.config.get_text_config(), theirs.get_text_config()
-        pairs = paired_layers(section.hidden_layers, ours.num_hidden_layers, text.num_hidden_layers)
-        widths = ours.hidden_size, text.hidden_size
-        add_projections(part.model, part.outline, len(pairs), widths, run.seed)
-        distilling.compare_layers(part.model, pairs)
-    task.objective = distilling
-    return distilling
+    clock = step_clock(info.device)
+    if part.pipeline is not None:
+        time_pipeline(engine, clock)
+    return Assembly(engine, part, data, kernel, clock, distilling, rounding, packing)

@@ -10,7 +10,6 @@ import tempfile
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
-from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,8 +34,11 @@ def run_job(recipe: str, overrides: Sequence[str]) -> int:
     return run_to_exit_code(lambda info: train(load(recipe, overrides), info))
 
 
-def train(run: RunConfig, info: RankInfo) -> None:
-    """Train `run` on this rank of the launch, from the plan to the export. Collective."""
+def train(run: RunConfig, info: RankInfo, stop_after: int | None = None) -> None:
+    """Train `run` on this rank of the launch, from the plan to the export. Collective.
+
+    After step `stop_after` it ends as if it were the last, and its schedules are still those of the whole run.
+    """
     cluster = Cluster(ranks=info.ranks, ranks_per_host=info.ranks_per_host, device=info.device)
     folder = Path(run.run_root).expanduser() / run.name
     if auto_fields(run):
@@ -62,6 +64,7 @@ def train(run: RunConfig, info: RankInfo) -> None:
     from ds_train.engine.build import assemble
     from ds_train.parallel.sequence import leave_sequence
     from ds_train.schedule.timeline import make_timeline
+    from ds_train.track.phases import collectives_timed
     from ds_train.track.tracker import Tracker
 
     layout = _layout_record(run, plan)
@@ -79,7 +82,8 @@ def train(run: RunConfig, info: RankInfo) -> None:
         done = state.step
         _check_clock(timeline, state)
     wandb_id = state.wandb_id if state else None
-    tracker = Tracker(run, plan.to_dict(), folder, info.is_main, timeline.steps, done, wandb_id)
+    known = plan.to_dict() | {"versions": _versions()}
+    tracker = Tracker(run, known, folder, info.is_main, timeline.steps, done, wandb_id)
     exit_code = 1
     try:
         tracker.note(f"optimizer kernel: {parts.kernel}")
@@ -89,26 +93,31 @@ def train(run: RunConfig, info: RankInfo) -> None:
             efficiency = parts.data.packing_efficiency
             tracker.note(f"{run.data.packing_by} packing: {efficiency:.2%} of the windows' tokens are text")
         if resumed is not None:
+            tracker.log({"kind": "resume", "step": done, "from": str(resumed), "ranks": info.ranks}, done)
             tracker.note(f"continuing {resumed} after step {done}")
             if state is not None and state.layout != layout:
                 tracker.note(f"its states were spread by {_words(state.layout)}, and are now by {_words(layout)}")
-        session = _Session(run, plan, info, parts, tracker, folder, layout, fingerprint)
-        session.train(done, timeline)
+        session = Session(run, plan, info, parts, tracker, folder, layout, fingerprint)
+        with collectives_timed(parts.clock, info.device):
+            session.train(done, timeline, stop_after or timeline.steps)
         _note_noise_scale(run, folder, tracker, info)
         if run.checkpoint.export:
             card = _model_card(run, plan, folder) if info.is_main else ""
             hf.export(parts.part, tokenizer, folder / "export", card, packing=parts.packing)
+            tracker.keep(folder / "export", "export", timeline.steps)
             _push(run, folder / "export", tracker, info)
+        # What follows is rank 0's alone: no attention may wait for the others.
+        leave_sequence()
+        _log_sample(run, folder, tracker, info, timeline)
         exit_code = 0
     finally:
         tracker.close(exit_code)
-        # What follows is rank 0's alone: no attention may wait for the others.
         leave_sequence()
     if info.is_main:
-        _farewell(run, folder)
+        _farewell(folder)
 
 
-class _Session:
+class Session:
     """The steps of one run with what happens between them: metrics, evaluation, checkpoints."""
 
     def __init__(
@@ -123,10 +132,11 @@ class _Session:
         fingerprint: str,
     ) -> None:
         from ds_train.checkpoint.native import Saver
+        from ds_train.engine.speed import Speed
 
         self.run, self.plan, self.info, self.parts, self.tracker = run, plan, info, parts, tracker
         self.folder, self.layout, self.fingerprint = folder, layout, fingerprint
-        self.rate = _Throughput(run, parts, info)
+        self.speed = Speed(run, parts, info)
         section = run.checkpoint
         self.saver = Saver(
             folder / "checkpoints",
@@ -137,14 +147,19 @@ class _Session:
             in_background=saves_in_background(run, info.device),
         )
 
-    def train(self, done: int, timeline: Timeline) -> None:
-        """Steps `done` + 1 to the timeline's last, each followed by what is due after it."""
+    def train(self, done: int, timeline: Timeline, stop_after: int) -> None:
+        """Steps `done` + 1 to `stop_after`, each followed by what is due after it."""
         from ds_train.engine.loop import due, evaluate, train_steps
 
         run = self.run
-        for result in train_steps(run, self.plan, self.info, self.parts, timeline, done):
-            last = result.step == timeline.steps
-            self.rate.add(result)
+        steps = train_steps(run, self.plan, self.info, self.parts, timeline, done)
+        if run.track.profile_steps is not None:
+            from ds_train.engine.profile import profiled
+
+            steps = profiled(steps, run, self.plan, self.info, self.parts.clock, self.folder, done, self.tracker.note)
+        for result in steps:
+            last = result.step == stop_after
+            self.speed.add(result)
             if last or result.measured or due(run.track.log_every_steps, result.step):
                 self.tracker.log(self._record(result), result.step)
             if last or due(run.track.eval_every_steps, result.step):
@@ -152,14 +167,14 @@ class _Session:
             if (last and run.checkpoint.save_final) or due(run.checkpoint.every_steps, result.step):
                 self._save(result)
             self._note_saves(self.saver.ended())
+            if last:
+                break
         self._note_saves(self.saver.wait())
 
     def _record(self, result: StepResult) -> dict[str, Any]:
-        from ds_train.track.memory import memory
-
-        record = asdict(result)
+        record = dict(vars(result))  # asdict would copy it deeply, at every step
         measured = record.pop("measured")
-        return {"kind": "train", **record, **measured, **self.rate.take(), **memory(self.info.device)}
+        return {"kind": "train", **record, **measured, **self.speed.take()}
 
     def _log_evaluation(self, scores: EvalResult | None, tokens: int) -> None:
         if scores is not None:
@@ -174,7 +189,7 @@ class _Session:
             tokens=result.tokens,
             recipe=self.run.model_dump(mode="json"),
             layout=self.layout,
-            versions={name: version(name) for name in ("ds_train", "torch", "deepspeed", "transformers")},
+            versions=_versions(),
             data_fingerprint=self.fingerprint,
             wandb_id=self.tracker.wandb_id,
         )
@@ -182,45 +197,14 @@ class _Session:
 
     def _note_saves(self, saves: Iterable[Saved]) -> None:
         for saved in saves:
+            self.speed.add_save(saved.stall_seconds)
             record = {"kind": "save", **asdict(saved), "path": str(saved.path)}
             self.tracker.log(record, saved.step)
             if saved.error is None:
                 self.tracker.note(f"saved {saved.path}")
+                self.tracker.keep(saved.path, "checkpoint", saved.step)
             else:
                 self.tracker.note(f"step {saved.step} could not be saved: {saved.error}; older checkpoints are whole")
-
-
-class _Throughput:
-    """Tokens per second and MFU since the last metrics line."""
-
-    def __init__(self, run: RunConfig, parts: Assembly, info: RankInfo) -> None:
-        from ds_train.track.flops import flops_per_token
-        from ds_train.track.peak import measure_peak_flops
-
-        parameters = parts.part.matrix_parameters
-        config = parts.model.config
-        self._flops_per_token = cache(lambda length: flops_per_token(config, parameters, length))
-        peak = run.track.peak_tflops
-        rank_peak = measure_peak_flops(parts.model.dtype, parts.engine.device) if peak == "auto" else peak * 1e12
-        self._peak_flops = rank_peak * info.ranks
-        self._tokens, self._seconds, self._flops = 0, 0.0, 0.0
-
-    def add(self, result: StepResult) -> None:
-        self._tokens += result.real_tokens
-        positions = result.real_tokens / result.patch
-        self._flops += positions * self._flops_per_token(result.sequence_length // result.patch)
-        self._seconds += result.seconds
-
-    def take(self) -> dict[str, float]:
-        from ds_train.track.flops import mfu
-
-        seconds = self._seconds or math.inf
-        rates = {
-            "tokens_per_second": self._tokens / seconds,
-            "mfu": mfu(self._flops / seconds, self._peak_flops),
-        }
-        self._tokens, self._seconds, self._flops = 0, 0.0, 0.0
-        return rates
 
 
 def _note_noise_scale(run: RunConfig, folder: Path, tracker: Tracker, info: RankInfo) -> None:
@@ -287,6 +271,10 @@ def _check_places(run: RunConfig, folder: Path) -> None:
             raise user_error("checkpoint.push_to", reason, fix, run.checkpoint.push_to)
 
 
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in ("ds_train", "deepspeed", "torch", "transformers")}
+
+
 def _model_card(run: RunConfig, plan: RunPlan, folder: Path) -> str:
     from ds_train.checkpoint.hf import model_card
     from ds_train.track.metrics import read_metrics
@@ -299,7 +287,7 @@ def _model_card(run: RunConfig, plan: RunPlan, folder: Path) -> str:
     for record in last["eval"]:
         facts |= {"held-out loss": f"{record['loss']:.4f}", "held-out accuracy": f"{record['accuracy']:.4f}"}
     facts |= {"task": run.task.kind, "layout": _words(_layout_record(run, plan))}
-    facts |= {name: version(name) for name in ("ds_train", "deepspeed", "torch", "transformers")}
+    facts |= _versions()
     return model_card(run.name, facts, dump(run), run.model.path)
 
 
@@ -321,7 +309,7 @@ def _write_records(folder: Path, run: RunConfig, plan: RunPlan) -> None:
     from ds_train.checkpoint.manifest import write_json, write_text
 
     write_text(folder / "recipe.yaml", dump(run))
-    write_json(folder / "plan.json", plan.to_dict())
+    write_json(folder / "plan.json", plan.to_dict() | {"versions": _versions()})
     write_json(folder / "deepspeed.json", plan.deepspeed_json)
 
 
@@ -378,13 +366,21 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 
-def _farewell(run: RunConfig, folder: Path) -> None:
-    """Say where everything lies; let the exported model speak where the recipe asks for a sample."""
-    if run.checkpoint.export and run.task.kind == "causal-lm" and run.track.sample_prompt is not None:
-        from ds_train.checkpoint.hf import generate_sample
+def _log_sample(run: RunConfig, folder: Path, tracker: Tracker, info: RankInfo, timeline: Timeline) -> None:
+    """Let the exported model speak where the recipe asks for it."""
+    prompt = run.track.sample_prompt
+    if prompt is None or not (info.is_main and run.checkpoint.export and run.task.kind == "causal-lm"):
+        return
+    from ds_train.checkpoint.hf import generate_sample
 
-        sample = generate_sample(folder / "export", run.track.sample_prompt, run.track.sample_tokens)
-        print(f"\nsample of the exported model:\n{sample}\n")
+    text = generate_sample(folder / "export", prompt, run.track.sample_tokens)
+    record = {"kind": "sample", "step": timeline.steps, "prompt": prompt, "text": text.removeprefix(prompt)}
+    tracker.log(record, timeline.steps)
+    tracker.note(f"\nsample of the exported model:\n{text}\n")
+
+
+def _farewell(folder: Path) -> None:
+    """Say where everything lies."""
     places = {
         "metrics": folder / "metrics.jsonl",
         "recipe and plan": folder / "recipe.yaml",

@@ -15,7 +15,7 @@ from ds_train.config import RunConfig
 from ds_train.data.batches import count_labels
 from ds_train.engine.build import Assembly
 from ds_train.engine.noise import MicroGradients
-from ds_train.engine.ranks import RankInfo, all_sum
+from ds_train.engine.ranks import RankInfo, all_sum, seed_generators
 from ds_train.models.load import fold_seed
 from ds_train.models.tasks import Batch
 from ds_train.optim.build import set_learning_rate
@@ -34,8 +34,8 @@ class StepResult:
     `step` counts from 1; `tokens` are the positions consumed up to here (samples x sequence length), the clock of
     every schedule; `samples`, `sequence_length` and `patch` are this step's; `real_tokens` leaves padding out. `loss`
     is the mean over the labels of the global batch, in nats. `grad_norm` is the L2 norm of the whole gradient before
-    clipping. `applied` is False where DeepSpeed skipped the update (fp16 overflow, non-finite gradients). `measured`
-    is what only some steps are asked for, by name.
+    clipping. `applied` is False where DeepSpeed skipped the update (fp16 overflow, non-finite gradients). `seconds`
+    include the wait for the step's data. `measured` is what only some steps are asked for, by name.
     """
 
     step: int
@@ -90,8 +90,16 @@ def train_steps(
     # Of ranks that work on the same samples one counts them.
     counting = int(place.pipe == place.sequence == place.tensor == 0)
     replicas = plan.layout.data * plan.layout.sequence
-    for shape, batches in parts.data.train.steps(lambda: timeline.shapes(first, stop), run.data.workers):
+    steps = parts.data.train.steps(lambda: timeline.shapes(first, stop), run.data.workers)
+    while True:
         started = time.perf_counter()
+        parts.clock.start()
+        with parts.clock("data"):
+            entry = next(steps, None)
+        if entry is None:
+            parts.clock.stop()
+            return
+        shape, batches = entry
         step = shape.step
         if rates is None:
             lr = run.optimizer.lr * learning_rate_factor(run.schedule, shape.after, timeline.total_tokens)
@@ -105,9 +113,9 @@ def train_steps(
         if parts.rounding is not None:
             parts.rounding.on = shape.before >= run.compress.quantize.start * timeline.total_tokens
         # Dropout draws from a seed of its own at every step and rank, so there is no generator state to save.
-        torch.manual_seed(fold_seed(run.seed, "step", step, seat))
+        seed_generators(fold_seed(run.seed, "step", step, seat), parts.engine.device)
         counts = all_sum(counting * _counts(batches, run.data.pads_rows).to(parts.engine.device))
-        labels, real_tokens = (int(count) for count in counts)
+        labels, real_tokens = counts.tolist()
         # DeepSpeed averages over accumulation and replicas; the loss is a mean over the global batch's labels.
         weight = plan.batch.accumulation * replicas / max(1, labels)
         measured: dict[str, float] = {}
@@ -117,6 +125,8 @@ def train_steps(
             measured = gradients.scale(norm, labels)
         else:
             loss_sum, norm = _update(parts, batches, weight, plan.zero_stage)
+        loss = float(all_sum(loss_sum * (place.tensor == 0))) / max(1, labels)
+        parts.clock.stop()
         yield StepResult(
             step=step + 1,
             tokens=shape.after,
@@ -125,7 +135,7 @@ def train_steps(
             patch=shape.patch,
             real_tokens=real_tokens,
             labels=labels,
-            loss=float(all_sum(loss_sum * (place.tensor == 0))) / max(1, labels),
+            loss=loss,
             lr=lr,
             grad_norm=norm,
             applied=parts.engine.was_step_applied(),
@@ -151,23 +161,26 @@ def _update(
     parts: Assembly, batches: Sequence[Batch], weight: float, zero_stage: int, gradients: MicroGradients | None = None
 ) -> tuple[Tensor, float]:
     """One optimizer step: (summed loss of this rank's labels, norm of the whole gradient)."""
-    engine, part = parts.engine, parts.part
+    engine, part, clock = parts.engine, parts.part, parts.clock
     if part.pipeline is not None:
         loss_sum = part.pipeline.train_step(engine, batches, weight)
         return loss_sum, float(engine.get_global_grad_norm() or 0.0)
     loss_sum = torch.zeros((), dtype=torch.float64, device=engine.device)
     norm = 0.0
     for index, batch in enumerate(batches):
-        own = _own(batch, parts)
-        with nullcontext() if part.dropping is None else part.dropping.on(own):
+        with clock("data"):
+            own = _own(batch, parts)
+        with clock("forward"), nullcontext() if part.dropping is None else part.dropping.on(own):
             loss = part.loss.train_loss(engine, own)
-        engine.backward(loss * weight)
+        with clock("backward"):
+            engine.backward(loss * weight)
         if gradients is not None:
             gradients.end_of_micro_batch(batch, weight)
         loss_sum += loss.detach()
-        if zero_stage == 0 and index + 1 == len(batches):
-            norm = gradient_norm(part.model, part.mesh.tensor)
-        engine.step()
+        with clock("optimizer"):
+            if zero_stage == 0 and index + 1 == len(batches):
+                norm = gradient_norm(part.model, part.mesh.tensor)
+            engine.step()
     return loss_sum, float(engine.get_global_grad_norm() or 0.0) if zero_stage > 0 else norm
 
 

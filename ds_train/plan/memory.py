@@ -37,11 +37,11 @@ _RUNTIME_ON_CPU = 20 * 2**20
 """What a CPU process takes after its imports beside tensors."""
 
 # The C library's heap on CPUs. Blocks of less than _MAPPED_BYTES (engine/ranks.py) live in it; with blocks of many
-# sizes that come and go it grows to several times what they hold at once, and little of it is given back. Multiples of
-# what layers keep in such blocks, and of ZeRO-3's gathered parameters that lie between them, fitted to the Llama's
-# layouts of benchmarks/planner.py.
+# sizes that come and go it grows to several times what they hold at once, and little of it is given back. A multiple of
+# what layers keep in such blocks, and bytes for each of ZeRO-3's gathered parameters that lie between them, fitted to
+# the Llama's layouts of benchmarks/planner.py.
 _MAPPED_BYTES = 2**20
-_HEAP_OF_SMALL_BLOCKS, _HEAP_OF_GATHERED = 4.2, 2.5
+_HEAP_OF_SMALL_BLOCKS, _HEAP_OF_GATHERED = 4.2, 4.5
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ class MemoryModel:
     def _heap_gaps(self, share: Share, work: Work, in_flight: int, gathered: float) -> float:
         """Bytes that a CPU rank's heap holds and doesn't use at the peak."""
         small = self.activations.in_blocks_below(_MAPPED_BYTES, share, work) * in_flight
-        return _HEAP_OF_SMALL_BLOCKS * small + (_HEAP_OF_GATHERED * gathered if small else 0.0)
+        return _HEAP_OF_SMALL_BLOCKS * small + (_HEAP_OF_GATHERED * gathered / self.width if small else 0.0)
 
     def _states(self, share: Share, choice: Choice) -> _States:
         if choice.stage == 3:

@@ -18,7 +18,10 @@ class MetricsFile:
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one line; NaN and infinities become the strings "nan", "inf" and "-inf", since JSON has none."""
-        line = json.dumps(_finite(record), allow_nan=False) + "\n"
+        try:
+            line = json.dumps(record, allow_nan=False) + "\n"
+        except ValueError:
+            line = json.dumps(_finite(record), allow_nan=False) + "\n"
         try:
             self._append(line.encode())
             self._failed = False
@@ -49,15 +52,18 @@ class MetricsFile:
                 raise
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All whole records of a metrics file; none where there is no file."""
-    return [record for _, record in _lines(path)]
+def read_metrics(path: Path, last_bytes: int | None = None) -> list[dict[str, Any]]:
+    """All whole records of a metrics file, or those that end its `last_bytes`; none where there is no file."""
+    return [record for _, record in _lines(path, last_bytes)]
 
 
-def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _lines(path: Path, last_bytes: int | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each whole line with its record."""
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - last_bytes) if last_bytes is not None else 0)
+            lines = file.read().decode("utf-8", errors="replace").splitlines()
     except FileNotFoundError:
         return
     for line in lines:

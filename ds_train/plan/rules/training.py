@@ -76,8 +76,10 @@ RULES: tuple[Rule | KeyRule, ...] = (
     ),
     Rule(
         "kernel-device", "optimizer.kernel",
-        all_of(at("optimizer.kernel", "fused"), is_not(on_device("cpu")), at("parallel.offload_optimizer", "none")),
-        "the fused kernels run where the optimizer's states are on the CPU",
+        all_of(
+            at("optimizer.kernel", "fused"), is_not(on_device("cpu", "cuda")), at("parallel.offload_optimizer", "none"),
+        ),
+        lambda f: f"the fused kernels are for CPUs and CUDA, and the optimizer's states are on {f.cluster.device}",
         "set parallel.offload_optimizer=cpu, or optimizer.kernel=auto",
     ),
     Rule(

@@ -117,8 +117,8 @@ def test_names_of_other_trainers_lead_to_keys_of_the_schema() -> None:
 @pytest.mark.parametrize(
     ("value", "shown"),
     [
-        (True, "true"), (None, "null"), ("4", "'4'"), ("-1.5", "'-1.5'"), ("true", "'true'"), ("", "''"),
-        ("a b", "'a b'"), (1e9, "1e+09"), (0.1, "0.1"), ([1, "x"], "[1, x]"),
+        (True, "true"), (None, "null"), ("4", "'4'"), ("-1.5", "'-1.5'"), ("3e-4", "'3e-4'"), ("true", "'true'"),
+        ("", "''"), ("a b", "'a b'"), (1e9, "1e+09"), (0.1, "0.1"), ([1, "x"], "[1, x]"),
         ({"a": {"b": False}}, "{a: {b: false}}"), ("auto", "auto"),
         ("x" * 200, "x" * 77 + "..."),
     ],

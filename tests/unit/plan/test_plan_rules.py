@@ -14,7 +14,7 @@ from ds_train.config import dump, load, parse
 from ds_train.errors import UserError
 from ds_train.plan.facts import Facts
 from ds_train.plan.make import make_plan
-from ds_train.plan.rules import RULES, check, states
+from ds_train.plan.rules import RULES, check, reports, states
 from ds_train.plan.topology import Cluster, Device
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -42,6 +42,10 @@ CACHED = TAUGHT | {"compress.distill.cache_top": 8}
 SHORT_TEACHER = str(Path(__file__).with_name("teacher"))
 FLASH = {"model.attention": "flash_attention_2", "batch.micro_samples": 1}
 CASES = [
+    Broken("tensorboard", {"track.also": ["csv", "tensorboard"]}, "pip install tensorboard"),
+    Broken("wandb-artifacts", {"track.wandb_artifacts": "all"}, "wandb is off"),
+    Broken("profile-steps", {"track.profile_steps": [5, 4]}, "write [5, 7]"),
+    Broken("profile-ranks", {"track.profile_steps": [1, 1], "track.profile_ranks": [0, 4]}, "ranks 0 to 3"),
     Broken("ranks", {"parallel.ranks": 8}, "parallel.ranks=8: the recipe is made for 8 ranks and 4 were started"),
     Broken("layout-divides", {"parallel.tensor": 4}, "doesn't divide the 6 ranks", ranks=6),
     Broken(
@@ -122,7 +126,7 @@ CASES = [
     Broken("loss-scale", {"precision.loss_scale": 128.0}, "precision.dtype=fp16"),
     Broken("adagrad-groups", {"optimizer.kind": "adagrad"}, "optimizer.weight_decay=0"),
     Broken("kernel-kind", {"optimizer.kernel": "fused", "optimizer.kind": "sgd"}, "kernel=auto", device="cpu"),
-    Broken("kernel-device", {"optimizer.kernel": "fused"}, "parallel.offload_optimizer=cpu"),
+    Broken("kernel-device", {"optimizer.kernel": "fused"}, "parallel.offload_optimizer=cpu", device="xpu"),
     Broken(
         "wsd-overlap", {"schedule.kind": "wsd", "schedule.decay_fraction": 0.8, "schedule.warmup_fraction": 0.3},
         "at most 0.7",
@@ -314,6 +318,11 @@ def _old_processor(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def broken_rules(facts: Facts) -> set[str]:
     return {rule.name for rule in RULES if rule.check(facts)}
+
+
+@pytest.fixture(autouse=True)
+def _nothing_optional_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reports, "find_spec", lambda name: None)
 
 
 @pytest.mark.parametrize("case", CASES, ids=[f"{index}-{case.rule}" for index, case in enumerate(CASES)])
