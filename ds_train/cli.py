@@ -484,6 +484,55 @@ def explain_step(
 
 
 @app.command()
+def quantize(
+    source: Annotated[Path, typer.Argument(help="A run's folder with its export, or a transformers folder.")],
+    folder: Annotated[Path, typer.Argument(help="Folder that transformers will load; replaced if it is there.")],
+    bits: Annotated[int, typer.Option(help="Bits of a weight: 4 or 8.")] = 8,
+    group: Annotated[int, typer.Option(min=0, help="Inputs that share a scale; 0 is one scale a row.")] = 0,
+    method: Annotated[str, typer.Option(help="rtn (to nearest) or gptq (with samples).")] = "rtn",
+    recipe: Annotated[
+        Path | None, typer.Option(help="Recipe whose data gptq looks at; the run's own without it.")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Samples that gptq looks at.")] = 128,
+) -> None:
+    """Round a trained model's linear layers to few bits, packed as compressed-tensors. Takes one process."""
+    if bits not in (4, 8):
+        raise user_error("--bits", "no such number of bits", "4 or 8", bits)
+    if method not in ("rtn", "gptq"):
+        raise user_error("--method", "no such method", "rtn or gptq", method)
+    from ds_train.checkpoint import offline
+
+    before, after = offline.quantize(source, folder, bits, group, method == "gptq", recipe, samples)
+    print(f"{folder.resolve()}: {after / 1e6:,.2f} MB of weights, {before / 1e6:,.2f} MB before")
+
+
+@app.command()
+def sparsify(
+    source: Annotated[Path, typer.Argument(help="A run's folder with its export, or a transformers folder.")],
+    folder: Annotated[Path, typer.Argument(help="Folder that transformers will load; replaced if it is there.")],
+    pattern: Annotated[str, typer.Option(help="Zeros of a row: 2:4 (two in four neighbours), or a share.")] = "2:4",
+    method: Annotated[str, typer.Option(help="magnitude, wanda or sparsegpt (both with samples).")] = "wanda",
+    recipe: Annotated[Path | None, typer.Option(help="Recipe of the samples; the run's own without it.")] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Samples that are looked at.")] = 128,
+) -> None:
+    """Set weights of a trained model's linear layers to zero; compress.keep_zeros trains it so. Takes one process."""
+    if method not in ("magnitude", "wanda", "sparsegpt"):
+        raise user_error("--method", "no such method", "magnitude, wanda or sparsegpt", method)
+    from ds_train.checkpoint import offline
+    from ds_train.compress.sparsity import Pattern
+
+    zeros, colon, group = pattern.partition(":")
+    try:
+        chosen = Pattern(int(zeros) / int(group), int(group)) if colon else Pattern(float(zeros))
+    except (ValueError, ZeroDivisionError):
+        chosen = Pattern(1.0)
+    if not 0 < chosen.share < 1:
+        raise user_error("--pattern", "not a share of a row", "such as 2:4 or 0.5", pattern)
+    share = offline.sparsify(source, folder, chosen, method, recipe, samples)  # type: ignore[arg-type]
+    print(f"{folder.resolve()}: {share:.1%} of the blocks' linear weights are zero")
+
+
+@app.command()
 def report(
     folders: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs, or metrics.jsonl files.")],
     out: Annotated[Path | None, typer.Option(help="The page; RUN/report.html, or report.html for several.")] = None,

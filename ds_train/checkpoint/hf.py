@@ -19,6 +19,8 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from ds_train.checkpoint.fragments import names_of_whole
 from ds_train.checkpoint.shards import FragmentFiles, write_safetensors
+from ds_train.compress.distill import PROJECTIONS
+from ds_train.compress.packed import Packing
 from ds_train.models.load import gathered
 from ds_train.parallel.build import Part
 from ds_train.parallel.tensor import gather_whole
@@ -30,13 +32,14 @@ CARD = "README.md"
 
 
 def export(
-    part: Part, tokenizer: PreTrainedTokenizerBase, folder: Path, card: str, file_bytes: int = FILE_BYTES
-) -> None:
+    part: Part, tokenizer: PreTrainedTokenizerBase, folder: Path, card: str, file_bytes: int = FILE_BYTES,
+    packing: Packing | None = None,
+) -> None:  # fmt: skip
     """Write safetensors, config, tokenizer and model card of the whole model into `folder`. Collective.
 
     Parameters that ZeRO-3 has partitioned or tensor ranks share are gathered one at a time, and each is kept by one
     rank of its pipeline stage until that has a file full of them: no rank holds the model. An older export is replaced
-    only when the new one is whole.
+    only when the new one is whole. `packing`: how weights of few bits are written.
     """
     partial = folder.with_name(folder.name + ".partial")
     if dist.get_rank() == 0:
@@ -49,17 +52,17 @@ def export(
     if part.pipeline is None and hasattr(part.model, "_weight_conversions"):
         # The names that the files had; a stage has seen but its own, and the family's usual ones are taken.
         model._weight_conversions = part.model._weight_conversions
-    own = list(_write_weights(partial, model, _own_groups(part, file_bytes), dist.get_rank(), file_bytes))
+    own = list(_write_weights(partial, model, _own_groups(part, file_bytes), dist.get_rank(), file_bytes, packing))
     everyones: list[list[_File]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(everyones, own)
     if dist.get_rank() == 0:
-        _finish(partial, folder, model, tokenizer, card, [file for files in everyones for file in files])
+        _finish(partial, folder, model, tokenizer, card, [file for files in everyones for file in files], packing)
     dist.barrier()
 
 
 def export_fragments(
     files: FragmentFiles, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, card: str,
-    dtype: torch.dtype, file_bytes: int = FILE_BYTES,
+    dtype: torch.dtype, file_bytes: int = FILE_BYTES, packing: Packing | None = None,
 ) -> None:  # fmt: skip
     """As `export`, from a checkpoint and an outline of the model, in this process alone.
 
@@ -69,9 +72,10 @@ def export_fragments(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     model.to(dtype=dtype)  # type: ignore[call-arg]  # transformers wraps it
-    groups = _by_layer(files.shapes)
+    groups = _by_layer(name for name in files.shapes if not name.startswith(PROJECTIONS))
     states = ({name: files.whole(name).to(dtype) for name in names} for names in groups)
-    _finish(partial, folder, model, tokenizer, card, list(_write_weights(partial, model, states, 0, file_bytes)))
+    written = list(_write_weights(partial, model, states, 0, file_bytes, packing))
+    _finish(partial, folder, model, tokenizer, card, written, packing)
 
 
 def model_card(name: str, facts: Mapping[str, Any], recipe: str, base_model: str | None = None) -> str:
@@ -131,8 +135,9 @@ class _File:
 
 
 def _write_weights(
-    folder: Path, model: PreTrainedModel, groups: Iterable[dict[str, Tensor]], rank: int, file_bytes: int
-) -> Iterator[_File]:
+    folder: Path, model: PreTrainedModel, groups: Iterable[dict[str, Tensor]], rank: int, file_bytes: int,
+    packing: Packing | None,
+) -> Iterator[_File]:  # fmt: skip
     """Write this rank's weights, under the names that the family's files have."""
     ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
     waiting: dict[str, Tensor] = {}
@@ -145,6 +150,8 @@ def _write_weights(
 
     for state in groups:
         named = {name: tensor for name, tensor in state.items() if name not in ignored}
+        if packing is not None:
+            named = packing.state(named)
         converted = revert_weight_conversion(model, named)
         if waiting and _bytes(waiting) + _bytes(converted) > file_bytes:
             yield written()
@@ -157,10 +164,12 @@ def _write_weights(
 
 def _finish(
     partial: Path, folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, card: str,
-    files: list[_File],
+    files: list[_File], packing: Packing | None,
 ) -> None:  # fmt: skip
     """Everything besides the weights; then the folder takes the place of an older one."""
     use_cache, model.config.use_cache = model.config.use_cache, True
+    if packing is not None:
+        model.config.quantization_config = packing.config(model)
     # Config, generation config, a hub model's own code: all that belongs to it, with a file of no weights.
     model.save_pretrained(partial, state_dict={})
     model.config.use_cache = use_cache
@@ -195,7 +204,8 @@ def _own_groups(part: Part, file_bytes: int) -> Iterator[dict[str, Tensor]]:
     dist.all_gather_object(stages, (place.pipe, list(buffers)))
     earlier = {name for pipe, names in stages if pipe < place.pipe for name in names}
     buffers = {name: buffer for name, buffer in buffers.items() if name not in earlier}
-    for number, names in enumerate(_by_layer([*parameters, *buffers])):
+    written = (name for name in (*parameters, *buffers) if not name.startswith(PROJECTIONS))
+    for number, names in enumerate(_by_layer(written)):
         mine = number % writers == index
         state = {}
         for name in names:

@@ -5,17 +5,25 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from ds_train.checkpoint import hf
 from ds_train.checkpoint.fragments import WEIGHT, Fragment, Shape
 from ds_train.checkpoint.manifest import Written, damage, make_durable, write_manifest
 from ds_train.checkpoint.native import FORMAT, STATE, open_fragments, read_state
 from ds_train.checkpoint.shards import FragmentFiles, write_fragments
-from ds_train.config import RunConfig, dump
+from ds_train.compress.packed import Packing
+from ds_train.compress.post_training import quantize_folder, thin_folder
+from ds_train.compress.sparsity import Pattern, Score
+from ds_train.config import RunConfig, dump, load
+from ds_train.config.quantize import QuantizeSection
+from ds_train.data.build import load_data
 from ds_train.data.prepare import prepare, prepared_tokenizer
 from ds_train.errors import user_error
 from ds_train.models.load import load_model_config, outline
+from ds_train.models.tasks import model_inputs
 
 
 def export(checkpoint: Path, folder: Path, dtype: torch.dtype) -> None:
@@ -32,9 +40,61 @@ def export(checkpoint: Path, folder: Path, dtype: torch.dtype) -> None:
     card = hf.model_card(run.name, facts, dump(run), run.model.path)
     files = open_fragments(checkpoint)
     try:
-        hf.export_fragments(files, outline(run, load_model_config(run, tokenizer)), tokenizer, folder, card, dtype)
+        model = outline(run, load_model_config(run, tokenizer))
+        quantize = run.compress.quantize
+        packing = Packing.of(quantize, model) if quantize.bits else None
+        hf.export_fragments(files, model, tokenizer, folder, card, dtype, packing=packing)
     finally:
         files.close()
+
+
+def quantize(
+    source: Path, folder: Path, bits: int, group: int, by_gptq: bool, recipe: Path | None, samples: int
+) -> tuple[int, int]:
+    """Write a run's export, or any transformers folder, with rounded weights; bytes of the weights before and after.
+
+    Raises:
+        UserError: there is no model, no data to look at, or the layers can't be rounded so.
+    """
+    model, batches = _model_and_samples(source, recipe, samples if by_gptq else 0)
+    section = QuantizeSection.model_validate({"weights": f"int{bits}", "group": group})
+    return quantize_folder(model, folder, section, "gptq" if by_gptq else "rtn", batches)
+
+
+def sparsify(source: Path, folder: Path, pattern: Pattern, score: Score, recipe: Path | None, samples: int) -> float:
+    """Write a run's export, or any transformers folder, with zeros in its weights; the share of them.
+
+    Raises:
+        UserError: there is no model, no data to look at, or the pattern doesn't fit the layers.
+    """
+    model, batches = _model_and_samples(source, recipe, samples if score != "magnitude" else 0)
+    return thin_folder(model, folder, pattern, score, batches)
+
+
+def _model_and_samples(source: Path, recipe: Path | None, samples: int) -> tuple[Path, list[dict[str, Tensor]]]:
+    """A transformers folder, and what its model is shown: of the recipe, or of the run whose folder it is."""
+    own = source / "recipe.yaml"
+    recipe = own if recipe is None and own.is_file() else recipe
+    model = source / "export" if own.is_file() else source
+    if not samples:
+        return model, []
+    if recipe is None:
+        raise user_error("--recipe", "the method looks at samples, and a folder of weights has none", "give a recipe")
+    return model, _calibration(load(recipe), samples)
+
+
+def _calibration(run: RunConfig, count: int) -> list[dict[str, Tensor]]:
+    """What the model takes of the first samples of the recipe's training."""
+    prepared = prepare(run)
+    micro = 8
+    data = load_data(
+        run, folder=prepared, tokenizer=prepared_tokenizer(prepared), data_rank=0, data_ranks=1, micro_samples=micro,
+        eval_micro_samples=micro,
+    )  # fmt: skip
+    places = data.train.order.index(np.arange(min(count, data.train.num_samples))).tolist()
+    return [
+        model_inputs(data.train.of_samples(places[start : start + micro])) for start in range(0, len(places), micro)
+    ]
 
 
 def rewrite(checkpoint: Path, folder: Path, file_bytes: int = hf.FILE_BYTES) -> None:

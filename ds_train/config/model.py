@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -25,6 +25,10 @@ class ModelSection(Section):
 
     arch: str | None = None
     """transformers `model_type` (llama, qwen3, bert ...) of a model that starts from random weights."""
+
+    keep_layers: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = None
+    """Layers of the pretrained model that stay, from 0 and rising; the others are left out before training. Left out,
+    all stay."""
 
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"] = "auto"
     """Attention implementation. `auto` takes sdpa where the family has it, else what transformers chooses."""
@@ -63,4 +67,7 @@ class ModelSection(Section):
         if (self.path is None) == (self.arch is None):
             given = "none" if self.path is None else "both"
             raise ValueError(f"exactly one of path and arch says which model is trained; given: {given}")
+        kept = self.keep_layers
+        if kept is not None and (self.path is None or kept != sorted(set(kept))):
+            raise ValueError("keep_layers are numbers of the layers of `path`, each once and rising")
         return self

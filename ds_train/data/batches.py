@@ -103,7 +103,7 @@ class Batches:
         micro_samples: int, data_rank: int, data_ranks: int, name_samples: bool = False,
     ) -> None:  # fmt: skip
         """`name_samples`: training micro-batches have `sample_ids` (B,), other ones for every sample of the run."""
-        self._samples, self._collate, self._order = samples, collate, order
+        self._samples, self._collate, self.order = samples, collate, order
         self._global, self._micro = global_samples, micro_samples
         self._rank, self._ranks = data_rank, data_ranks
         self._length, self._name_samples = collate.length, name_samples
@@ -162,7 +162,21 @@ class Batches:
 
     def portions(self, slots: Iterable[int], shape: StepShape) -> list[Portion]:
         """The documents in samples number `slots` of a step of that shape, in their order."""
-        return [portion for slot in slots for portion in portions_of(self._samples, self._order, shape, slot)]
+        return [portion for slot in slots for portion in portions_of(self._samples, self.order, shape, slot)]
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of an epoch."""
+        return len(self._samples)
+
+    def of_samples(self, samples: Iterable[int]) -> dict[str, Tensor]:
+        """The micro-batch of samples by their number, whatever the order of the run."""
+        return self._collate([self._sample(sample, 0) for sample in samples])
+
+    def label_counts(self, samples: Iterable[int]) -> NDArray[np.int64]:
+        """Labels of each of those: (samples,)."""
+        labels = (self._sample(sample, 0)["labels"] for sample in samples)
+        return np.array([int((one != IGNORE_INDEX).sum()) for one in labels], dtype=np.int64)
 
     def _take(self, slots: NDArray[np.int64], shape: StepShape) -> list[Sample]:
         """The samples of numbers `slots` (B,) along the run, where all have that shape."""
@@ -171,7 +185,7 @@ class Batches:
             cuts: list[tuple[int, int | None]] = [(0, None)] * len(parts)
         else:
             cuts = [(part * length, (part + 1) * length) for part in parts.tolist()]
-        numbers = zip(self._order.index(places).tolist(), places.tolist(), cuts, strict=True)
+        numbers = zip(self.order.index(places).tolist(), places.tolist(), cuts, strict=True)
         samples = [self._sample(index, place, *cut) for index, place, cut in numbers]
         return samples if shape.patch == 1 else [patch_sample(sample, shape.patch) for sample in samples]
 

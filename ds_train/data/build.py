@@ -55,7 +55,7 @@ def load_data(
         dealt = Batches(
             samples, collate, Order(len(samples), run.seed), global_samples=run.batch.global_samples,
             micro_samples=micro, data_rank=data_rank, data_ranks=data_ranks,
-            name_samples=split == "train" and run.token_drop.kind != "none",
+            name_samples=split == "train" and (run.token_drop.kind != "none" or run.compress.distill.cache_top > 0),
         )  # fmt: skip
         return dealt, samples
 

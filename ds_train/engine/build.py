@@ -10,10 +10,17 @@ from typing import Any
 from ds_kernels import Choice
 from transformers import PreTrainedModel
 
+from ds_train.compress.distill import Distilling
+from ds_train.compress.packed import Packing
+from ds_train.compress.qat import Rounding, linear_layers
+from ds_train.compress.sparsity import keep_zeros
+from ds_train.compress.teacher import check_teacher
 from ds_train.config import RunConfig
 from ds_train.data.build import DataBundle, load_data
-from ds_train.engine.ranks import RankInfo
+from ds_train.engine.distilling import distil
+from ds_train.engine.ranks import RankInfo, on_main_first
 from ds_train.models.cpu_products import fp32_products_are_faster, use_fp32_products
+from ds_train.models.kept_layers import start_from_kept_layers
 from ds_train.models.lean import use_lean_layers
 from ds_train.models.load import load_model_config
 from ds_train.models.patch import embed_patches
@@ -34,7 +41,9 @@ from ds_train.track.phases import StepClock, step_clock, time_pipeline
 class Assembly:
     """All that the step loop works with. `engine` is DeepSpeed's, around this rank's part of the model.
 
-    `kernel` is what updates the parameters, `clock` what tells where the time of a step goes.
+    `kernel` is what updates the parameters, `clock` what tells where the time of a step goes. `distilling` is there
+    where the recipe has a teacher, on ranks that take the loss; `rounding` and `packing` where weights are rounded: in
+    training, and in the export.
     """
 
     engine: Any
@@ -42,6 +51,9 @@ class Assembly:
     data: DataBundle
     kernel: Choice
     clock: StepClock
+    distilling: Distilling | None = None
+    rounding: Rounding | None = None
+    packing: Packing | None = None
 
     @property
     def model(self) -> PreTrainedModel:
@@ -73,6 +85,9 @@ def assemble(run: RunConfig, plan: RunPlan, info: RankInfo, tokenizer: Any, prep
         micro_samples=plan.batch.micro_samples,
         eval_micro_samples=plan.batch.eval_micro_samples,
     )
+    if run.model.keep_layers is not None:
+        whole = run
+        run = on_main_first(info, lambda: start_from_kept_layers(whole, tokenizer))
     config = load_model_config(run, tokenizer)
     if plan.size is None:
         # A hub model's sizes are known only now that its config is on this machine.
@@ -84,11 +99,18 @@ def assemble(run: RunConfig, plan: RunPlan, info: RankInfo, tokenizer: Any, prep
         check_layout(run, config, layout, mesh, get_accelerator().current_device_name())
     if run.token_drop.kind != "none":
         check_token_dropping(run, config)
+    teacher = check_teacher(run, config, tokenizer) if run.compress.distill.active else None
     part = build_part(run, config, plan, mesh)
     if fp32_products_are_faster(info.device, part.model.dtype):
         use_fp32_products(part.model)
+    quantize = run.compress.quantize
+    packing = Packing.of(quantize, part.outline) if quantize.bits else None
+    rounding = Rounding(run, part.model, mesh.tensor) if quantize.bits else None
+    if run.compress.keep_zeros:
+        keep_zeros(linear_layers(part.model))
     if run.model.lean_activations and not run.model.activation_checkpointing and not run.model.compile:
         use_lean_layers(part.model)
+    distilling = None if teacher is None else distil(run, plan, part, data, teacher)
     # DeepSpeed keeps the groups of the last engine of this process.
     deepspeed.utils.groups.mpu = None
     engine, *_ = deepspeed.initialize(
@@ -111,4 +133,4 @@ def assemble(run: RunConfig, plan: RunPlan, info: RankInfo, tokenizer: Any, prep
     clock = step_clock(info.device)
     if part.pipeline is not None:
         time_pipeline(engine, clock)
-    return Assembly(engine, part, data, kernel, clock)
+    return Assembly(engine, part, data, kernel, clock, distilling, rounding, packing)

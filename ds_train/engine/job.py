@@ -115,7 +115,7 @@ def _train(
                 if run.checkpoint.export:
                     step = watch.use_best()
                     card = _model_card(run, plan, folder, step) if info.is_main else ""
-                    hf.export(parts.part, tokenizer, folder / "export", card)
+                    hf.export(parts.part, tokenizer, folder / "export", card, packing=parts.packing)
                     tracker.keep(folder / "export", "export", step)
                     _push(run, folder / "export", tracker, info)
         # What follows is rank 0's alone: no attention may wait for the others.

@@ -22,6 +22,7 @@ from ds_train.models.load import fold_seed
 from ds_train.models.tasks import Batch, carry_nonfinite
 from ds_train.optim.build import set_learning_rate
 from ds_train.plan.make import RunPlan
+from ds_train.schedule.distill import teacher_share
 from ds_train.schedule.learning_rate import learning_rate_factor
 from ds_train.schedule.timeline import StepShape, Timeline
 from ds_train.schedule.token_drop import kept_tokens
@@ -166,6 +167,10 @@ def begin_step(
     place, layout = mesh.place, mesh.layout
     if parts.part.dropping is not None:
         parts.part.dropping.kept = kept_tokens(run.token_drop, shape.length, shape.before, timeline.total_tokens)
+    if parts.distilling is not None:
+        parts.distilling.alpha = teacher_share(run.compress.distill, shape.before, timeline.total_tokens)
+    if parts.rounding is not None:
+        parts.rounding.on = shape.before >= run.compress.quantize.start * timeline.total_tokens
     # Dropout draws from a seed of its own at every step and rank, so there is no generator state to save. Ranks that
     # share a layer's matrices draw the same.
     seat = f"{place.pipe}/{place.data}/{place.sequence}"

@@ -21,10 +21,11 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig, prevent_arang
 
 from ds_train.config import RunConfig
 from ds_train.errors import UserError, first_line, user_error
+from ds_train.plan.model_size import of_kept_layers
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-_AUTO_CLASSES = {
+AUTO_CLASSES = {
     "causal-lm": transformers.AutoModelForCausalLM,
     "masked-lm": transformers.AutoModelForMaskedLM,
     "sequence-classification": transformers.AutoModelForSequenceClassification,
@@ -47,6 +48,8 @@ def load_model_config(run: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Pre
         config = _config_from_scratch(str(run.model.arch), keys)
     else:
         config = _config_of_pretrained(run, keys)
+        if run.model.keep_layers is not None:
+            config = type(config).from_dict(of_kept_layers(config.to_dict(), run.model.keep_layers))
         # Fine-tuning with padded samples needs to know the padding (GPT-like classifiers look for the last real token).
         if getattr(config, "pad_token_id", None) is None:
             config.pad_token_id = tokenizer.pad_token_id
@@ -189,7 +192,7 @@ def _random_model(run: RunConfig, config: PreTrainedConfig, zero3_json: dict[str
             # Without a dtype: one that is given counts only where the processor has fp16, and is bf16 elsewhere
             # (partition_parameters.py, Init._set_dtype). The JSON says it too.
             stack.enter_context(deepspeed.zero.Init(config_dict_or_path=zero3_json))
-        auto_class: Any = _AUTO_CLASSES[run.task.kind]
+        auto_class: Any = AUTO_CLASSES[run.task.kind]
         return auto_class.from_config(config, dtype=DTYPES[run.precision.dtype], **_attention(run))
 
 
@@ -207,7 +210,7 @@ def _pretrained_model(
     # transformers partitions while it loads only if such an object is alive (deepspeed-rules: silent otherwise).
     alive = HfDeepSpeedConfig(deepspeed_json) if zero_stage == 3 else None
     family = type(outline(run, config)) if cut is not None else None
-    loader: Any = _AUTO_CLASSES[run.task.kind] if family is None else _part_of(family, cut)
+    loader: Any = AUTO_CLASSES[run.task.kind] if family is None else _part_of(family, cut)
     try:
         model, info = loader.from_pretrained(
             run.model.path,

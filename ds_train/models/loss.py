@@ -7,6 +7,7 @@ The gradient is computed in the forward pass, chunk by chunk, as in Liger's fuse
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,11 @@ IGNORE_INDEX = -100
 
 CHUNK_LOGITS = 2 * 2**20
 """Logits held at once: 8 MB in fp32."""
+
+ChunkLoss = Callable[[Tensor, slice, bool], tuple[Tensor, Tensor | None]]
+"""(logits (C, V) of a chunk, its place among the tokens, whether a gradient is wanted) -> (summed loss, its gradient of
+the logits (C, V) in fp32). With a head that is cut along the vocabulary, logits are this rank's and the loss is all's.
+"""
 
 
 @dataclass(frozen=True)
@@ -60,13 +66,34 @@ def linear_cross_entropy(
     Labels (N, K) are K of each position, predicted by the same logits. With `shard`, weight and bias are this rank's
     rows; loss and gradient of `hidden` are those of all rows.
     """
-    return _LinearCrossEntropy.apply(hidden_ND, weight_VD, bias_V, labels_N, shard)
+    if hidden_ND.shape[0] != labels_N.shape[0]:
+        raise ValueError(f"{hidden_ND.shape[0]} hidden states but {labels_N.shape[0]} labels")
+    return linear_loss(hidden_ND, weight_VD, bias_V, CrossEntropy(labels_N, shard), shard)
+
+
+def linear_loss(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    loss_of: ChunkLoss,
+    shard: VocabularyShard | None = None,
+) -> Tensor:
+    """Sum of `loss_of` over all tokens (scalar, fp32), where logits are `hidden @ weight.T + bias`, a chunk at a time.
+
+    With `shard`, weight and bias are this rank's rows; loss and gradient of `hidden` are those of all rows.
+    """
+    return _LinearLoss.apply(hidden_ND, weight_VD, bias_V, loss_of, shard)
+
+
+def logits_loss(logits_NV: Tensor, loss_of: ChunkLoss) -> Tensor:
+    """Sum of `loss_of` over all tokens (scalar, fp32), from logits that a model has given."""
+    return _LogitsLoss.apply(logits_NV, loss_of)
 
 
 def cross_entropy_sum(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
     """Summed cross-entropy (scalar, fp32) of logits of any dtype; labels (N,) or (N, K), IGNORE_INDEX is left out."""
     if labels_N.dim() == 2:
-        return _nll_sum(_log_softmax(logits_NV, None), labels_N, None)
+        return _nll_sum(log_softmax(logits_NV, None), labels_N, None)
     return functional.cross_entropy(logits_NV.float(), labels_N, ignore_index=IGNORE_INDEX, reduction="sum")
 
 
@@ -80,9 +107,9 @@ def score_tokens(
     """(summed cross-entropy, correctly predicted labels), both scalars in fp32, without a gradient."""
     loss = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
     correct = torch.zeros_like(loss)
-    for chunk in _chunks(hidden_ND, weight_VD, labels_N):
+    for chunk in _chunks(len(labels_N), weight_VD.shape[0]):
         logits_CV, labels_C = functional.linear(hidden_ND[chunk], weight_VD, bias_V).float(), labels_N[chunk]
-        loss += _nll_sum(_log_softmax(logits_CV, shard), labels_C, shard)
+        loss += _nll_sum(log_softmax(logits_CV, shard), labels_C, shard)
         highest_C, guess_C = logits_CV.max(-1)
         if shard is not None:
             first = torch.where(
@@ -93,7 +120,7 @@ def score_tokens(
     return loss, correct
 
 
-def _log_softmax(logits_CV: Tensor, shard: VocabularyShard | None) -> Tensor:
+def log_softmax(logits_CV: Tensor, shard: VocabularyShard | None) -> Tensor:
     """Log-probabilities in fp32, over all rows of the head."""
     if shard is None:
         return torch.log_softmax(logits_CV, -1, dtype=torch.float32)
@@ -104,41 +131,62 @@ def _log_softmax(logits_CV: Tensor, shard: VocabularyShard | None) -> Tensor:
 def _nll_sum(logp_CV: Tensor, labels_C: Tensor, shard: VocabularyShard | None) -> Tensor:
     """Summed negative log-likelihood of the labels, over all rows of the head."""
     if labels_C.dim() == 2:
-        own_CK = _own_labels(labels_C, logp_CV, shard)
+        own_CK = own_rows(labels_C, logp_CV, shard)
         picked = logp_CV.gather(1, own_CK.clamp(min=0)).masked_fill(own_CK == IGNORE_INDEX, 0.0)
         return -picked.sum() if shard is None else shard.sum(-picked.sum())
     if shard is None:
         return functional.nll_loss(logp_CV, labels_C, ignore_index=IGNORE_INDEX, reduction="sum")
-    return shard.sum(functional.nll_loss(logp_CV, _own_labels(labels_C, logp_CV, shard), reduction="sum"))
+    return shard.sum(functional.nll_loss(logp_CV, own_rows(labels_C, logp_CV, shard), reduction="sum"))
 
 
-def _own_labels(labels_C: Tensor, logits_CV: Tensor, shard: VocabularyShard | None) -> Tensor:
-    """Labels as rows of this rank's part of the head; IGNORE_INDEX for those of other ranks."""
+def own_rows(labels_C: Tensor, logits_CV: Tensor, shard: VocabularyShard | None) -> Tensor:
+    """Labels, of any shape, as rows of this rank's part of the head; IGNORE_INDEX for those of other ranks."""
     if shard is None:
         return labels_C
     rows_C = labels_C - shard.start
     return rows_C.masked_fill((rows_C < 0) | (rows_C >= logits_CV.shape[-1]), IGNORE_INDEX)
 
 
-def _chunks(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor) -> list[slice]:
-    tokens = labels_N.shape[0]
-    if hidden_ND.shape[0] != tokens:
-        raise ValueError(f"{hidden_ND.shape[0]} hidden states but {tokens} labels")
-    size = max(1, CHUNK_LOGITS // weight_VD.shape[0])
+def _chunks(tokens: int, vocabulary: int) -> list[slice]:
+    size = max(1, CHUNK_LOGITS // vocabulary)
     return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
+class CrossEntropy:
+    """A `ChunkLoss`: summed cross-entropy against labels (N,), or (N, K) of which the same logits predict each."""
+
+    def __init__(self, labels_N: Tensor, shard: VocabularyShard | None = None) -> None:
+        self._labels_N, self._shard = labels_N, shard
+
+    def __call__(self, logits_CV: Tensor, chunk: slice, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
+        labels_C, shard = self._labels_N[chunk], self._shard
+        # log p in place of the logits, then p - onehot in place of log p: one fp32 buffer per chunk.
+        logp_CV = log_softmax(logits_CV, shard)
+        loss = _nll_sum(logp_CV, labels_C, shard)
+        if not with_gradient:
+            return loss, None
+        labels_CK = labels_C.view(len(labels_C), -1)
+        count_C1 = (labels_CK != IGNORE_INDEX).sum(-1, keepdim=True)
+        grad_CV = logp_CV.exp_()
+        if not bool((count_C1 == 1).all()):
+            grad_CV.mul_(count_C1)
+        own_CK = own_rows(labels_CK, grad_CV, shard)
+        grad_CV.scatter_add_(1, own_CK.clamp(min=0), -(own_CK >= 0).to(grad_CV.dtype))
+        return loss, grad_CV
+
+
+class _LinearLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
         hidden_ND: Tensor,
         weight_VD: Tensor,
         bias_V: Tensor | None,
-        labels_N: Tensor,
+        loss_of: ChunkLoss,
         shard: VocabularyShard | None,
     ) -> Tensor:
         needs_hidden, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+        needs_any = needs_hidden or needs_weight or needs_bias
         dtype = hidden_ND.dtype
         if fp32_products_are_faster(hidden_ND.device, dtype):
             hidden_ND, weight_VD = hidden_ND.float(), weight_VD.float()
@@ -148,20 +196,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # fp32, so that the sum over chunks is not rounded to 16 bits at each of them.
         grad_weight = torch.zeros_like(weight_VD, dtype=torch.float32) if needs_weight else None
         grad_bias = torch.zeros_like(bias_V, dtype=torch.float32) if needs_bias and bias_V is not None else None
-        for chunk in _chunks(hidden_ND, weight_VD, labels_N):
-            hidden_CD, labels_C = hidden_ND[chunk], labels_N[chunk]
-            # log p in place of the logits, then p - onehot in place of log p: one fp32 buffer per chunk.
-            logp_CV = _log_softmax(functional.linear(hidden_CD, weight_VD, bias_V), shard)
-            loss += _nll_sum(logp_CV, labels_C, shard)
-            if not (needs_hidden or needs_weight or needs_bias):
+        for chunk in _chunks(len(hidden_ND), weight_VD.shape[0]):
+            hidden_CD = hidden_ND[chunk]
+            chunk_loss, grad_CV = loss_of(functional.linear(hidden_CD, weight_VD, bias_V), chunk, needs_any)
+            loss += chunk_loss
+            if grad_CV is None:
                 continue
-            labels_CK = labels_C.view(len(labels_C), -1)
-            count_C1 = (labels_CK != IGNORE_INDEX).sum(-1, keepdim=True)
-            grad_CV = logp_CV.exp_()
-            if not bool((count_C1 == 1).all()):
-                grad_CV.mul_(count_C1)
-            own_CK = _own_labels(labels_CK, grad_CV, shard)
-            grad_CV.scatter_add_(1, own_CK.clamp(min=0), -(own_CK >= 0).to(grad_CV.dtype))
             if grad_bias is not None:
                 grad_bias += grad_CV.sum(0)
             grad_CV = grad_CV.to(hidden_ND.dtype)
@@ -185,3 +225,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None if grad is None else grad * upstream[0].to(grad.dtype) for grad in ctx.saved_tensors
         )
         return hidden, weight, bias, None, None
+
+
+class _LogitsLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits_NV: Tensor, loss_of: ChunkLoss) -> Tensor:
+        loss = torch.zeros((), dtype=torch.float32, device=logits_NV.device)
+        grad_NV = torch.empty_like(logits_NV)
+        for chunk in _chunks(*logits_NV.shape):
+            chunk_loss, grad_CV = loss_of(logits_NV[chunk], chunk, True)
+            loss += chunk_loss
+            if grad_CV is not None:
+                grad_NV[chunk] = grad_CV
+        ctx.save_for_backward(grad_NV)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None]:
+        (grad_NV,) = ctx.saved_tensors
+        return grad_NV * upstream[0].to(grad_NV.dtype), None

@@ -7,10 +7,11 @@ and its gradient are the same however the batch is cut into micro-batches and ra
 from __future__ import annotations
 
 import ast
+import contextlib
 import inspect
 import textwrap
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,14 +19,36 @@ from transformers import PreTrainedModel
 
 from ds_train.models.loss import (
     IGNORE_INDEX,
+    ChunkLoss,
+    CrossEntropy,
     VocabularyShard,
     cross_entropy_sum,
-    linear_cross_entropy,
+    linear_loss,
+    logits_loss,
     score_tokens,
 )
 from ds_train.plan.outline import gives_plain_logits
 
 Batch = Mapping[str, Tensor]
+
+SAMPLE_IDS = "sample_ids"
+"""Key of a micro-batch: one number per sample, the same in every layout; (B,) int64."""
+
+TOKEN_IDS = "token_ids"
+"""Key of a micro-batch in a pipeline whose last stage looks at the tokens: a second name of `input_ids`."""
+
+
+_Extra = Callable[[], Tensor | None]
+
+
+class Objective(Protocol):
+    """Something else than cross-entropy to train on."""
+
+    def chunk_loss(self, batch: Batch, shard: VocabularyShard | None) -> ChunkLoss:
+        """The loss of the micro-batch's logits, whose tokens are flattened. Called before the model's forward pass."""
+
+    def extra_loss(self) -> Tensor | None:
+        """What is added to that, a differentiable scalar. Called once, when the layers have run."""
 
 
 class TaskLoss:
@@ -39,7 +62,10 @@ class TaskLoss:
     def __init__(self, model: PreTrainedModel, vocabulary_group: Any = None) -> None:
         """`vocabulary_group`: the ranks that the head's rows are cut over; None where each has the whole head."""
         head = model.get_output_embeddings() if vocabulary_group is not None else plain_head(model)
+        self._model = model
         self._head = _HeadLoss(head, vocabulary_group) if head is not None else None
+        self.objective: Objective | None = None
+        """What is trained on; None is cross-entropy. Evaluation always is cross-entropy."""
 
     @property
     def fused(self) -> bool:
@@ -47,13 +73,22 @@ class TaskLoss:
         return self._head is not None
 
     def train_loss(self, forward: Callable[..., Any], batch: Batch) -> Tensor:
-        """Summed cross-entropy of the micro-batch: scalar, fp32, differentiable."""
-        labels = batch["labels"]
-        if self._head is None:
-            logits = forward(**_inputs(batch)).logits
-            return cross_entropy_sum(logits.view(-1, logits.shape[-1]), _rows(labels))
-        with self._head.on(labels, scoring=False):
-            return forward(**_inputs(batch)).logits
+        """Summed loss of the micro-batch: scalar, fp32, differentiable."""
+        labels_N = _rows(batch["labels"])
+        shard = self._head.shard if self._head is not None else None
+        objective = self.objective
+        if objective is None:
+            loss_of, extra = None, None
+        else:
+            loss_of, extra = objective.chunk_loss(batch, shard), objective.extra_loss
+        if self._head is not None:
+            with self._head.on(labels_N, loss_of or CrossEntropy(labels_N, shard), extra):
+                return forward(**model_inputs(batch)).logits
+        if loss_of is None or extra is None:
+            logits = forward(**model_inputs(batch)).logits
+            return cross_entropy_sum(logits.view(-1, logits.shape[-1]), labels_N)
+        with _loss_as_logits(self._model, loss_of, extra):
+            return forward(**model_inputs(batch)).logits
 
     @torch.no_grad()
     def scores(self, forward: Callable[..., Any], batch: Batch) -> Tensor:
@@ -61,12 +96,12 @@ class TaskLoss:
         labels = batch["labels"]
         count = (labels != IGNORE_INDEX).sum()
         if self._head is None:
-            logits = forward(**_inputs(batch)).logits
+            logits = forward(**model_inputs(batch)).logits
             loss = cross_entropy_sum(logits.view(-1, logits.shape[-1]), labels.view(-1))
             correct = (logits.argmax(-1) == labels).sum()
         else:
-            with self._head.on(labels, scoring=True):
-                loss, correct = forward(**_inputs(batch)).logits
+            with self._head.on(_rows(labels)):
+                loss, correct = forward(**model_inputs(batch)).logits
         return torch.stack([loss.double(), correct.double(), count.double()])
 
 
@@ -80,14 +115,16 @@ class _HeadLoss:
 
     def __init__(self, head: Any, group: Any) -> None:
         self._module = head
-        self._shard = None if group is None else VocabularyShard.of(group, head.weight.shape[0])
+        self.shard = None if group is None else VocabularyShard.of(group, head.weight.shape[0])
         self._logits = head.forward
         self._labels: Tensor | None = None
-        self._scoring = False
+        self._loss_of: ChunkLoss | None = None
+        self._extra: _Extra | None = None
         head.forward = self._forward  # type: ignore[method-assign, assignment]
 
-    def on(self, labels: Tensor, scoring: bool) -> _HeadLoss:
-        self._labels, self._scoring = _rows(labels), scoring
+    def on(self, labels_N: Tensor, loss_of: ChunkLoss | None = None, extra: _Extra | None = None) -> _HeadLoss:
+        """The forward passes of the block give the loss, or without `loss_of` what `score_tokens` gives."""
+        self._labels, self._loss_of, self._extra = labels_N, loss_of, extra
         return self
 
     def __enter__(self) -> None:
@@ -99,9 +136,35 @@ class _HeadLoss:
     def _forward(self, hidden: Tensor) -> Any:
         if self._labels is None:
             return self._logits(hidden)
-        function = score_tokens if self._scoring else linear_cross_entropy
         weight, bias = self._module.weight, self._module.bias
-        return function(hidden.reshape(-1, hidden.shape[-1]), weight, bias, self._labels, self._shard)
+        hidden_ND = hidden.reshape(-1, hidden.shape[-1])
+        if len(hidden_ND) != len(self._labels):
+            raise ValueError(f"{len(hidden_ND)} hidden states but {len(self._labels)} labels")
+        if self._loss_of is None:
+            return score_tokens(hidden_ND, weight, bias, self._labels, self.shard)
+        loss = linear_loss(hidden_ND, weight, bias, self._loss_of, self.shard)
+        extra = self._extra() if self._extra is not None else None
+        return loss if extra is None else loss + extra
+
+
+@contextlib.contextmanager
+def _loss_as_logits(model: nn.Module, loss_of: ChunkLoss, extra: _Extra) -> Iterator[None]:
+    """Forward passes of the block give the loss in place of the logits.
+
+    Inside of the engine's forward pass, as by the head: the hooks that DeepSpeed puts on what that returns must be the
+    first of the backward pass (bf16_optimizer.py:500).
+    """
+
+    def replace(_: nn.Module, __: Any, output: Any) -> Any:
+        loss, more = logits_loss(output.logits.view(-1, output.logits.shape[-1]), loss_of), extra()
+        output.logits = loss if more is None else loss + more
+        return output
+
+    handle = model.register_forward_hook(replace)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def plain_head(model: PreTrainedModel) -> nn.Linear | None:
@@ -128,5 +191,6 @@ def _rows(labels: Tensor) -> Tensor:
     return labels.flatten(0, 1) if labels.dim() == 3 else labels.reshape(-1)
 
 
-def _inputs(batch: Batch) -> dict[str, Tensor]:
-    return {key: value for key, value in batch.items() if key != "labels"}
+def model_inputs(batch: Batch) -> dict[str, Tensor]:
+    """What the model's forward takes of a micro-batch."""
+    return {key: value for key, value in batch.items() if key not in ("labels", SAMPLE_IDS, TOKEN_IDS)}

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -19,9 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ds_train.models.load import fold_seed
-
-SAMPLE_IDS = "sample_ids"
-"""Key of a micro-batch: one number per sample, the same in every layout; (B,) int64."""
+from ds_train.models.tasks import SAMPLE_IDS, Batch
 
 _GAMMA, _MIX1, _MIX2 = -7046029254386353131, -4658895280553007687, -7723592293110705685  # SplitMix64's, as int64
 
@@ -42,9 +40,9 @@ class TokenDropping:
                 _Dropped(self, layers[number], number)
 
     @contextlib.contextmanager
-    def on(self, batch: MutableMapping[str, Tensor]) -> Iterator[None]:
-        """The block's forward passes are of this micro-batch, whose sample ids are taken out of it."""
-        with self.of(batch.pop(SAMPLE_IDS, None)):
+    def on(self, batch: Batch) -> Iterator[None]:
+        """The block's forward passes are of this micro-batch."""
+        with self.of(batch.get(SAMPLE_IDS)):
             yield
 
     @contextlib.contextmanager

@@ -56,6 +56,11 @@ class Part:
             raise ValueError("the loss of a pipeline is its last stage's")
         return self.task
 
+    @property
+    def own_loss(self) -> TaskLoss | None:
+        """The loss where this rank takes it; None on stages before a pipeline's last."""
+        return self.task if self.pipeline is None else self.pipeline.stage.task
+
 
 def build_part(run: RunConfig, config: PreTrainedConfig, plan: RunPlan, mesh: Mesh) -> Part:
     """Build this rank's part. Collective: every rank calls it with the same recipe and plan.

@@ -26,12 +26,12 @@ from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ds_train.models.tasks import Batch, TaskLoss, carry_nonfinite
-from ds_train.models.token_drop import SAMPLE_IDS, TokenDropping
+from ds_train.models.tasks import SAMPLE_IDS, TOKEN_IDS, Batch, TaskLoss, carry_nonfinite, model_inputs
+from ds_train.models.token_drop import TokenDropping
 from ds_train.plan.families import FAMILIES
 from ds_train.plan.topology import Layout
 
-TRAVELLERS = ("position_ids", "attention_mask", "labels", SAMPLE_IDS)
+TRAVELLERS = ("position_ids", "attention_mask", "labels", SAMPLE_IDS, TOKEN_IDS)
 """Integer tensors that go from stage to stage with the hidden states.
 
 Labels too, so that the last stage's forward pass gives the loss: DeepSpeed's hooks on what a forward pass returns must
@@ -147,7 +147,7 @@ class Stage(nn.Module):
             module.role = "entrance"
         if not self.is_last:
             layers[stop].role = "exit"
-        self._task = TaskLoss(model, vocabulary_group) if self.is_last else None
+        self.task = TaskLoss(model, vocabulary_group) if self.is_last else None
         self.dropping: TokenDropping | None = None
 
     def drop_tokens(self, seed: int, whole_layers: int) -> TokenDropping:
@@ -163,12 +163,11 @@ class Stage(nn.Module):
             return self._forward(batch, inputs)
 
     def _forward(self, batch: dict[str, Tensor], inputs: tuple[Tensor, ...]) -> Any:
-        if self._task is not None:
-            compute = self._task.train_loss if torch.is_grad_enabled() else self._task.scores
+        if self.task is not None:
+            compute = self.task.train_loss if torch.is_grad_enabled() else self.task.scores
             return compute(self.call_with, batch)
-        del batch["labels"]
         try:
-            self.call_with(**batch)
+            self.call_with(**model_inputs(batch))
         except _StageEnd as end:
             return end.hidden_BTD.contiguous(), *inputs[1:]
         raise RuntimeError("the model's forward never reached the next stage's layers")
@@ -225,7 +224,9 @@ class Pipeline(PipelineModule):
         self._weight = 1.0
         self._sums = torch.zeros(3)
         """(loss, correct, labels) of the micro-batches of the last call; training fills the loss alone."""
-        self._last_shape: torch.Size | None = None
+        self._last_shape: tuple[torch.Size, tuple[str, ...]] | None = None
+        self.carries_tokens = False
+        """Whether training takes the tokens to the last stage."""
 
     @property
     def stage(self) -> Stage:
@@ -239,6 +240,8 @@ class Pipeline(PipelineModule):
             Summed loss of the micro-batches, fp64; 0 on stages other than the last.
         """
         self._weight = weight
+        if self.carries_tokens:
+            batches = [{**batch, TOKEN_IDS: batch["input_ids"]} for batch in batches]
         self._prepare(engine, batches)
         engine.train_batch(_entries(batches))
         return self._sums[0]
@@ -252,9 +255,9 @@ class Pipeline(PipelineModule):
     def _prepare(self, engine: Any, batches: Sequence[Batch]) -> None:
         self.stage.travellers = stage_inputs(batches[0])[1]
         shape = batches[0]["input_ids"].shape
-        if shape != self._last_shape:
+        if (shape, self.stage.travellers) != self._last_shape:
             engine.reset_activation_shape()
-        self._last_shape = shape
+        self._last_shape = shape, self.stage.travellers
         self._sums = torch.zeros(3, dtype=torch.float64, device=engine.device)
 
     def _loss(self, result: Tensor, _: Tensor) -> Tensor:

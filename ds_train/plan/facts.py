@@ -11,7 +11,7 @@ from typing import Any
 from ds_train.config import RunConfig
 from ds_train.config.batch import settled
 from ds_train.config.data import BYTES_VOCABULARY
-from ds_train.plan.model_size import ModelSize, model_size, read_config
+from ds_train.plan.model_size import ModelSize, model_size, of_kept_layers, read_config
 from ds_train.plan.outline import Outline, outline
 from ds_train.plan.shares import Shares
 from ds_train.plan.stage import effective_stage
@@ -26,6 +26,12 @@ _TOKENIZER_FILES = (
     "tokenizer.model",
     "spiece.model",
 )
+
+
+def has_tokenizer(path: str) -> bool:
+    """Whether a model's folder has a tokenizer beside the weights; yes for a hub id."""
+    folder = Path(path).expanduser()
+    return not folder.is_dir() or any((folder / name).is_file() for name in _TOKENIZER_FILES)
 
 
 @dataclass(frozen=True)
@@ -116,7 +122,7 @@ class Facts:
                 keys["vocab_size"] = self.vocabulary
             return keys
         stored = read_config(run.model.path, run.model.revision)
-        return stored | keys if stored is not None else None
+        return of_kept_layers(stored, run.model.keep_layers) | keys if stored is not None else None
 
     def supports(self, flag: str) -> bool:
         """Whether the family's models have what a class attribute of transformers says; yes where it isn't known."""
@@ -140,10 +146,7 @@ class Facts:
     def own_tokenizer(self) -> bool:
         """Whether the pretrained model has a tokenizer of its own, as far as this machine can tell."""
         path = self.run.model.path
-        if path is None:
-            return False
-        folder = Path(path).expanduser()
-        return not folder.is_dir() or any((folder / name).is_file() for name in _TOKENIZER_FILES)
+        return path is not None and has_tokenizer(path)
 
     @property
     def weights_missing(self) -> bool:

@@ -12,8 +12,10 @@ from functools import cached_property
 from typing import Literal
 
 from ds_train.config import RunConfig
+from ds_train.config.model import ModelSection
 from ds_train.plan.activations import Activations, Work
 from ds_train.plan.deepspeed_json import bucket_elements
+from ds_train.plan.model_size import model_size
 from ds_train.plan.outline import Outline
 from ds_train.plan.shares import Share, Shares
 from ds_train.plan.topology import Layout
@@ -100,6 +102,7 @@ class MemoryModel:
         self.moments = 0 if optimizer.kind == "sgd" and optimizer.momentum == 0 else _MOMENTS[optimizer.kind]
         self._one_group = optimizer.decay_all or optimizer.weight_decay == 0 or optimizer.kind == "adagrad"
         self.width = WIDTH[run.precision.dtype]
+        self.teacher_elements = teacher_elements(run)
 
     def ranks(self, choice: Choice) -> list[RankMemory]:
         """The peak of each pipeline stage's ranks."""
@@ -134,6 +137,11 @@ class MemoryModel:
             return self.width
         return WIDTH[self.run.precision.gradient_dtype]
 
+    @property
+    def _teacher_bytes(self) -> int:
+        dtype = self.run.compress.distill.dtype
+        return self.teacher_elements * (self.width if dtype == "auto" else WIDTH[dtype])
+
     @cached_property
     def bucket(self) -> int:
         """Elements of a communication bucket."""
@@ -160,6 +168,8 @@ class MemoryModel:
             "gradients": states.gradients,
             "optimizer": states.optimizer,
             "buffers": states.buffers,
+            # The stage that takes the loss has it whole (compress/teacher.py).
+            "teacher": self._teacher_bytes if number == choice.layout.pipe - 1 else 0,
         }
         passing = {
             "activations": activations,
@@ -275,6 +285,16 @@ class MemoryModel:
         if asked == "auto":
             return self._device != "cpu" and choice.layout.ranks > 1 and choice.layout.pipe == 1
         return asked
+
+
+def teacher_elements(run: RunConfig) -> int:
+    """Parameters of the recipe's teacher where it runs beside the model; 0 without one, or where it isn't known."""
+    distill = run.compress.distill
+    path = distill.teacher or run.model.path
+    if not distill.active or distill.cache_top or path is None:
+        return 0
+    size = model_size(ModelSection(path=path), run.task.kind)
+    return (size.parameters or 0) if size else 0
 
 
 @dataclass

@@ -143,6 +143,7 @@ def model_size(model: ModelSection, task: Task, vocabulary: int | None = None) -
         found = read_config(str(model.path), model.revision)
         if found is None:
             return None
+        found = of_kept_layers(found, model.keep_layers)
         arch, given = str(found.get("model_type", "")), found | model.config
         defaults = config_fields(arch)
     renamed = attribute_map(arch)
@@ -177,6 +178,20 @@ def read_config(path: str, revision: str | None = None) -> dict[str, Any] | None
         if isinstance(config, dict):
             return config
     return None
+
+
+def of_kept_layers(config: dict[str, Any], kept: list[int] | None) -> dict[str, Any]:
+    """A config.json whose model has only the layers `kept`, which are below its number; all without it."""
+    names = [name for name in ALIASES["num_hidden_layers"] if isinstance(config.get(name), int)]
+    if kept is None or not names:
+        return config
+    count = config[names[0]]
+    lists = {
+        name: [value[layer] for layer in kept]
+        for name, value in config.items()
+        if isinstance(value, list) and len(value) == count > max(kept)
+    }
+    return config | lists | dict.fromkeys(names, len(kept))
 
 
 def _cached_snapshots(hub_id: str, revision: str | None) -> list[Path]:

@@ -111,6 +111,9 @@ class TimeModel:
         body = share.multiply_adds - share.head_multiply_adds
         scores = 2 * self._length * model.activations.attention_width * layers / layout.tensor
         flops = 2 * work.tokens * (again * (body + scores) + 3 * share.head_multiply_adds)
+        if share.has_head:
+            # The teacher's forward pass, whole on every rank that takes the loss (compress/teacher.py).
+            flops += 2 * work.tokens * model.teacher_elements
         products = flops / self._flops
         kept, _ = model.activations.layers(share, work)
         traffic = kept * _TRAFFIC_PER_KEPT_BYTE * again / 3 + 3 * model.activations.loss(share, work)

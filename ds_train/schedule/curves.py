@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ds_train.config import RunConfig
+from ds_train.schedule.distill import teacher_share
 from ds_train.schedule.learning_rate import learning_rate_factor, plan_length
 from ds_train.schedule.timeline import cut_timeline
 from ds_train.schedule.token_drop import kept_tokens
@@ -49,6 +50,10 @@ def recipe_curves(run: RunConfig, points: int = POINTS) -> Curves:
         starts = [timeline.at(step - 1) for step in steps]
         kept = [kept_tokens(run.token_drop, shape.length, shape.before, total) for shape in starts]
         curves.append(Curve("tokens that middle layers take", tuple(map(float, kept))))
+    distill = run.compress.distill
+    if distill.alpha_end is not None:
+        before = [timeline.at(step - 1).before for step in steps]
+        curves.append(Curve("teacher's share", tuple(teacher_share(distill, place, total) for place in before)))
     places = tuple(float(place) if known else place / total for place in tokens)
     return Curves(places, "tokens" if known else "share of the run", tuple(curves))
 

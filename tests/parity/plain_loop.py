@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import yaml
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from ds_train.config import load
@@ -32,6 +33,15 @@ _OWN: dict[str, dict[str, Any]] = {
     "qwen3": {"tie_word_embeddings": True},
     "phi": {"num_key_value_heads": 4},
 }
+TWO_RANKS: dict[str, dict[str, Any]] = {
+    "zero0": {"zero_stage": 0},
+    "zero2": {"zero_stage": 2},
+    "zero3": {"zero_stage": 3},
+    "tensor2": {"tensor": 2},
+    "pipeline2": {"pipeline": 2},
+    "sequence2": {"sequence": 2},
+}
+"""A layout on two ranks of every kind."""
 FAMILIES = (
     "llama", "qwen2", "qwen3", "mistral", "gpt_neox", "gemma2", "phi", "olmo2", "starcoder2", "gpt2", "bert",
 )  # fmt: skip
@@ -96,6 +106,28 @@ def write_recipe(
     return path
 
 
+def whole_batches(recipe: Path) -> Iterator[dict[str, Tensor]]:
+    """The global batch of each step."""
+    run = load(str(recipe))
+    folder = prepare(run, progress=False)
+    data = load_data(
+        run, folder=folder, tokenizer=prepared_tokenizer(folder), data_rank=0, data_ranks=1, micro_samples=GLOBAL,
+        eval_micro_samples=1,
+    )  # fmt: skip
+    for step in range(STEPS):
+        (batch,) = data.train.step(step)
+        yield batch
+
+
+def plain_optimizer(parameters: list[Any]) -> torch.optim.Optimizer:
+    """The recipe's, matrices alone decayed."""
+    groups = [
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": DECAY},
+        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.95), eps=1e-8, foreach=False)
+
+
 def plain_loop(recipe: Path, poison: Sequence[int] = ()) -> list[tuple[float, float]]:
     """(loss, gradient norm before clipping) of each step of a recipe that loads fp32 weights, computed in fp64.
 
@@ -104,22 +136,13 @@ def plain_loop(recipe: Path, poison: Sequence[int] = ()) -> list[tuple[float, fl
     In fp32 the oracle's own rounding would be the larger part: 1e-5 of the norm for olmo2, by eager attention.
     """
     run = load(str(recipe))
-    folder = prepare(run, progress=False)
-    data = load_data(
-        run, folder=folder, tokenizer=prepared_tokenizer(folder), data_rank=0, data_ranks=1, micro_samples=GLOBAL,
-        eval_micro_samples=1,
-    )  # fmt: skip
     auto: Any = AutoModelForMaskedLM if run.task.kind == "masked-lm" else AutoModelForCausalLM
     model = auto.from_pretrained(run.model.path, dtype=torch.float64, attn_implementation="eager")
     model.config.use_cache = False
     model.train()
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() <= 1]
-    groups = [{"params": matrices, "weight_decay": DECAY}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.95), eps=1e-8, foreach=False)
+    optimizer = plain_optimizer([*model.parameters()])
     history = []
-    for step in range(STEPS):
-        (batch,) = data.train.step(step)
+    for step, batch in enumerate(whole_batches(recipe)):
         if torch.isin(batch["input_ids"], torch.tensor(poison, dtype=torch.int64)).any():
             history.append((math.nan, math.nan))
             continue

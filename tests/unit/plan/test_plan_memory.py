@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -161,3 +163,28 @@ def test_sizes_that_arent_known_are_not_predicted() -> None:
                                            "num_attention_heads", "num_key_value_heads", "max_position_embeddings")
     })  # fmt: skip
     assert make_plan(run, Cluster(2, 2, "cpu", here=False)).predicted is None
+
+
+def test_a_teacher_takes_memory_and_time_where_the_loss_is_taken(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 8}
+    config = {"model_type": "llama", "vocab_size": 259, "num_key_value_heads": 8, "tie_word_embeddings": True} | sizes
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    parameters = 259 * 256 + 256 + 6 * (4 * 256**2 + 3 * 256 * 1024 + 2 * 256)
+    taught = {"compress.distill.teacher": str(tmp_path), "compress.distill.logits": "js"}
+    for changes, pipe, widths in [({}, 1, [2]), ({"compress.distill.dtype": "fp32"}, 2, [0, 4])]:
+        choice = Choice(Layout(pipe, 1, 1, 1), 1, 1, 1)
+        ranks = model(taught | changes).ranks(choice)
+        found = [rank.device.get("teacher", 0) for rank in ranks]
+        assert found == pytest.approx([width * parameters for width in widths], rel=0.03)
+    assert "teacher" not in model(taught | {"compress.distill.cache_top": 8}).worst(choice).device
+    facts = [
+        Facts(recipe(WIDE | more), Cluster(8, 8, "cuda", here=False, kind="H100")) for more in ({}, taught)
+    ]  # fmt: skip
+    alone, both = (Predictor.of(one) for one in facts)
+    assert alone is not None
+    assert both is not None
+    assert alone.time is not None
+    assert both.time is not None
+    choice = Choice(Layout(1, 1, 1, 1), 1, 1, 1)
+    more = both.time.step(choice).products - alone.time.step(choice).products
+    assert more / alone.time.step(choice).products == pytest.approx(parameters / (3 * PARAMETERS), rel=0.2)

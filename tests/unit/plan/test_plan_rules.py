@@ -38,6 +38,9 @@ STAGE3 = {"parallel.zero_stage": 3}
 CURRICULUM = {"curriculum.kind": "linear"}
 DROPPING = {"token_drop.kind": "random-ltd"}
 ROLL_BACK = {"health.on_spike": "roll-back", "checkpoint.every_steps": 10}
+TAUGHT = {"compress.distill.logits": "forward-kl", "compress.distill.teacher": "some/hub-id"}
+CACHED = TAUGHT | {"compress.distill.cache_top": 8}
+SHORT_TEACHER = str(Path(__file__).with_name("teacher"))
 FLASH = {"model.attention": "flash_attention_2", "batch.micro_samples": 1}
 CASES = [
     Broken(
@@ -196,6 +199,40 @@ CASES = [
     Broken("patch-packing", {"patch.size": 4, "data.packing_by": "best-fit"}, "without padding"),
     Broken("patch-divides", {"patch.size": 3}, "data.sequence_length=512 isn't a multiple of it"),
     Broken("patch-alone", {"patch.size": 4, "token_drop.kind": "random-ltd"}, "in one way"),
+    Broken("model-packed", {"model": {"path": str(Path(SHORT_TEACHER).with_name("packed"))}}, "full weights"),
+    Broken(
+        "keep-layers", {"model": {"path": str(Path(SHORT_TEACHER).with_name("taught")), "keep_layers": [0, 2]}},
+        "numbers from 0 to 1",
+    ),
+    Broken("distill-unread", {"compress.distill.teacher": "x"}, "nothing reads it"),
+    Broken("distill-start", {"compress.distill.logits": "js"}, "has no start"),
+    Broken("distill-missing", TAUGHT | {"compress.distill.teacher": "/nowhere"}, "no config.json"),
+    Broken("distill-teacher", TAUGHT | {"compress.distill.teacher": SHORT_TEACHER}, "takes 8 tokens"),
+    Broken("distill-patch", TAUGHT | {"patch.size": 4}, "set patch.size=1"),
+    Broken("distill-cache-logits", CACHED | {"compress.distill.hidden": 1.0}, "only logits"),
+    Broken("distill-cache-samples", CACHED | CURRICULUM, "cache_top=0"),
+    Broken("distill-cache-sequence", CACHED | {"parallel.sequence": 2}, "whole samples"),
+    Broken("distill-hidden-layout", TAUGHT | {"compress.distill.hidden": 1.0, "parallel.pipeline": 2}, "other ranks"),
+    Broken(
+        "distill-hidden-recomputed", TAUGHT | {"compress.distill.hidden": 1.0, "model.activation_checkpointing": True},
+        "activation_checkpointing=false",
+    ),
+    Broken(
+        "distill-hidden-rows",
+        TAUGHT | {"compress.distill.hidden": 1.0, "data.packing": False, "data.padding_free": True}, "share a row",
+    ),
+    Broken("quantize-unread", {"compress.quantize.group": 64}, "nothing reads it"),
+    Broken(
+        "quantize-activations", {"compress.quantize.weights": "int4", "compress.quantize.activations": "int8"},
+        "weights=int8 and group=0",
+    ),
+    Broken(
+        "quantize-group",
+        {"compress.quantize.weights": "int4", "compress.quantize.group": 512, "parallel.tensor": 2},
+        "have 768 inputs, which it doesn't divide",
+    ),
+    Broken("quantize-experts", {"model.arch": "mixtral", "compress.quantize.weights": "int8"}, "aren't linear layers"),
+    Broken("quantize-compile", {"model.compile": True, "compress.quantize.weights": "int8"}, "compile=false"),
     Broken("push-export", {"checkpoint.export": False, "checkpoint.push_to": "a/b"}, "checkpoint.export=true"),
     Broken(
         "save-nvme",

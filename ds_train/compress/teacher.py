@@ -1,0 +1,138 @@
+"""The teacher: a whole transformers model on this rank, or its likeliest logits on disk.
+
+Shapes: B samples, T tokens, N = B x T, D the teacher's hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from ds_train.compress.distill_loss import Targets, TeacherHead, TeacherLogits
+from ds_train.config import RunConfig
+from ds_train.errors import UserError, first_line, user_error
+from ds_train.models.cpu_products import fp32_products_are_faster, use_fp32_products
+from ds_train.models.load import AUTO_CLASSES, DTYPES
+from ds_train.models.tasks import TOKEN_IDS, Batch, model_inputs, plain_head
+from ds_train.models.token_drop import repeated_layers
+from ds_train.plan.facts import has_tokenizer
+
+KEY = "compress.distill.teacher"
+
+
+def teacher_path(run: RunConfig) -> str:
+    """Folder or hub id of the recipe's teacher."""
+    return str(run.compress.distill.teacher or run.model.path)
+
+
+def check_teacher(run: RunConfig, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
+    """The config of the teacher, if it speaks of the same tokens and labels as the model of `config`.
+
+    Raises:
+        UserError: it can't be loaded, or doesn't.
+    """
+    path = teacher_path(run)
+    try:
+        theirs = transformers.AutoConfig.from_pretrained(path, trust_remote_code=run.model.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise _cannot_load(path, error) from error
+    ours, text = config.get_text_config(), theirs.get_text_config()
+    if run.task.kind == "sequence-classification":
+        if theirs.num_labels != config.num_labels:
+            _refuse(run, f"it has {theirs.num_labels} labels, and the model {config.num_labels}", path)
+    elif text.vocab_size != ours.vocab_size:
+        _refuse(run, f"its vocabulary is {text.vocab_size:,} tokens, and the model's {ours.vocab_size:,}", path)
+    positions = getattr(text, "max_position_embeddings", None)
+    if positions is not None and positions < run.data.sequence_length:
+        _refuse(run, f"it takes {positions} tokens, and data.sequence_length={run.data.sequence_length}", path)
+    _check_tokens(run, path, tokenizer)
+    return theirs
+
+
+class Teacher:
+    """A whole model on this rank that no optimizer knows of."""
+
+    def __init__(self, run: RunConfig, device: Any) -> None:
+        """
+        Raises:
+            UserError: it can't be loaded, or lacks the head of the recipe's task.
+        """
+        section, path = run.compress.distill, teacher_path(run)
+        dtype = DTYPES[run.precision.dtype if section.dtype == "auto" else section.dtype]
+        own_start = section.teacher is None
+        try:
+            loaded, info = AUTO_CLASSES[run.task.kind].from_pretrained(
+                path, dtype=dtype, trust_remote_code=run.model.trust_remote_code, output_loading_info=True,
+                **({"revision": run.model.revision or "main"} if own_start else {}),
+            )  # fmt: skip
+        except (OSError, ValueError) as error:
+            raise _cannot_load(path, error) from error
+        if info["missing_keys"]:
+            _refuse(run, f"it isn't trained for {run.task.kind}: it has no {max(info['missing_keys'])}", path)
+        self.model: PreTrainedModel = loaded.eval().requires_grad_(False).to(device)
+        self.model.config.use_cache = False
+        if fp32_products_are_faster(device, dtype):
+            use_fp32_products(self.model)
+        self.layers: list[nn.Module] = repeated_layers(self.model)
+        self._head = plain_head(self.model)
+        if self._head is not None:
+            self._head.forward = lambda hidden: hidden  # type: ignore[method-assign, assignment]
+
+    @torch.no_grad()
+    def targets(self, batch: Batch) -> Targets:
+        """What it says about the micro-batch's tokens, in the order of the flattened labels."""
+        inputs = model_inputs(batch)
+        if TOKEN_IDS in batch:  # in a pipeline `input_ids` are what the stage before has made of them
+            inputs["input_ids"] = batch[TOKEN_IDS]
+        output = self.model(**inputs).logits
+        flat = output.reshape(-1, output.shape[-1])
+        return TeacherLogits(flat) if self._head is None else TeacherHead(flat, self._head.weight, self._head.bias)
+
+
+def paired_layers(pairs: Sequence[tuple[int, int]] | None, ours: int, theirs: int) -> list[tuple[int, int]]:
+    """(layer of the model, layer of the teacher), as given or each at the same share of the depth.
+
+    Raises:
+        UserError: there is no such layer.
+    """
+    if pairs is None:
+        return [(layer, (layer + 1) * theirs // ours - 1 if theirs >= ours else layer * theirs // ours)
+                for layer in range(ours)]  # fmt: skip
+    for own, other in pairs:
+        if own >= ours or other >= theirs:
+            reason = f"the model has {ours} layers and the teacher {theirs}, counted from 0"
+            raise user_error("compress.distill.hidden_layers", reason, "give layers that are there", [own, other])
+    return list(pairs)
+
+
+def first_tensor(output: Any) -> Tensor:
+    """The hidden states among what a layer gives."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _check_tokens(run: RunConfig, path: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Compare tokens one by one, where the teacher has a tokenizer beside it."""
+    if run.compress.distill.teacher is None or not has_tokenizer(path):
+        return
+    try:
+        theirs = transformers.AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise _cannot_load(path, error) from error
+    words = theirs.get_vocab()
+    other = next((word for word, token in tokenizer.get_vocab().items() if words.get(word) != token), None)
+    if other is not None:
+        _refuse(run, f"its tokenizer is another one: {other!r} is token {words.get(other)} to it", path)
+
+
+def _refuse(run: RunConfig, reason: str, path: str) -> None:
+    raise user_error(KEY, reason, "give a teacher of the same task and tokens", path)
+
+
+def _cannot_load(path: str, error: Exception) -> UserError:
+    fix = "give a folder with config.json and weights, or a hub id on a machine that reaches the hub"
+    return user_error(KEY, f"no model can be loaded from there ({first_line(error)})", fix, path)

@@ -1,0 +1,199 @@
+"""Teachers, few bits, fewer layers: the `compress` section, and the models that it starts from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ds_train.plan.facts import Facts
+from ds_train.plan.model_size import model_size, read_config
+from ds_train.plan.rules.base import (
+    CLASSIFYING,
+    CURRICULUM,
+    PATCHES,
+    PIPELINE,
+    SEQUENCE,
+    KeyRule,
+    Predicate,
+    Rule,
+    all_of,
+    any_of,
+    at,
+    divisors,
+    given,
+    is_not,
+    size_of,
+)
+
+_HEADS = ("num_attention_heads", "num_key_value_heads")
+
+
+def _above_zero(key: str) -> Predicate:
+    return lambda facts: facts.value(key) > 0
+
+
+_TEACHER = "compress.distill.teacher"
+
+
+def _has_teacher(facts: Facts) -> bool:
+    return facts.run.compress.distill.active
+
+
+_CACHED = all_of(_has_teacher, _above_zero("compress.distill.cache_top"))
+_HIDDEN = _above_zero("compress.distill.hidden")
+_ROUNDS = is_not(at("compress.quantize.weights", "none"))
+
+
+def _unread(facts: Facts, section: str, *switches: str) -> dict[str, Any]:
+    """Keys of a section that is off, besides what switches it on, that have another value than their default."""
+    fields = type(facts.value(section)).model_fields
+    return {
+        f"{section}.{key}": facts.value(f"{section}.{key}")
+        for key, field in fields.items()
+        if key not in switches and facts.value(f"{section}.{key}") != field.default
+    }
+
+
+def _teacher_config(facts: Facts) -> dict[str, Any] | None:
+    """config.json of the recipe's teacher; None where there is no teacher, or it isn't on this machine."""
+    teacher = facts.run.compress.distill.teacher
+    return read_config(teacher) if teacher is not None and facts.run.compress.distill.active else None
+
+
+def _teacher_differs(facts: Facts) -> str | None:
+    """What the teacher and the recipe don't agree about, in a phrase."""
+    config, run = _teacher_config(facts), facts.run
+    if config is None:
+        return None
+    positions, vocabulary = config.get("max_position_embeddings"), config.get("vocab_size")
+    heads = [config.get(name) for name in _HEADS]
+    if not run.compress.distill.cache_top and any(count and count % facts.sequence for count in heads):
+        return f"parallel.sequence={facts.sequence} doesn't divide its {next(count for count in heads if count)} heads"
+    if positions and positions < run.data.sequence_length:
+        return f"it takes {positions} tokens, and data.sequence_length={run.data.sequence_length}"
+    if run.task.kind == CLASSIFYING:
+        labels = len(config.get("id2label") or (0, 1))
+        differs = labels != run.task.num_labels
+        return f"it has {labels} labels, and task.num_labels={run.task.num_labels}" if differs else None
+    ours = facts.size.vocab_size if facts.size else None
+    if ours and vocabulary and ours != vocabulary:
+        return f"its vocabulary is {vocabulary:,} tokens, and the model's {ours:,}"
+    return None
+
+
+def _teacher_missing(facts: Facts) -> bool:
+    teacher = facts.run.compress.distill.teacher
+    if teacher is None or not facts.cluster.here or not facts.run.compress.distill.active:
+        return False
+    return teacher.startswith((".", "/", "~")) and _teacher_config(facts) is None
+
+
+def _packed_weights(facts: Facts) -> bool:
+    model = facts.run.model
+    config = read_config(model.path, model.revision) if model.path else None
+    return config is not None and "quantization_config" in config
+
+
+def _stored_layers(facts: Facts) -> int:
+    """Layers of `model.path`; 0 where they aren't known."""
+    size = model_size(facts.run.model.model_copy(update={"keep_layers": None}), facts.run.task.kind)
+    return (size.num_hidden_layers or 0) if size else 0
+
+
+def _missing_layer(facts: Facts) -> bool:
+    kept, count = facts.run.model.keep_layers, _stored_layers(facts)
+    return kept is not None and count > 0 and max(kept) >= count
+
+
+def _ungrouped(facts: Facts) -> int | None:
+    """A number of inputs of the model's matrices, on one tensor rank, that the group of scales doesn't divide."""
+    group, size = facts.run.compress.quantize.group, facts.size
+    if not (group and size and _ROUNDS(facts)):
+        return None
+    heads, hidden = size.num_attention_heads, size.hidden_size
+    attention = heads * (size.head_dim or hidden // heads) if heads and hidden else None
+    cut = [inputs // facts.tensor for inputs in (size.intermediate_size, attention) if inputs]
+    return next((inputs for inputs in (hidden, *cut) if inputs and inputs % group), None)
+
+
+RULES: tuple[Rule | KeyRule, ...] = (
+    Rule(
+        "model-packed", "model.path", _packed_weights,
+        "its weights are packed integers, which aren't trained", "give the folder of the full weights",
+    ),
+    Rule(
+        "keep-layers", "model.keep_layers", _missing_layer,
+        lambda f: f"the model has {_stored_layers(f)} layers", lambda f: f"numbers from 0 to {_stored_layers(f) - 1}",
+    ),
+    KeyRule(
+        "distill-unread",
+        lambda f: {} if _has_teacher(f) else _unread(f, "compress.distill", "logits", "hidden"),
+        "there is no teacher, so nothing reads it", "set compress.distill.logits or compress.distill.hidden",
+    ),
+    Rule(
+        "distill-start", _TEACHER, all_of(_has_teacher, is_not(given(_TEACHER)), is_not(given("model.path"))),
+        "a model from scratch has no start to learn from", "give a teacher's folder or hub id", lambda f: "null",
+    ),
+    Rule(
+        "distill-missing", _TEACHER, _teacher_missing, "there is no config.json",
+        "give a transformers folder, or a hub id",
+    ),
+    Rule(
+        "distill-teacher", _TEACHER, _teacher_differs, lambda f: str(_teacher_differs(f)),
+        "give a teacher of the same task and tokens",
+    ),
+    Rule(
+        "distill-patch", "patch.size", all_of(_has_teacher, PATCHES), "a teacher reads token by token",
+        "set patch.size=1",
+    ),
+    Rule(
+        "distill-cache-logits", "compress.distill.cache_top",
+        all_of(_CACHED, any_of(_HIDDEN, at("compress.distill.logits", "none"))),
+        "only logits are kept on disk", "set cache_top=0, or hidden=0 and logits to a divergence",
+    ),
+    Rule(
+        "distill-cache-samples", "compress.distill.cache_top",
+        all_of(_CACHED, any_of(CURRICULUM, at("task.kind", "masked-lm"))),
+        "samples aren't the same every time they are seen", "set compress.distill.cache_top=0",
+    ),
+    Rule(
+        "distill-cache-sequence", "compress.distill.cache_top", all_of(_CACHED, SEQUENCE),
+        "what is on disk goes by whole samples", "set compress.distill.cache_top=0, or parallel.sequence=1",
+    ),
+    Rule(
+        "distill-hidden-layout", "compress.distill.hidden", all_of(_HIDDEN, any_of(PIPELINE, SEQUENCE)),
+        "hidden states of other ranks aren't compared",
+        "set parallel.pipeline=1 and parallel.sequence=1; parallel.tensor and ZeRO go with it",
+    ),
+    Rule(
+        "distill-hidden-recomputed", "compress.distill.hidden",
+        all_of(_HIDDEN, at("model.activation_checkpointing", True, "auto")),
+        "layers that are computed again would be compared again", "set model.activation_checkpointing=false",
+    ),
+    Rule(
+        "distill-hidden-rows", "compress.distill.hidden", all_of(_HIDDEN, at("data.padding_free", True)),
+        "a sample's mean isn't taken where samples share a row", "set data.padding_free=false",
+    ),
+    KeyRule(
+        "quantize-unread", lambda f: {} if _ROUNDS(f) else _unread(f, "compress.quantize", "weights"),
+        "nothing is rounded, so nothing reads it", "set compress.quantize.weights",
+    ),
+    Rule(
+        "quantize-activations", "compress.quantize.activations",
+        lambda f: f.run.compress.quantize.activations == "int8" and _ROUNDS(f)
+        and (f.run.compress.quantize.weights != "int8" or f.run.compress.quantize.group > 0),
+        "products of integers have 8 bits on both sides and one scale a row", "set weights=int8 and group=0",
+    ),
+    Rule(
+        "quantize-group", "compress.quantize.group", _ungrouped,
+        lambda f: f"a tensor rank's matrices have {_ungrouped(f)} inputs, which it doesn't divide",
+        lambda f: f"0, or {divisors(_ungrouped(f))}",
+    ),
+    Rule(
+        "quantize-experts", "compress.quantize.weights", lambda f: _ROUNDS(f) and size_of(f, "num_experts"),
+        "experts aren't linear layers", "set none",
+    ),
+    Rule(
+        "quantize-compile", "model.compile", all_of(_ROUNDS, at("model.compile", True)),
+        "layers that round aren't compiled", "set model.compile=false",
+    ),
+)  # fmt: skip

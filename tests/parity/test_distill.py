@@ -1,0 +1,190 @@
+"""Distillation: the losses of a plain PyTorch loop in float64, in every layout, with the teacher beside or on disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from plain_loop import (
+    LR,
+    SEED,
+    STEPS,
+    TWO_RANKS,
+    history_of,
+    plain_optimizer,
+    whole_batches,
+    write_corpus,
+    write_recipe,
+    write_weights,
+)  # fmt: skip
+from ranks import run_ranks
+from torch import Tensor
+from torch.nn import functional
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from ds_train.config import load
+from ds_train.models.load import fold_seed
+
+pytestmark = pytest.mark.parity
+
+
+def without(*names: str) -> dict[str, dict[str, Any]]:
+    return {name: layout for name, layout in TWO_RANKS.items() if name not in names}
+
+
+TEMPERATURE, ALPHA, ALPHA_END, TOP, HIDDEN = 2.0, 0.8, 0.2, 5, 0.3
+CASES: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
+    "forward": ({"logits": "forward-kl", "alpha_end": ALPHA_END}, TWO_RANKS),
+    "cached": ({"logits": "reverse-kl", "alpha_end": ALPHA_END, "cache_top": TOP}, without("sequence2")),
+    "hidden": (
+        {"logits": "js", "alpha_end": ALPHA_END, "hidden": HIDDEN},
+        without("sequence2", "pipeline2"),
+    ),
+}
+
+
+def kl(target: Tensor, other: Tensor) -> Tensor:
+    return functional.kl_div(other, target, reduction="sum", log_target=True)
+
+
+def divergence(kind: str, p: Tensor, q: Tensor) -> Tensor:
+    if kind != "js":
+        return kl(p, q) if kind == "forward-kl" else kl(q, p)
+    middle = ((p.exp() + q.exp()) / 2).log()
+    return (kl(p, middle) + kl(q, middle)) / 2
+
+
+def with_rest(logp: Tensor, top: Tensor) -> Tensor:
+    known = torch.zeros_like(logp, dtype=torch.bool).scatter(-1, top, True)
+    return torch.cat([logp.gather(-1, top), logp.exp().masked_fill(known, 0.0).sum(-1, keepdim=True).log()], -1)
+
+
+def projections(own: int, other: int, count: int) -> list[Tensor]:
+    draw = torch.Generator().manual_seed(fold_seed(SEED, "distill_projections"))
+    weights = [torch.randn(other, own, generator=draw) * own**-0.5 for _ in range(count)]
+    for weight in weights:
+        weight[: min(own, other)] = torch.eye(min(own, other), own)
+    return [weight.double().requires_grad_() for weight in weights]
+
+
+def plain_loop(recipe: Path, teacher_folder: Path) -> list[tuple[float, float]]:
+    """(loss, gradient norm) of each step, with whole logits of the whole global batch."""
+    run = load(str(recipe))
+    section = run.compress.distill
+    model, teacher = (
+        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64, attn_implementation="eager")
+        for path in (run.model.path, teacher_folder)
+    )
+    model.train()
+    seen: dict[str, list[Tensor]] = {"model": [], "teacher": []}
+    for name, one in (("model", model), ("teacher", teacher)):
+        for layer in one.model.layers:
+            layer.register_forward_hook(lambda _, __, output, name=name: seen[name].append(output))
+    extra = projections(32, 24, 4) if section.hidden else []
+    optimizer = plain_optimizer([*model.parameters(), *extra])
+    history = []
+    for step, batch in enumerate(whole_batches(recipe)):
+        batch.pop("sample_ids", None)
+        labels = batch.pop("labels")
+        for group in optimizer.param_groups:
+            group["lr"] = LR
+        kept = labels != -100
+        seen.update(model=[], teacher=[])
+        output = model(**batch, use_cache=False)
+        with torch.no_grad():
+            theirs = teacher(**batch, use_cache=False)
+        p, q = (torch.log_softmax(out.logits[kept] / TEMPERATURE, -1) for out in (theirs, output))
+        if section.cache_top:
+            top = theirs.logits[kept].topk(TOP).indices
+            p, q = with_rest(p, top), with_rest(q, top)
+        alpha = ALPHA + (ALPHA_END - ALPHA) * step / STEPS
+        loss = alpha * TEMPERATURE**2 * divergence(section.logits, p, q)
+        loss = loss + (1 - alpha) * functional.cross_entropy(output.logits[kept], labels[kept], reduction="sum")
+        for layer, weight in enumerate(extra):
+            square = (seen["model"][layer] @ weight.t() - seen["teacher"][layer // 2]).square().mean(-1).mean(-1)
+            loss = loss + HIDDEN / len(extra) * (square * kept.sum(-1)).sum()
+        loss = loss / kept.sum()
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_([*model.parameters(), *extra], 0.5)
+        optimizer.step()
+        history.append((loss.item(), norm.item()))
+    return history
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The corpus, a Llama of 4 layers and its teacher of 2 other ones."""
+    root = tmp_path_factory.mktemp("distill")
+    config = LlamaConfig(
+        vocab_size=300, hidden_size=24, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.2,
+    )  # fmt: skip
+    torch.manual_seed(8)
+    LlamaForCausalLM(config).save_pretrained(root / "teacher")
+    return {
+        "corpus": write_corpus(root / "corpus"), "weights": write_weights(root / "llama", "llama"),
+        "teacher": root / "teacher",
+    }  # fmt: skip
+
+
+def write_case(folder: Path, folders: dict[str, Path], case: str, layout: str, parallel: dict[str, Any]) -> Path:
+    section = {"teacher": str(folders["teacher"]), "temperature": TEMPERATURE, "alpha": ALPHA, **CASES[case][0]}
+    return write_recipe(
+        folder, f"{case}-{layout}", folders["corpus"], folders["weights"], "llama", parallel,
+        compress={"distill": section}, schedule={"kind": "constant"},
+    )  # fmt: skip
+
+
+def check(folder: Path, folders: dict[str, Path], chosen: dict[str, list[str]]) -> None:
+    recipes = {
+        (case, layout): write_case(folder, folders, case, layout, CASES[case][1][layout])
+        for case, layouts in chosen.items()
+        for layout in layouts
+    }
+    run_ranks(2, ["tests/parity/train_many.py", *map(str, recipes.values())], timeout_s=900).check()
+    for case, layouts in chosen.items():
+        expected = plain_loop(recipes[case, layouts[0]], folders["teacher"])
+        for layout in layouts:
+            found = history_of(folder, f"{case}-{layout}")
+            np.testing.assert_allclose(found, expected, rtol=1e-5, err_msg=f"{case} {layout}")
+
+
+def test_a_sample_of_layouts(folders: dict[str, Path], tmp_path: Path) -> None:
+    check(tmp_path, folders, {"forward": ["pipeline2"], "cached": ["tensor2"], "hidden": ["zero3"]})
+
+
+@pytest.mark.exhaustive
+def test_a_run_goes_on_in_another_layout(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Projections and all: taught by hidden states while rounded to 4 bits, stopped half-way."""
+    section = {"teacher": str(folders["teacher"]), "logits": "js", "alpha_end": 0.1, "hidden": HIDDEN}
+    compress = {"distill": section, "quantize": {"weights": "int4", "group": 8, "start": 0.3}}
+    recipes = {
+        name: write_recipe(
+            tmp_path, name, folders["corpus"], folders["weights"], "llama", TWO_RANKS[name], compress=compress,
+            checkpoint={"every_steps": 5, "export": True},
+        )
+        for name in ("zero2", "zero3", "tensor2")
+    }  # fmt: skip
+    run_ranks(2, ["tests/parity/train_many.py", str(recipes["zero2"])]).check()
+    checkpoint = tmp_path / "runs" / "zero2" / "checkpoints" / "step-00000005"
+    others = [str(recipes[name]) for name in ("zero3", "tensor2")]
+    run_ranks(2, ["tests/parity/go_on.py", str(checkpoint), *others], timeout_s=600).check()
+    expected = history_of(tmp_path, "zero2")
+    for name in ("zero3", "tensor2"):
+        np.testing.assert_allclose(history_of(tmp_path, name), expected[5:], rtol=1e-5, err_msg=name)
+    tokens = torch.arange(40)[None]
+    logits = [
+        AutoModelForCausalLM.from_pretrained(tmp_path / "runs" / name / "export", dtype=torch.float32)(tokens).logits
+        for name in recipes
+    ]
+    torch.testing.assert_close(logits[1], logits[0], rtol=0, atol=1e-3)
+    torch.testing.assert_close(logits[2], logits[0], rtol=0, atol=1e-3)
+
+
+@pytest.mark.exhaustive
+def test_every_layout(folders: dict[str, Path], tmp_path: Path) -> None:
+    check(tmp_path, folders, {case: list(layouts) for case, (_, layouts) in CASES.items()})
