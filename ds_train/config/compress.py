@@ -2,8 +2,58 @@
 
 from __future__ import annotations
 
+from typing import Annotated, Literal
+
+from pydantic import Field
+
 from ds_train.config.base import Section
+
+Part = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class PruneSection(Section):
+    """Structured pruning: heads, feed-forward channels and layers are scored, masked, and cut out of the model and of
+    the optimizer's states in the middle of the run. What is exported is a stock model of the smaller size."""
+
+    heads: Part = 0.0
+    """Share of the key/value heads of each layer, with the query heads of each, that goes. The family's config must
+    have a head size of its own (Llama, Qwen3, Gemma, Mistral)."""
+
+    ffn: Part = 0.0
+    """Share of the feed-forward channels of each layer that goes."""
+
+    layers: int = Field(default=0, ge=0)
+    """Layers that go: those whose output is most like their input (arXiv 2403.03853)."""
+
+    score: Literal["taylor", "fisher", "activation", "wanda", "magnitude"] = "taylor"
+    """What a unit is worth: the sum over tokens of its output times the loss's gradient of it, `taylor` (arXiv
+    1905.10650), or the sum of its squares, `fisher`; the norm of its output, `activation`, times that of the weights
+    that read it, `wanda` (arXiv 2306.11695); the norm of its weights, `magnitude`."""
+
+    score_steps: int = Field(default=16, ge=1)
+    """Steps before `start` over which scores are summed."""
+
+    start: Part = 0.1
+    """Share of the run after which units are chosen and begin to close."""
+
+    end: Part = 0.5
+    """Share of the run at which all chosen units are closed and are cut out."""
+
+    shape: Literal["cubic", "linear", "steps", "one-shot"] = "cubic"
+    """How units close between start and end: by 1 - (1 - t)^3 (arXiv 1710.01878), in a line, in four steps, or all at
+    the end. The last one to close is dimmed in proportion."""
+
+    multiple: int = Field(default=8, ge=1)
+    """Feed-forward channels that stay are rounded up to a multiple of this."""
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """What is asked to go."""
+        return tuple(kind for kind in ("heads", "ffn", "layers") if getattr(self, kind))
 
 
 class CompressSection(Section):
-    """No technique is available in this version, so any key here is refused."""
+    """Techniques that leave a smaller model than the one that was started with."""
+
+    prune: PruneSection = PruneSection()
+    """Structured pruning."""
