@@ -38,6 +38,7 @@ from ds_train.checkpoint.manifest import (
     write_text,
 )  # fmt: skip
 from ds_train.checkpoint.shards import FragmentFiles, write_fragments
+from ds_train.compress.cut import Cut, CutSource
 from ds_train.errors import Problem, UserError, first_line, user_error
 from ds_train.parallel.build import Part
 
@@ -52,7 +53,8 @@ Shared = TypeVar("Shared")
 class TrainState:
     """Where a run stands after `step` optimizer steps, and what it was started with.
 
-    `known` is what the engine knows besides tensors (`fragments.scalars`).
+    `known` is what the engine knows besides tensors (`fragments.scalars`); `pruning` what has been measured, chosen or
+    cut of a model that is pruned.
     """
 
     step: int
@@ -63,6 +65,7 @@ class TrainState:
     data_fingerprint: str
     wandb_id: str | None = None
     known: dict[str, Any] = field(default_factory=dict)
+    pruning: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -268,8 +271,10 @@ def check_resumable(state: TrainState, recipe: Mapping[str, Any], data_fingerpri
         raise UserError(problems)
 
 
-def load(engine: Any, part: Part, checkpoint: Path) -> None:
+def load(engine: Any, part: Part, checkpoint: Path, cut: Cut | None = None) -> None:
     """Give the engine what a whole checkpoint of any layout holds, on all ranks together.
+
+    With `cut`, what the checkpoint of the whole model holds of one without some units.
 
     Raises:
         UserError: the checkpoint is of another model.
@@ -277,7 +282,8 @@ def load(engine: Any, part: Part, checkpoint: Path) -> None:
     try:
         files = open_fragments(checkpoint)
         try:
-            fill(engine, part, files, files.kinds, read_state(checkpoint).known)
+            source = files if cut is None else CutSource(cut, files)
+            fill(engine, part, source, files.kinds, read_state(checkpoint).known)
         finally:
             files.close()
     except (KeyError, ValueError) as error:

@@ -12,6 +12,7 @@ from ds_train.checkpoint.fragments import WEIGHT, Fragment, Shape
 from ds_train.checkpoint.manifest import Written, damage, make_durable, write_manifest
 from ds_train.checkpoint.native import FORMAT, STATE, open_fragments, read_state
 from ds_train.checkpoint.shards import FragmentFiles, write_fragments
+from ds_train.compress.cut import config_after
 from ds_train.config import RunConfig, dump
 from ds_train.data.prepare import prepare, prepared_tokenizer
 from ds_train.errors import user_error
@@ -32,7 +33,8 @@ def export(checkpoint: Path, folder: Path, dtype: torch.dtype) -> None:
     card = hf.model_card(run.name, facts, dump(run), run.model.path)
     files = open_fragments(checkpoint)
     try:
-        hf.export_fragments(files, outline(run, load_model_config(run, tokenizer)), tokenizer, folder, card, dtype)
+        config = config_after(load_model_config(run, tokenizer), state.pruning)
+        hf.export_fragments(files, outline(run, config), tokenizer, folder, card, dtype)
     finally:
         files.close()
 

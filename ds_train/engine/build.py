@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ds_kernels import Choice
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ds_train.config import RunConfig
 from ds_train.data.build import DataBundle, load_data
-from ds_train.engine.ranks import RankInfo
+from ds_train.engine.prune import Prunable, find_prunable
+from ds_train.engine.ranks import RankInfo, on_main_first
 from ds_train.models.cpu_products import fp32_products_are_faster, use_fp32_products
 from ds_train.models.lean import use_lean_layers
-from ds_train.models.load import load_model_config
+from ds_train.models.load import load_model_config, without_weights
 from ds_train.models.patch import embed_patches
 from ds_train.models.token_drop import repeated_layers
 from ds_train.optim.build import build_optimizer, choose_kernel
@@ -26,19 +28,21 @@ from ds_train.parallel.mesh import Mesh
 from ds_train.parallel.sequence import leave_sequence
 from ds_train.parallel.tensor import gradient_norm
 from ds_train.plan.make import RunPlan, make_plan
+from ds_train.plan.topology import Layout
 
 
 @dataclass(frozen=True)
 class Assembly:
     """All that the step loop works with. `engine` is DeepSpeed's, around this rank's part of the model.
 
-    `kernel` is what updates the parameters.
+    `kernel` is what updates the parameters. `prunable` is there where the recipe prunes, until the cut.
     """
 
     engine: Any
     part: Part
     data: DataBundle
     kernel: Choice
+    prunable: Prunable | None = None
 
     @property
     def model(self) -> PreTrainedModel:
@@ -46,8 +50,15 @@ class Assembly:
         return self.part.model
 
 
-def assemble(run: RunConfig, plan: RunPlan, info: RankInfo, tokenizer: Any, prepared: Path) -> Assembly:
+def assemble(
+    run: RunConfig, plan: RunPlan, info: RankInfo, tokenizer: Any, prepared: Path, after: Layout | None = None,
+    cut: Callable[[PreTrainedConfig], PreTrainedConfig] | None = None,
+) -> Assembly:  # fmt: skip
     """Build everything on this rank. Collective: every rank calls it with the same recipe and plan.
+
+    Args:
+        after: layout from the cut of a run that prunes on, for what can be cut; the plan's own without it.
+        cut: gives the config of a model that has been cut from the recipe's; its weights come from a checkpoint.
 
     Raises:
         UserError: whatever the model, its config or the data refuse.
@@ -71,7 +82,13 @@ def assemble(run: RunConfig, plan: RunPlan, info: RankInfo, tokenizer: Any, prep
         eval_micro_samples=plan.batch.eval_micro_samples,
     )
     config = load_model_config(run, tokenizer)
-    if plan.size is None:
+    prunable = None
+    if cut is not None:
+        config = cut(config)
+        run = without_weights(run, config)
+    elif run.compress.prune.kinds:
+        prunable = on_main_first(info, lambda: find_prunable(run, config, after or layout))
+    if plan.size is None and cut is None:
         # A hub model's sizes are known only now that its config is on this machine.
         make_plan(run, plan.cluster)
     offloaded = run.parallel.offload_optimizer != "none"
@@ -104,4 +121,4 @@ def assemble(run: RunConfig, plan: RunPlan, info: RankInfo, tokenizer: Any, prep
     if run.model.compile:
         for layer in repeated_layers(part.model):
             layer.compile()
-    return Assembly(engine, part, data, kernel)
+    return Assembly(engine, part, data, kernel, prunable)

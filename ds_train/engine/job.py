@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
+import shutil
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
-from functools import cache
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ds_train.config import RunConfig, dump, load
 from ds_train.engine.ranks import RankInfo, meet, on_main_first, return_freed_memory, run_to_exit_code
-from ds_train.errors import first_line, user_error
+from ds_train.errors import UserError, first_line, user_error
 from ds_train.plan.make import RunPlan, make_plan
 from ds_train.plan.search import auto_fields, keep_choice
 from ds_train.plan.topology import Cluster
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from ds_train.checkpoint.native import Saved, TrainState
     from ds_train.engine.build import Assembly
     from ds_train.engine.loop import EvalResult, StepResult
+    from ds_train.engine.prune import Pruning
     from ds_train.schedule.timeline import Timeline
     from ds_train.track.tracker import Tracker
 
@@ -44,6 +47,7 @@ def train(run: RunConfig, info: RankInfo) -> None:
         meet(info)
         run = on_main_first(info, lambda: _settled(run, cluster, folder))
     plan = make_plan(run, cluster)
+    after = after_cut(run, cluster)
     if info.is_main:
         for note in plan.notes:
             print(note, flush=True)
@@ -58,26 +62,34 @@ def train(run: RunConfig, info: RankInfo) -> None:
     prepared, tokenizer = _prepare_data(run, info)
 
     from ds_train.checkpoint import hf, native
+    from ds_train.compress.cut import config_after
     from ds_train.data.prepare import read_manifest
     from ds_train.engine.build import assemble
     from ds_train.parallel.sequence import leave_sequence
     from ds_train.schedule.timeline import make_timeline
     from ds_train.track.tracker import Tracker
 
-    layout = _layout_record(run, plan)
     fingerprint = str(read_manifest(prepared)["content"])
     resumed = _find_checkpoint(run, info, folder, fingerprint)
     # Only now: a run that is refused leaves the folder's records as they were.
     on_main_first(info, lambda: _write_records(folder, run, plan))
-    parts = assemble(run, plan, info, tokenizer, prepared)
+    state = native.read_state(resumed) if resumed is not None else None
+
+    def build(pruning: Mapping[str, Any]) -> Assembly:
+        """Everything around the model, as it is after the cut where there was one."""
+        if not pruning.get("cut"):
+            return assemble(run, plan, info, tokenizer, prepared, after.plan.layout)
+        return assemble(after.run, after.plan, info, tokenizer, prepared, cut=partial(config_after, record=pruning))
+
+    pruned = state.pruning if state is not None else {}
+    parts = build(pruned)
     timeline = make_timeline(run, parts.data.samples_per_epoch)
     done = 0
-    state: TrainState | None = None
-    if resumed is not None:
+    if resumed is not None and state is not None:
         native.load(parts.engine, parts.part, resumed)
-        state = native.read_state(resumed)
         done = state.step
         _check_clock(timeline, state)
+    place = after if pruned.get("cut") else Placed(run, plan)
     wandb_id = state.wandb_id if state else None
     tracker = Tracker(run, plan.to_dict(), folder, info.is_main, timeline.steps, done, wandb_id)
     exit_code = 1
@@ -90,13 +102,16 @@ def train(run: RunConfig, info: RankInfo) -> None:
             tracker.note(f"{run.data.packing_by} packing: {efficiency:.2%} of the windows' tokens are text")
         if resumed is not None:
             tracker.note(f"continuing {resumed} after step {done}")
-            if state is not None and state.layout != layout:
-                tracker.note(f"its states were spread by {_words(state.layout)}, and are now by {_words(layout)}")
-        session = _Session(run, plan, info, parts, tracker, folder, layout, fingerprint)
+            if state is not None and state.layout != place.record:
+                tracker.note(f"its states were spread by {_words(state.layout)}, and are now by {_words(place.record)}")
+        session = _Session(place, after, info, parts, build, tracker, folder, fingerprint)
+        del parts  # a cut gives others
+        session.prune(pruned, timeline)
         session.train(done, timeline)
         _note_noise_scale(run, folder, tracker, info)
         if run.checkpoint.export:
-            hf.export(parts.part, tokenizer, folder / "export", _model_card(run, plan, folder) if info.is_main else "")
+            card = _model_card(run, session.place.plan, folder) if info.is_main else ""
+            hf.export(session.parts.part, tokenizer, folder / "export", card)
             _push(run, folder / "export", tracker, info)
         exit_code = 0
     finally:
@@ -107,41 +122,102 @@ def train(run: RunConfig, info: RankInfo) -> None:
         _farewell(run, folder)
 
 
+@dataclass(frozen=True)
+class Placed:
+    """A recipe, and how its ranks share it."""
+
+    run: RunConfig
+    plan: RunPlan
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """How the run's states are spread over ranks, for people and for a word when it changes."""
+        return _layout_record(self.run, self.plan)
+
+
+def after_cut(run: RunConfig, cluster: Cluster) -> Placed:
+    """The recipe from the cut on, where pruning changes its layout.
+
+    Raises:
+        UserError: with everything that is wrong with that layout.
+    """
+    parallel = run.compress.prune.parallel
+    if parallel is None:
+        return Placed(run, make_plan(run, cluster))
+    later = run.model_copy(update={"parallel": parallel})
+    try:
+        return Placed(later, make_plan(later, cluster))
+    except UserError as error:
+        raise UserError(
+            replace(problem, key=f"compress.prune.{problem.key}") if problem.key.startswith("parallel.") else problem
+            for problem in error.problems
+        ) from None
+
+
 class _Session:
     """The steps of one run with what happens between them: metrics, evaluation, checkpoints."""
 
     def __init__(
         self,
-        run: RunConfig,
-        plan: RunPlan,
+        place: Placed,
+        after: Placed,
         info: RankInfo,
         parts: Assembly,
+        build: Callable[[Mapping[str, Any]], Assembly],
         tracker: Tracker,
         folder: Path,
-        layout: dict[str, Any],
         fingerprint: str,
     ) -> None:
+        self.place, self.after, self.info, self.build, self.tracker = place, after, info, build, tracker
+        self.folder, self.fingerprint = folder, fingerprint
+        self.pruning: Pruning | None = None
+        self.pruned: Mapping[str, Any] = {}
+        """What has been cut."""
+        self._take(parts)
+
+    def _take(self, parts: Assembly) -> None:
+        """Go on with this engine."""
         from ds_train.checkpoint.native import Saver
 
-        self.run, self.plan, self.info, self.parts, self.tracker = run, plan, info, parts, tracker
-        self.folder, self.layout, self.fingerprint = folder, layout, fingerprint
-        self.rate = _Throughput(run, parts, info)
-        section = run.checkpoint
+        run, section = self.place.run, self.place.run.checkpoint
+        self.run, self.parts = run, parts
+        self.rate = _Throughput(run, parts, self.info)
         self.saver = Saver(
-            folder / "checkpoints",
+            self.folder / "checkpoints",
             parts.engine,
             parts.part,
             section.keep_last,
             section.keep_every,
-            in_background=saves_in_background(run, info.device),
+            in_background=saves_in_background(run, self.info.device),
         )
+
+    def prune(self, state: Mapping[str, Any], timeline: Timeline) -> None:
+        """Prune as the recipe says, from the state of a checkpoint on."""
+        from ds_train.engine.prune import Pruning, steps_of
+
+        if state.get("cut"):
+            self.pruned = state
+        elif self.parts.prunable is not None:
+            steps = steps_of(self.run, timeline)
+            self.pruning = Pruning(self.run, self.parts.prunable, self.parts.engine, self.parts.part, steps)
+            self.pruning.load_state(state)
 
     def train(self, done: int, timeline: Timeline) -> None:
         """Steps `done` + 1 to the timeline's last, each followed by what is due after it."""
+        if self.pruning is not None:
+            cut_at = max(done, self.pruning.steps.cut)
+            self._train(done, cut_at, timeline)
+            self._cut(cut_at, timeline)
+            done = cut_at
+        self._train(done, timeline.steps, timeline)
+        self._note_saves(self.saver.wait())
+
+    def _train(self, done: int, stop: int, timeline: Timeline) -> None:
         from ds_train.engine.loop import due, evaluate, train_steps
 
         run = self.run
-        for result in train_steps(run, self.plan, self.info, self.parts, timeline, done):
+        steps = train_steps(run, self.place.plan, self.info, self.parts, timeline, done, None, stop, self.pruning)
+        for result in steps:
             last = result.step == timeline.steps
             self.rate.add(result)
             if last or result.measured or due(run.track.log_every_steps, result.step):
@@ -149,9 +225,50 @@ class _Session:
             if last or due(run.track.eval_every_steps, result.step):
                 self._log_evaluation(evaluate(run, self.parts, result.step), result.tokens)
             if (last and run.checkpoint.save_final) or due(run.checkpoint.every_steps, result.step):
-                self._save(result)
+                self._note_saves(self.saver.save(self._state(result.step, result.tokens)))
             self._note_saves(self.saver.ended())
+
+    def _cut(self, step: int, timeline: Timeline) -> None:
+        """Leave the chosen units behind after `step` steps, and go on with an engine around the smaller model."""
+        from ds_train.checkpoint import native
+        from ds_train.engine.loop import evaluate
+        from ds_train.engine.prune import parameters_of
+
+        assert self.pruning is not None
+        if self.pruning.removed is None:
+            self.pruning.choose()
         self._note_saves(self.saver.wait())
+        cut = self.pruning.cut()
+        before = parameters_of(self.parts.part)
+        self.pruning.set_masks(1.0)
+        masked = evaluate(self.run, self.parts, step)
+        folder = self.folder / "cut"
+        saver = native.Saver(folder, self.parts.engine, self.parts.part, keep_last=1)
+        (saved,) = saver.save(self._state(step, timeline.tokens_after(step)))
+        if saved.error is not None:
+            reason = f"its states could not be written for the cut: {saved.error}"
+            raise user_error("run_root", reason, "make room there, and start the command again", str(folder))
+        self.pruned = {"removed": self.pruning.removed, **cut.record()}
+        self.pruning = None
+        self.parts.engine.destroy()
+        # What holds the engine, before another one is built beside it.
+        del saver, self.saver, self.rate, self.parts
+        gc.collect()
+        self.place = self.after
+        parts = self.build(self.pruned)
+        native.load(parts.engine, parts.part, saved.path, cut)
+        self._take(parts)
+        on_main_first(self.info, lambda: shutil.rmtree(folder, ignore_errors=True))
+        left, sizes = parameters_of(parts.part), cut.sizes | {"layers": len(cut.layers)}
+        record = {"kind": "cut", "step": step, "parameters": left, "parameters_before": before, **sizes}
+        words = ", ".join(f"{kind} {count}" for kind, count in sizes.items())
+        note = f"cut after step {step}: {before:,} parameters, now {left:,} ({words})"
+        found = evaluate(self.run, parts, step)
+        if masked is not None and found is not None:
+            record |= {"masked_loss": masked.loss, "loss": found.loss}
+            note += f"; held-out loss {masked.loss:.4f} with these masked, {found.loss:.4f} without them"
+        self.tracker.log(record, step)
+        self.tracker.note(note)
 
     def _record(self, result: StepResult) -> dict[str, Any]:
         from ds_train.track.memory import memory
@@ -165,19 +282,20 @@ class _Session:
             record = {"kind": "eval", **asdict(scores), "perplexity": scores.perplexity, "tokens": tokens}
             self.tracker.log(record, scores.step)
 
-    def _save(self, result: StepResult) -> None:
+    def _state(self, step: int, tokens: int) -> TrainState:
+        """What a checkpoint holds besides tensors. Collective."""
         from ds_train.checkpoint.native import TrainState
 
-        state = TrainState(
-            step=result.step,
-            tokens=result.tokens,
+        return TrainState(
+            step=step,
+            tokens=tokens,
             recipe=self.run.model_dump(mode="json"),
-            layout=self.layout,
+            layout=self.place.record,
             versions={name: version(name) for name in ("ds_train", "torch", "deepspeed", "transformers")},
             data_fingerprint=self.fingerprint,
             wandb_id=self.tracker.wandb_id,
+            pruning=dict(self.pruned if self.pruning is None else self.pruning.state()),
         )
-        self._note_saves(self.saver.save(state))
 
     def _note_saves(self, saves: Iterable[Saved]) -> None:
         for saved in saves:

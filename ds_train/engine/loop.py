@@ -15,6 +15,7 @@ from ds_train.config import RunConfig
 from ds_train.data.batches import count_labels
 from ds_train.engine.build import Assembly
 from ds_train.engine.noise import MicroGradients
+from ds_train.engine.prune import Pruning
 from ds_train.engine.ranks import RankInfo, all_sum
 from ds_train.models.load import fold_seed
 from ds_train.models.tasks import Batch
@@ -76,13 +77,16 @@ def train_steps(
     timeline: Timeline,
     first: int = 0,
     rates: Sequence[float] | None = None,
+    stop: int | None = None,
+    pruning: Pruning | None = None,
 ) -> Iterator[StepResult]:
-    """Train steps `first` (counted from 0) to the timeline's last, yielding after each. Collective.
+    """Train steps `first` (counted from 0) to `stop` - 1, or to the timeline's last, yielding after each. Collective.
 
     `rates` are the learning rates of all steps from 0, and there are as many steps; without them the recipe's schedule
-    says them.
+    says them. `pruning` is of this engine, and looks on.
     """
-    stop = timeline.steps if rates is None else len(rates)
+    if stop is None:
+        stop = timeline.steps if rates is None else len(rates)
     place = plan.layout.coordinates(info.rank)
     # Ranks that share a layer's matrices draw the same dropout.
     seat = f"{place.pipe}/{place.data}/{place.sequence}"
@@ -99,6 +103,8 @@ def train_steps(
         set_learning_rate(parts.engine.optimizer, lr)
         if parts.part.dropping is not None:
             parts.part.dropping.kept = kept_tokens(run.token_drop, shape.length, shape.before, timeline.total_tokens)
+        if pruning is not None:
+            pruning.before_step(shape, timeline)
         # Dropout draws from a seed of its own at every step and rank, so there is no generator state to save.
         torch.manual_seed(fold_seed(run.seed, "step", step, seat))
         counts = all_sum(counting * _counts(batches, run.data.pads_rows).to(parts.engine.device))

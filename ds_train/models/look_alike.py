@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from ds_train.config import RunConfig
-from ds_train.models.load import outline
+from ds_train.models.load import outline, without_weights
 
 # Sizes of a look-alike: those that ranks share, which can be cut by 2, and the others.
 _SHARED = {
@@ -83,7 +83,8 @@ def small_run(
     Raises:
         ValueError: the family can't be made small.
     """
-    model = run.model.model_copy(update={"path": None, "arch": config.model_type, "activation_checkpointing": False})
+    run = without_weights(run, config)
+    model = run.model.model_copy(update={"activation_checkpointing": False})
     precision = run.precision.model_copy(update={"dtype": "fp32"})
     parallel = run.parallel.model_copy(update={"stage_layers": None})
     run = run.model_copy(update={"model": model, "precision": precision, "parallel": parallel})

@@ -23,16 +23,21 @@ class PruneSteps:
 
 
 def prune_steps(section: PruneSection, timeline: Timeline) -> PruneSteps:
-    """The steps at which the section's shares of the run are reached."""
+    """The steps at which the section's shares of the run are reached: at least one is scored, and one is after the cut.
+
+    Raises:
+        ValueError: the run has one step.
+    """
+    if timeline.steps < 2:
+        raise ValueError("the run has one step")
 
     def first(share: float) -> int:
         target = share * timeline.total_tokens
         return bisect_left(range(timeline.steps), target, key=lambda step: timeline.at(step).before)
 
     chosen = min(max(1, first(section.start)), timeline.steps - 1)
-    return PruneSteps(
-        max(0, chosen - section.score_steps), chosen, min(max(chosen, first(section.end)), timeline.steps - 1)
-    )
+    cut = min(max(chosen, first(section.end)), timeline.steps - 1)
+    return PruneSteps(max(0, chosen - section.score_steps), chosen, cut)
 
 
 def closed_share(section: PruneSection, tokens: int, total_tokens: int) -> float:
