@@ -5,7 +5,8 @@ Shapes: C channels of a gate, U units.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import itertools
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from ds_train.compress.coupling import LAYERS, OF_MODEL, Coupling, Gate, Structure
+from ds_train.compress.coupling import HEADS, HIDDEN, LAYERS, OF_MODEL, Coupling, Gate, Structure
 from ds_train.compress.cut import Cut, heads_tie_hidden, resized, size_of
 from ds_train.compress.gates import Gates, Key, lowest, worth
 from ds_train.compress.structure import find_structure
@@ -50,16 +51,14 @@ def find_prunable(run: RunConfig, config: PreTrainedConfig, after: Layout) -> Pr
     """
     section = run.compress.prune
     try:
-        tied = heads_tie_hidden(config)
         sizes = {kind: size_of(config, kind) for kind in section.kinds}
-        left = units_left(section, sizes, tied)
+        left = _left(section, config, sizes)
         _check(section, sizes, left, after)
-        resized(config, _widths(left))
         structure = find_structure(run, config, section.kinds)
         if section.parameters is not None:
-            left = _left_for(run, config, structure, sizes, tied)
+            left = _left_for(run, config, structure, sizes)
             _check(section, sizes, left, after)
-            resized(config, _widths(left))
+        resized(config, _widths(left))
     except ValueError as error:
         raise _refusal(section, config, first_line(error)) from error
     return Prunable(config, structure, left)
@@ -247,15 +246,35 @@ def _check(section: PruneSection, sizes: Mapping[str, int], left: Mapping[str, i
         raise UserError(found)
 
 
+def _left(
+    section: PruneSection, config: PreTrainedConfig, sizes: Mapping[str, int], scale: float = 1.0
+) -> dict[str, int]:
+    """`units_left`, with the next larger numbers of heads and hidden size that the family's config takes."""
+    left = units_left(section, sizes, heads_tie_hidden(config), scale)
+    heads, widths = ([left.get(kind)] for kind in (HEADS, HIDDEN))
+    if not (heads_tie_hidden(config) and HEADS in left and HIDDEN in left):
+        # Its hidden size may have to be a multiple of the number of heads.
+        heads, widths = (list(range(left[kind], sizes[kind] + 1)) if kind in left else [None] for kind in (HEADS, HIDDEN))
+    for more, wider in itertools.product(heads, widths):
+        tried = left | {kind: count for kind, count in ((HEADS, more), (HIDDEN, wider)) if count is not None}
+        try:
+            resized(config, _widths(tried))
+        except ValueError:
+            continue
+        return tried
+    return left  # its config will say why it takes none
+
+
 def _left_for(
-    run: RunConfig, config: PreTrainedConfig, structure: Structure, sizes: Mapping[str, int], tied: bool
+    run: RunConfig, config: PreTrainedConfig, structure: Structure, sizes: Mapping[str, int]
 ) -> dict[str, int]:
     """Units that stay so that the model has at most as many parameters as the recipe says: the shares are scaled."""
     section = run.compress.prune
     assert section.parameters is not None
     shapes = {name: tuple(parameter.shape) for name, parameter in outline(run, config).named_parameters()}
 
-    def parameters(left: Mapping[str, int]) -> int:
+    def parameters(scale: float) -> int:
+        left = _left(section, config, sizes, scale)
         removed: dict[str, dict[int, range]] = {}
         for coupling in structure.couplings:
             removed.setdefault(coupling.kind, {})[coupling.number] = range(left[coupling.kind], coupling.units)
@@ -263,20 +282,12 @@ def _left_for(
 
     largest = max(getattr(section, kind) for kind in section.kinds if kind != LAYERS)
     low, high = 0.0, (1.0 - 1e-6) / largest
-    fits = _allowed(section, sizes, tied, parameters)
-    if not fits(high):
-        least = parameters(units_left(section, sizes, tied, high))
-        raise ValueError(f"without all but one of these it has {least:,} parameters")
+    if parameters(high) > section.parameters:
+        raise ValueError(f"with all but the last of these gone it would have {parameters(high):,} parameters")
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
-        low, high = (low, middle) if fits(middle) else (middle, high)
-    return units_left(section, sizes, tied, high)
-
-
-def _allowed(
-    section: PruneSection, sizes: Mapping[str, int], tied: bool, parameters: Callable[[Mapping[str, int]], int]
-) -> Callable[[float], bool]:
-    return lambda scale: parameters(units_left(section, sizes, tied, scale)) <= (section.parameters or 0)
+        low, high = (low, middle) if parameters(middle) <= section.parameters else (middle, high)
+    return _left(section, config, sizes, high)
 
 
 def _refusal(section: PruneSection, config: PreTrainedConfig, reason: str) -> UserError:

@@ -15,7 +15,8 @@ from typing import Any
 from ds_train.config.load import nearest
 from ds_train.errors import Problem
 from ds_train.plan.facts import Facts
-from ds_train.plan.topology import processor_has_fp16
+from ds_train.plan.prune import problems, units_left
+from ds_train.plan.topology import Layout, processor_has_fp16
 from ds_train.plan.transformers_keys import TASKS, architectures_with_head, known_architectures
 
 Predicate = Callable[[Facts], Any]
@@ -114,6 +115,7 @@ _SEQUENCE = _above_one("parallel.sequence")
 _PATCHES = _above_one("patch.size")
 _DROPPING = _not(_at("token_drop.kind", "none"))
 _CURRICULUM = _not(_at("curriculum.kind", "none"))
+_PRUNING: Predicate = lambda facts: facts.run.compress.prune.kinds  # noqa: E731
 _HEADS = ("num_attention_heads", "num_key_value_heads")
 _CUT_BY_TENSOR = (*_HEADS, "hidden_size", "intermediate_size")
 # DeepSpeed's folders op_builder/{cpu,xpu,hpu} have no quantizer.
@@ -256,6 +258,33 @@ def _lengths_to_choose(facts: Facts) -> list[int]:
     if curriculum.how == "repack" or curriculum.keep_tokens:
         return [length for length in range(8, full) if full % length == 0]
     return list(range(-(-8 // curriculum.multiple) * curriculum.multiple, full, curriculum.multiple))
+
+
+def _after_cut(facts: Facts) -> Facts:
+    """From the cut of a run that prunes on."""
+    parallel = facts.run.compress.prune.parallel
+    later = facts.run if parallel is None else facts.run.model_copy(update={"parallel": parallel})
+    return Facts(later, facts.cluster)
+
+
+def _pruning_problems(facts: Facts) -> dict[str, Problem]:
+    """What is wrong with the sizes that pruning leaves, where the recipe alone says them."""
+    section, size, after = facts.run.compress.prune, facts.size, _after_cut(facts)
+    if size is None or section.parameters is not None:
+        return {}
+    known = {
+        "heads": size.num_key_value_heads or size.num_attention_heads, "ffn": size.intermediate_size,
+        "experts": size.num_experts, "hidden": size.hidden_size, "layers": size.num_hidden_layers,
+    }  # fmt: skip
+    sizes = {kind: count for kind, count in known.items() if count and kind in section.kinds}
+    layout = Layout(after.pipeline, 1, after.sequence, after.tensor)
+    left = units_left(section, sizes, "head_dim" not in facts.config_keys)
+    return {problem.key: problem for problem in problems(section, sizes, left, layout)}
+
+
+def _unpruned_proportions(facts: Facts) -> bool:
+    section = facts.run.compress.prune
+    return section.parameters is not None and not set(section.kinds) - {"layers"}
 
 
 def _pipeline_ties_diverge(facts: Facts) -> bool:
@@ -668,6 +697,43 @@ RULES: tuple[Rule | KeyRule, ...] = (
         and 2 * f.run.token_drop.whole_layers >= _sizes(f, "num_hidden_layers"),
         lambda f: f"of the model's {_sizes(f, 'num_hidden_layers')} layers none is left to drop tokens",
         lambda f: f"at most {(_sizes(f, 'num_hidden_layers') - 1) // 2}, or token_drop.kind=none",
+    ),
+    # -- pruning -------------------------------------------------------------------------------------------------
+    KeyRule(
+        "prune-sizes", lambda f: {key: f.value(key) for key in _pruning_problems(f)},
+        lambda f, key: _pruning_problems(f)[key].reason, lambda f, key: _pruning_problems(f)[key].fix,
+    ),
+    Rule(
+        "prune-end", "compress.prune.end", lambda f: _PRUNING(f) and f.value("compress.prune.end") < f.value(
+            "compress.prune.start"
+        ),
+        lambda f: f"it is before compress.prune.start={f.value('compress.prune.start')}", "set it later, or start sooner",
+    ),
+    Rule(
+        "prune-parameters", "compress.prune.parameters", _unpruned_proportions,
+        "nothing says what goes", "give shares as proportions, such as compress.prune.ffn=0.5",
+    ),
+    Rule(
+        "prune-compile", "model.compile", _all(_PRUNING, _at("model.compile", True)),
+        "layers would be compiled again whenever a unit closes", "set model.compile=false",
+    ),
+    Rule(
+        "prune-stages", "parallel.stage_layers",
+        lambda f: f.run.compress.prune.layers and _after_cut(f).run.parallel.stage_layers is not None,
+        "they are those of the model before its layers are pruned",
+        "leave it out, or say those that stay in compress.prune.parallel.stage_layers",
+    ),
+    Rule(
+        "prune-rates", "optimizer.lr_factors",
+        lambda f: f.run.compress.prune.layers
+        and any(character.isdigit() for pattern in f.run.optimizer.lr_factors for character in pattern),
+        "layers have other numbers once some are pruned", "write * for the number of a layer",
+    ),
+    Rule(
+        "prune-layout-auto", "compress.prune.parallel",
+        lambda f: f.run.compress.prune.parallel is not None
+        and "auto" in map(f.run.compress.prune.parallel.model_dump().get, ("pipeline", "tensor", "sequence")),
+        "the planner doesn't choose for a model that is smaller only later", "write its degrees as numbers",
     ),
     Rule(
         "sample-task", "track.sample_prompt", _all(_given("track.sample_prompt"), _not(_at("task.kind", "causal-lm"))),

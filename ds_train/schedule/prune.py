@@ -48,7 +48,7 @@ def closed_share(section: PruneSection, tokens: int, total_tokens: int) -> float
     progress = min(1.0, max(0.0, progress))
     if section.shape == "cubic":
         return 1.0 - (1.0 - progress) ** 3
-    return math.floor(progress * _STAGES) / _STAGES if section.shape == "steps" else progress
+    return math.floor(progress * _STAGES + 1e-9) / _STAGES if section.shape == "steps" else progress
 
 
 def unit_values(order: Sequence[int], units: int, closed: float) -> list[float]:
