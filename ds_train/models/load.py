@@ -192,8 +192,9 @@ def _random_model(run: RunConfig, config: PreTrainedConfig, zero3_json: dict[str
             import deepspeed
 
             stack.enter_context(prevent_arange_dtype_change())
-            dtype = DTYPES[run.precision.dtype]
-            stack.enter_context(deepspeed.zero.Init(config_dict_or_path=zero3_json, dtype=dtype))
+            # Without a dtype: one that is given counts only where the processor has fp16, and is bf16 elsewhere
+            # (partition_parameters.py, Init._set_dtype). The JSON says it too.
+            stack.enter_context(deepspeed.zero.Init(config_dict_or_path=zero3_json))
         auto_class: Any = _AUTO_CLASSES[run.task.kind]
         return auto_class.from_config(config, dtype=DTYPES[run.precision.dtype], **_attention(run))
 

@@ -26,6 +26,10 @@ def tensors(value: Any) -> list[Any]:
 def main() -> int:
     def body(info: ranks.RankInfo) -> None:
         ranks.meet(info)
+        from deepspeed.accelerator import get_accelerator
+
+        # As on a processor without fp16, where DeepSpeed's zero.Init takes another dtype than it is given.
+        get_accelerator().is_fp16_supported = lambda: False
         for recipe in sys.argv[1:]:
             run = load(recipe)
             plan = make_plan(run, Cluster(info.ranks, info.ranks, info.device))

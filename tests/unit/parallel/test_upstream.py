@@ -45,3 +45,14 @@ def test_autoep_asks_transformers_for_what_is_not_there() -> None:
     assert "registry.get(registry_key, _MISSING_REGISTRY_ENTRY)" in inspect.getsource(base)
     with pytest.raises(TypeError):
         output_capturing._CAN_RECORD_REGISTRY.get("a key", "a default")  # type: ignore[call-arg]
+
+
+def test_zero_init_takes_no_dtype_where_there_is_no_fp16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Why models/load.py leaves it to the JSON: a model from scratch in fp32 became one in bf16."""
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.runtime.zero.partition_parameters import Init
+
+    monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: False)
+    init = object.__new__(Init)
+    init._set_dtype(None, torch.float32)
+    assert init.dtype == torch.bfloat16
