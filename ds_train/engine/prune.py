@@ -247,14 +247,21 @@ def _check(section: PruneSection, sizes: Mapping[str, int], left: Mapping[str, i
 
 
 def _left(
-    section: PruneSection, config: PreTrainedConfig, sizes: Mapping[str, int], scale: float = 1.0
+    section: PruneSection, config: PreTrainedConfig, sizes: Mapping[str, int], scale: float | None = None
 ) -> dict[str, int]:
-    """`units_left`, with the next larger numbers of heads and hidden size that the family's config takes."""
+    """`units_left`, with the next larger numbers of heads and hidden size that the family's config takes.
+
+    All of a kind stay only if shares are scaled; otherwise the config is left to say why it takes no fewer.
+    """
+    more_than_all = 0 if scale is None else 1
+    scale = 1.0 if scale is None else scale
     left = units_left(section, sizes, heads_tie_hidden(config), scale)
     heads, widths = ([left.get(kind)] for kind in (HEADS, HIDDEN))
     if not (heads_tie_hidden(config) and HEADS in left and HIDDEN in left):
         # Its hidden size may have to be a multiple of the number of heads.
-        heads, widths = (list(range(left[kind], sizes[kind] + 1)) if kind in left else [None] for kind in (HEADS, HIDDEN))
+        heads, widths = (
+            list(range(left[kind], sizes[kind] + more_than_all)) if kind in left else [None] for kind in (HEADS, HIDDEN)
+        )
     for more, wider in itertools.product(heads, widths):
         tried = left | {kind: count for kind, count in ((HEADS, more), (HIDDEN, wider)) if count is not None}
         try:
@@ -262,7 +269,7 @@ def _left(
         except ValueError:
             continue
         return tried
-    return left  # its config will say why it takes none
+    return left
 
 
 def _left_for(

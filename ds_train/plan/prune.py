@@ -38,14 +38,17 @@ def units_left(section: PruneSection, sizes: Mapping[str, int], tied: bool, scal
 def problems(
     section: PruneSection, sizes: Mapping[str, int], left: Mapping[str, int], after: Layout
 ) -> Iterator[Problem]:
-    """What is wrong with the sizes that stay, on the layout from the cut on."""
+    """What is wrong with the sizes that stay, on the layout from the cut on.
+
+    Where a number of parameters is asked for, a kind may stay whole.
+    """
     shared = {"heads": after.tensor * after.sequence, "ffn": after.tensor, "hidden": after.tensor}
     for kind, count in left.items():
         key, value, units = f"compress.prune.{kind}", getattr(section, kind), sizes[kind]
         ranks = shared.get(kind, 1)
         if count < 1:
             yield Problem(key, f"none of the {units} {kind} would be left", f"leave at least one of {units}", value)
-        elif count == units:
+        elif count == units and section.parameters is None:
             step = f" multiples of {section.multiple}" if kind in ROUNDED and section.multiple > 1 else ""
             yield Problem(
                 key, f"all of the {units} {kind} would stay, counted in{step or ' whole ones'}", "raise it", value

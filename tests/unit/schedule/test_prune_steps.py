@@ -24,7 +24,9 @@ def timeline(steps: int) -> Timeline:
         (2, 0.9, 0.9, 5, PruneSteps(0, 1, 1)),
     ],
 )
-def test_shares_of_the_run_become_steps(steps: int, start: float, end: float, scored: int, expected: PruneSteps) -> None:
+def test_shares_of_the_run_become_steps(
+    steps: int, start: float, end: float, scored: int, expected: PruneSteps
+) -> None:
     section = PruneSection(start=start, end=end, score_steps=scored)
     assert prune_steps(section, timeline(steps)) == expected
 
