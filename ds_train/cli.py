@@ -242,20 +242,10 @@ def lr_find(
 
     On several hosts: `deepspeed --hostfile ... --no_local_rank --module ds_train.cli lr-find RECIPE`.
     """
-    import os
-    import subprocess
-
     if not 0 < lowest < highest:
         raise user_error("--lowest", f"isn't above 0 and below --highest={highest:g}", "give a range", lowest)
     run = load(recipe, overrides or [])
-    if ranks > 1 and "RANK" not in os.environ:
-        from ds_train.engine.port import free_port
-
-        again = sys.argv[1:]
-        launcher = Path(sys.executable).with_name("deepspeed")
-        started = [str(launcher), "--num_accelerators", str(ranks), "--master_port", str(free_port())]
-        quiet = ["--log_level", "error"]
-        sys.exit(subprocess.run([*started, *quiet, "--no_local_rank", "--module", "ds_train.cli", *again]).returncode)
+    _start_ranks(ranks)
     from ds_train.engine.lr_find import RangeTest, find
     from ds_train.engine.ranks import RankInfo, run_to_exit_code
 
@@ -270,6 +260,48 @@ def lr_find(
                 print(f"from width {proxy_width}: {record['proxy']['rule']}")
                 print(f"optimizer.lr_factors={factors}")
             print(f"{record['seconds']:.0f} s; {Path(run.run_root).expanduser() / run.name}/lr-find.json and .png")
+
+    sys.exit(run_to_exit_code(body))
+
+
+def _start_ranks(ranks: int) -> None:
+    """Start this command again on `ranks` ranks of this host, and end with them; nothing where it is one already."""
+    import os
+    import subprocess
+
+    if ranks == 1 or "RANK" in os.environ:
+        return
+    from ds_train.engine.port import free_port
+
+    launcher = Path(sys.executable).with_name("deepspeed")
+    started = [str(launcher), "--num_accelerators", str(ranks), "--master_port", str(free_port())]
+    quiet = ["--log_level", "error", "--no_local_rank", "--module", "ds_train.cli"]
+    sys.exit(subprocess.run([*started, *quiet, *sys.argv[1:]]).returncode)
+
+
+@app.command()
+def prune(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    ranks: Annotated[int, typer.Option(min=1, help="Ranks to start on this host.")] = 1,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="RUN/checkpoints/step-* to prune; the recipe's first weights without it.")
+    ] = None,
+) -> None:
+    """Prune at once, without training: score the recipe's units on `score_steps` steps of its data, cut, and export.
+
+    RUN/pruned is a transformers folder of the smaller model.
+    """
+    run = load(recipe, overrides or [])
+    _start_ranks(ranks)
+    from ds_train.engine.prune_once import prune_once
+    from ds_train.engine.ranks import RankInfo, run_to_exit_code
+
+    def body(info: RankInfo) -> None:
+        done = prune_once(run, info, checkpoint)
+        if info.is_main:
+            print(done.summary)
+            print(done.folder.resolve())
 
     sys.exit(run_to_exit_code(body))
 

@@ -256,13 +256,11 @@ def _left(
     more_than_all = 0 if scale is None else 1
     scale = 1.0 if scale is None else scale
     left = units_left(section, sizes, heads_tie_hidden(config), scale)
-    heads, widths = ([left.get(kind)] for kind in (HEADS, HIDDEN))
+    choices: dict[str, list[int | None]] = {kind: [left.get(kind)] for kind in (HEADS, HIDDEN)}
     if not (heads_tie_hidden(config) and HEADS in left and HIDDEN in left):
         # Its hidden size may have to be a multiple of the number of heads.
-        heads, widths = (
-            list(range(left[kind], sizes[kind] + more_than_all)) if kind in left else [None] for kind in (HEADS, HIDDEN)
-        )
-    for more, wider in itertools.product(heads, widths):
+        choices |= {kind: [*range(left[kind], sizes[kind] + more_than_all)] for kind in choices if kind in left}
+    for more, wider in itertools.product(choices[HEADS], choices[HIDDEN]):
         tried = left | {kind: count for kind, count in ((HEADS, more), (HIDDEN, wider)) if count is not None}
         try:
             resized(config, _widths(tried))

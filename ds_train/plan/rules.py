@@ -270,7 +270,7 @@ def _after_cut(facts: Facts) -> Facts:
 def _pruning_problems(facts: Facts) -> dict[str, Problem]:
     """What is wrong with the sizes that pruning leaves, where the recipe alone says them."""
     section, size, after = facts.run.compress.prune, facts.size, _after_cut(facts)
-    if size is None or section.parameters is not None:
+    if size is None or section.parameters is not None or _auto_after_cut(facts):
         return {}
     known = {
         "heads": size.num_key_value_heads or size.num_attention_heads, "ffn": size.intermediate_size,
@@ -280,6 +280,13 @@ def _pruning_problems(facts: Facts) -> dict[str, Problem]:
     layout = Layout(after.pipeline, 1, after.sequence, after.tensor)
     left = units_left(section, sizes, "head_dim" not in facts.config_keys)
     return {problem.key: problem for problem in problems(section, sizes, left, layout)}
+
+
+def _auto_after_cut(facts: Facts) -> bool:
+    """Whether the layout from the cut on has degrees that a planner would have to choose."""
+    parallel, keys = facts.run.compress.prune.parallel, ("pipeline", "tensor", "sequence", "zero_stage")
+    offload = ("offload_optimizer", "offload_params")
+    return parallel is not None and any(getattr(parallel, key) == "auto" for key in (*keys, *offload))
 
 
 def _unpruned_proportions(facts: Facts) -> bool:
@@ -704,10 +711,9 @@ RULES: tuple[Rule | KeyRule, ...] = (
         lambda f, key: _pruning_problems(f)[key].reason, lambda f, key: _pruning_problems(f)[key].fix,
     ),
     Rule(
-        "prune-end", "compress.prune.end", lambda f: _PRUNING(f) and f.value("compress.prune.end") < f.value(
-            "compress.prune.start"
-        ),
-        lambda f: f"it is before compress.prune.start={f.value('compress.prune.start')}", "set it later, or start sooner",
+        "prune-end", "compress.prune.end",
+        lambda f: _PRUNING(f) and f.run.compress.prune.end < f.run.compress.prune.start,
+        lambda f: f"it is before compress.prune.start={f.run.compress.prune.start}", "set it later, or start sooner",
     ),
     Rule(
         "prune-parameters", "compress.prune.parameters", _unpruned_proportions,
@@ -730,9 +736,7 @@ RULES: tuple[Rule | KeyRule, ...] = (
         "layers have other numbers once some are pruned", "write * for the number of a layer",
     ),
     Rule(
-        "prune-layout-auto", "compress.prune.parallel",
-        lambda f: f.run.compress.prune.parallel is not None
-        and "auto" in map(f.run.compress.prune.parallel.model_dump().get, ("pipeline", "tensor", "sequence")),
+        "prune-layout-auto", "compress.prune.parallel", _auto_after_cut,
         "the planner doesn't choose for a model that is smaller only later", "write its degrees as numbers",
     ),
     Rule(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from ds_train.config import RunConfig
 from ds_train.schedule.learning_rate import learning_rate_factor, plan_length
+from ds_train.schedule.prune import closed_share, prune_steps
 from ds_train.schedule.timeline import cut_timeline
 from ds_train.schedule.token_drop import kept_tokens
 
@@ -49,6 +50,11 @@ def recipe_curves(run: RunConfig, points: int = POINTS) -> Curves:
         starts = [timeline.at(step - 1) for step in steps]
         kept = [kept_tokens(run.token_drop, shape.length, shape.before, total) for shape in starts]
         curves.append(Curve("tokens that middle layers take", tuple(map(float, kept))))
+    if run.compress.prune.kinds:
+        pruned = prune_steps(run.compress.prune, timeline)
+        closed = [1.0 if step > pruned.cut else closed_share(run.compress.prune, place, total)
+                  for step, place in zip(steps, tokens, strict=True)]  # fmt: skip
+        curves.append(Curve("share of the chosen units that are closed", tuple(closed)))
     places = tuple(float(place) if known else place / total for place in tokens)
     return Curves(places, "tokens" if known else "share of the run", tuple(curves))
 

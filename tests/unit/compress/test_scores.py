@@ -174,5 +174,5 @@ def test_refusals_are_one_line_with_a_fix(recipe: Make, prune: dict[str, Any], w
 def test_heads_that_the_tensor_ranks_cannot_share_are_refused(recipe: Make) -> None:
     config = config_of(num_attention_heads=8, num_key_value_heads=4)
     run = recipe(model=MODEL, compress={"prune": {"heads": 0.25}})
-    with pytest.raises(UserError, match="the 3 heads of 4 that stay can't be shared by 2 ranks. Fix: 0.5 leaves 2"):
+    with pytest.raises(UserError, match=r"the 3 heads of 4 that stay can't be shared by 2 ranks\. Fix: 0\.5 leaves 2"):
         find_prunable(run, config, Layout(1, 1, 1, 2))

@@ -39,7 +39,30 @@ STAGE3 = {"parallel.zero_stage": 3}
 CURRICULUM = {"curriculum.kind": "linear"}
 DROPPING = {"token_drop.kind": "random-ltd"}
 FLASH = {"model.attention": "flash_attention_2", "batch.micro_samples": 1}
+PRUNE = {"compress.prune.ffn": 0.5}
 CASES = [
+    Broken(
+        "prune-sizes", {"compress.prune.heads": 0.25, "parallel.tensor": 2},
+        "compress.prune.heads=0.25: the 3 heads of 4 that stay can't be shared by 2 ranks. Fix: 0.5 leaves 2",
+    ),
+    Broken("prune-sizes", {"compress.prune.layers": 8}, "compress.prune.layers=8: none of the 8 layers would be left"),
+    Broken(
+        "prune-sizes", {"compress.prune.layers": 6, "compress.prune.parallel": {"pipeline": 4}},
+        "the 2 layers that stay are fewer than the 4 pipeline stages. Fix: prune at most 4",
+    ),
+    Broken("prune-sizes", {"compress.prune.heads": 0.1}, "all of the 4 heads would stay"),
+    Broken("prune-end", PRUNE | {"compress.prune.start": 0.6}, "it is before compress.prune.start=0.6"),
+    Broken("prune-parameters", {"compress.prune.layers": 1, "compress.prune.parameters": 9}, "nothing says what goes"),
+    Broken("prune-compile", PRUNE | {"model.compile": True}, "set model.compile=false"),
+    Broken(
+        "prune-stages", {"compress.prune.layers": 1, "parallel.pipeline": 2, "parallel.stage_layers": [4, 4]},
+        "compress.prune.parallel.stage_layers",
+    ),
+    Broken(
+        "prune-rates", {"compress.prune.layers": 1, "optimizer.lr_factors": {"*layers.3*": 2.0}},
+        "write * for the number",
+    ),
+    Broken("prune-layout-auto", PRUNE | {"compress.prune.parallel": {"tensor": "auto"}}, "as numbers"),
     Broken("ranks", {"parallel.ranks": 8}, "parallel.ranks=8: the recipe is made for 8 ranks and 4 were started"),
     Broken("layout-divides", {"parallel.tensor": 4}, "doesn't divide the 6 ranks", ranks=6),
     Broken(
