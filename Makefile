@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RANKS ?= 2
 RECIPE ?= ds_configs/quickstart.yaml
 
-.PHONY: install install-dev train kernels test lint format parity reshard families planner bench clean
+.PHONY: install install-dev train kernels test lint format parity reshard prune families planner bench clean
 
 # torch comes first and alone: a later install would replace its CPU build by a CUDA one of several GB.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -53,6 +53,10 @@ parity: install-dev
 # Checkpoints of 8 layouts, each continued on every other one, for two families (an hour on 2 cores).
 reshard: install-dev
 	$(BIN)/pytest tests/parity/test_reshard.py -m "parity or exhaustive"
+
+# Pruning of every family by every score in every layout, and broken anywhere (an hour on 2 cores).
+prune: install-dev
+	$(BIN)/pytest tests/parity/test_prune.py -m "parity or exhaustive"
 
 # docs/families.md: which model families train in a pipeline and with tensor ranks (half an hour on 2 cores).
 families: install-dev

@@ -16,7 +16,7 @@ import torch
 import yaml
 from ranks import run_ranks
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from ds_train.checkpoint.native import open_fragments, read_state
 from ds_train.config import load
@@ -38,8 +38,12 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tensor-zero3": (4, {"tensor": 2, "zero_stage": 3}),
     "sequence": (2, {"sequence": 2, "zero_stage": 2}),
     "pipeline-tensor": (4, {"pipeline": 2, "tensor": 2, "zero_stage": 1}),
+    "tensor-then-zero3": (2, {"tensor": 2, "zero_stage": 1}),
+    "pipeline-tensor-then-tensor": (4, {"pipeline": 2, "tensor": 2, "zero_stage": 1}),
 }
-SAMPLE = ("zero3", "pipeline", "tensor")
+AFTER = {"tensor-then-zero3": {"zero_stage": 3}, "pipeline-tensor-then-tensor": {"tensor": 2, "zero_stage": 2}}
+"""Layouts from the cut on, where they are others."""
+SAMPLE = ("zero3", "pipeline", "tensor-then-zero3")
 PRUNE = {"heads": 0.5, "ffn": 0.5, "hidden": 0.25, "layers": 1, "score_steps": 2, "start": 0.2, "end": 0.4}
 
 
@@ -60,9 +64,9 @@ def write_recipe(folder: Path, root: str, layout: str, prune: dict[str, Any], **
         "precision": {"dtype": "fp32"},
         "optimizer": {"lr": LR},
         "schedule": {"steps": STEPS, "kind": "constant", "warmup_fraction": 0.0},
-        "checkpoint": {"every_steps": CUT, "keep_last": 10, "export": False},
+        "checkpoint": {"every_steps": CUT, "keep_last": 10},
         "track": {"peak_tflops": 1.0, "progress": False, "eval_samples": 6},
-        "compress": {"prune": prune},
+        "compress": {"prune": prune | ({"parallel": AFTER[layout]} if layout in AFTER else {})},
     }  # fmt: skip
     path = folder / f"{root}-{layout}.yaml"
     path.write_text(yaml.safe_dump(recipe | changes))
@@ -183,6 +187,14 @@ def check_against_oracle(folder: Path, layout: str) -> None:
                 found = files.whole(name, kind).double()
                 scale = float(value.abs().max())
                 torch.testing.assert_close(found, value, rtol=0, atol=1e-4 * scale, msg=lambda m, n=name: f"{n}: {m}")
+    exported = AutoModelForCausalLM.from_pretrained(folder / "runs" / layout / "export", attn_implementation="eager")
+    tokens = torch.randint(3, 200, (2, 9))
+    with torch.no_grad():
+        found, expected = (model.double()(input_ids=tokens).logits for model in (exported, oracle.model))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+    for name, weight in exported.state_dict().items():
+        if name in files.shapes:
+            assert torch.equal(weight, files.whole(name).double()), name
 
 
 def check_alike(folder: Path, layouts: tuple[str, ...]) -> None:
@@ -219,6 +231,45 @@ def test_every_layout_cuts_the_same_by_every_score(folder: Path, score: str) -> 
     check(folder, tuple(LAYOUTS), score=score)
     for layout in LAYOUTS:
         check_against_oracle(folder, layout)
+
+
+FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "qwen3": ({"head_dim": 8}, {"heads": 0.5, "ffn": 0.5, "hidden": 0.25, "layers": 1}),
+    "gemma3_text": ({"head_dim": 8, "sliding_window": 8}, {"heads": 0.5, "ffn": 0.5, "layers": 1}),
+    "gpt_neox": ({}, {"heads": 0.5, "hidden": 0.5, "ffn": 0.5, "layers": 1}),
+    "gpt2": ({}, {"heads": 0.5, "hidden": 0.5, "ffn": 0.5, "layers": 1}),
+    "bert": ({}, {"heads": 0.5, "hidden": 0.5, "ffn": 0.5, "layers": 1}),
+    "mixtral": ({"num_local_experts": 4}, {"heads": 0.5, "experts": 0.5, "hidden": 0.25, "layers": 1}),
+}  # fmt: skip
+_SIZES = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 8,
+    "num_key_value_heads": 4, "max_position_embeddings": 64,
+}  # fmt: skip
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_cuts_the_same_in_every_layout(folder: Path, family: str) -> None:
+    own, prune = FAMILIES[family]
+    known = AutoConfig.for_model(family)
+    sizes = {known.attribute_map.get(key, key): value for key, value in _SIZES.items()}
+    sizes = {key: value for key, value in sizes.items() if key in known.to_dict()}
+    plain = [key for key, value in known.to_dict().items() if isinstance(value, float) and "drop" in key]
+    layouts = tuple(layout for layout in LAYOUTS if layout != "sequence" and (family != "bert" or "pipe" not in layout))
+    train(
+        folder, "runs", layouts, prune | {"start": 0.3, "end": 0.6, "score_steps": 2},
+        model={"arch": family} | sizes | own | dict.fromkeys(plain, 0.0), schedule={"steps": 6},
+        task={"kind": "masked-lm" if family == "bert" else "causal-lm"},
+    )  # fmt: skip
+    chosen = None
+    for layout in layouts:
+        (cut,) = records(folder, "runs", layout, "cut")
+        assert math.isclose(cut["masked_loss"], cut["loss"], rel_tol=1e-6), layout
+        removed = read_state(checkpoint(folder, "runs", layout, 6)).pruning["removed"]
+        assert removed == (chosen or removed), layout
+        chosen = removed
+        found = losses(folder, "runs", layout)
+        torch.testing.assert_close(found, losses(folder, "runs", "one-rank"), rtol=1e-5, atol=0)
 
 
 BROKEN = (2, 5, CUT, 9)
