@@ -18,6 +18,7 @@ from ranks import run_ranks
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from ds_train.checkpoint import offline
 from ds_train.checkpoint.native import open_fragments, read_state
 from ds_train.config import load
 from ds_train.data.build import load_data
@@ -192,7 +193,10 @@ def check_against_oracle(folder: Path, layout: str) -> None:
     with torch.no_grad():
         found, expected = (model.double()(input_ids=tokens).logits for model in (exported, oracle.model))
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+    offline.export(checkpoint(folder, "runs", layout, STEPS), folder / f"{layout}-offline", torch.float32)
+    again = AutoModelForCausalLM.from_pretrained(folder / f"{layout}-offline").state_dict()
     for name, weight in exported.state_dict().items():
+        assert torch.equal(weight, again[name].double()), name
         if name in files.shapes:
             assert torch.equal(weight, files.whole(name).double()), name
 
@@ -270,6 +274,20 @@ def test_every_family_cuts_the_same_in_every_layout(folder: Path, family: str) -
         chosen = removed
         found = losses(folder, "runs", layout)
         torch.testing.assert_close(found, losses(folder, "runs", "one-rank"), rtol=1e-5, atol=0)
+
+
+@pytest.mark.exhaustive
+def test_pruning_at_once_cuts_the_same_on_any_ranks(folder: Path) -> None:
+    found = {}
+    for layout in ("one-rank", "zero3", "tensor", "pipeline"):
+        recipe = write_recipe(folder, "once", layout, PRUNE)
+        ended = run_ranks(LAYOUTS[layout][0], ["-m", "ds_train.cli", "prune", str(recipe)]).check()
+        assert "(heads 2, ffn 32, hidden 24, layers 3)" in ended.outputs[0]
+        exported = AutoModelForCausalLM.from_pretrained(folder / "once" / layout / "pruned")
+        assert exported.config.num_hidden_layers == 3
+        found[layout] = exported.state_dict()
+    for layout, weights in found.items():
+        assert all(torch.equal(weights[name], found["one-rank"][name]) for name in weights), layout
 
 
 BROKEN = (2, 5, CUT, 9)
