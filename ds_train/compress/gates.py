@@ -105,7 +105,9 @@ class _Gated:
 
     def watch(self, passing: Tensor, measure: Callable[[Tensor, Tensor], Tensor]) -> None:
         """Add `measure(passing, gradient)` when the gradient is there, both (N, C) in fp32."""
-        if not (self._gates.collecting and passing.requires_grad):
+        # A layer that is computed again in the backward pass is given the very tensors that it was given before.
+        again = torch._C._current_graph_task_id() != -1
+        if again or not (self._gates.collecting and passing.requires_grad):
             return
         kept, scale = passing.detach(), self._gates.gradient_scale
 

@@ -33,11 +33,15 @@ def config_of(**changes: Any) -> PreTrainedConfig:
     return config
 
 
-def scored(make: Make, score: str, kinds: tuple[str, ...]) -> tuple[Any, Structure, Gates, Tensor]:
+def scored(
+    make: Make, score: str, kinds: tuple[str, ...], recomputed: bool = False
+) -> tuple[Any, Structure, Gates, Tensor]:
     """A model, trained for two micro-batches under its gates, with their tokens (the second half is padding)."""
     run, config = make(model=MODEL), config_of()
     structure = find_structure(run, config, kinds)
     model: Any = build_model(run, config, {}, 0)
+    if recomputed:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     gates = Gates(model, structure, score)
     gates.collecting, gates.gradient_scale = True, 0.25
     torch.manual_seed(2)
@@ -92,6 +96,15 @@ def test_activations_are_norms_over_the_tokens_that_count(recipe: Make) -> None:
     torch.testing.assert_close(worth(coupling, "activation", gates.sums, None).float(), expected)
     weights = torch.tensor([2.0, 3.0], dtype=torch.float64)
     torch.testing.assert_close(worth(coupling, "wanda", gates.sums, weights).float(), expected * weights.float())
+
+
+@pytest.mark.parametrize("score", ["taylor", "activation"])
+def test_recomputed_layers_count_once(recipe: Make, score: str) -> None:
+    kinds = ("heads", "ffn", "hidden", "layers")
+    once, again = (scored(recipe, score, kinds, recomputed)[2].sums for recomputed in (False, True))
+    assert once.keys() == again.keys()
+    for key, sums in once.items():
+        torch.testing.assert_close(again[key], sums, msg=lambda text, key=key: f"{key}: {text}")
 
 
 def test_a_layer_is_worth_what_it_turns(recipe: Make) -> None:
