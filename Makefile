@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RANKS ?= 2
 RECIPE ?= ds_configs/quickstart.yaml
 
-.PHONY: install install-dev train kernels test lint format parity reshard prune families planner bench clean
+.PHONY: install install-dev train kernels test gpu-test lint format parity reshard prune health cluster families planner bench clean
 
 # torch comes first and alone: a later install would replace its CPU build by a CUDA one of several GB.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -24,11 +24,8 @@ install: $(VENV)/.installed
 
 install-dev: $(VENV)/.installed-dev
 
-# The launcher takes any free port, so that two runs on one host don't meet.
 train: install
-	DS_ACCELERATOR=$${DS_ACCELERATOR:-$$($(BIN)/python -c 'import torch; print("cuda" if torch.cuda.is_available() else "cpu")')} \
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} PATH="$(CURDIR)/$(BIN):$$PATH" \
-	deepspeed --num_accelerators $(RANKS) --master_port $$($(BIN)/python -m ds_train.engine.port) launch/train.py $(RECIPE)
+	$(BIN)/ds-train launch $(RECIPE) --ranks $(RANKS)
 
 lint: install-dev
 	$(BIN)/ruff check .
@@ -46,6 +43,11 @@ test: lint
 kernels: install
 	$(BIN)/python -m ds_kernels
 
+# The kernels on this machine's GPU: the bits of the CPU build, and the share of its copy bandwidth. Else why not.
+gpu-test: install-dev
+	$(BIN)/pytest -m gpu tests/unit/kernels
+	$(BIN)/python benchmarks/optimizers_gpu.py
+
 # Every layout of every family of the loss table (an hour or more on 2 cores).
 parity: install-dev
 	$(BIN)/pytest tests/parity -m parity
@@ -57,6 +59,17 @@ reshard: install-dev
 # Pruning of every family by every score in every layout, and broken anywhere (an hour on 2 cores).
 prune: install-dev
 	$(BIN)/pytest tests/parity/test_prune.py -m "parity or exhaustive"
+# Poisoned samples in every layout: skipped, diagnosed, rolled back (minutes).
+health: install-dev
+	$(BIN)/pytest tests/parity/test_health.py tests/parity/test_roll_back.py -m "parity or exhaustive"
+
+# Several hosts, as network namespaces of this machine; Debian's packages need root (a quarter of an hour on 2 cores).
+CLUSTER_PACKAGES := openssh-server openssh-client pdsh iproute2
+cluster: install-dev
+	@dpkg -s $(CLUSTER_PACKAGES) > /dev/null 2>&1 || \
+	{ apt-get -qq update && apt-get -qq install --no-install-recommends $(CLUSTER_PACKAGES) > /dev/null; } || \
+	echo "couldn't install $(CLUSTER_PACKAGES)"
+	$(BIN)/pytest tests/cluster -m cluster
 
 # docs/families.md: which model families train in a pipeline and with tensor ranks (half an hour on 2 cores).
 families: install-dev

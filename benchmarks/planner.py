@@ -1,16 +1,20 @@
 """Predicted against measured on CPU ranks: bytes that each rank holds, its peak, and the time of a step.
 
 Small layouts of two models are trained, each in fresh processes; what the engine holds is read from its tensors, the
-peak from the kernel, beside what the plan said before. Figures of the machine come from `ds-train calibrate`, which
-runs first. Constants of plan/memory.py that describe the C library's heap are fitted to the Llama's layouts, not to
-GPT-2's. `python benchmarks/planner.py [--only NAME ...] [--rounds 2]`.
+peak from the kernel. Predictions come from the recipe and from figures that `ds-train calibrate` measures first.
+Constants of plan/memory.py that describe the C library's heap are fitted to the Llama's layouts, not to GPT-2's.
+
+`python benchmarks/planner.py [--only NAME ...] [--rounds 2]`; with `--store FOLDER` what was measured is kept, so that
+layouts and rounds can be measured in parts, and `--rounds 0` prints it with predictions of the code as it is.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -59,15 +63,15 @@ HELD = ("parameters", "gradients", "optimizer", "peak")
 EXACT, ROUGH = 0.01, 0.20
 
 
-def recipe(folder: Path, cache: Path, model: str, layout: str) -> Path:
-    """A recipe of one layout: 16 samples of 256 tokens a step, micro-batches of 2."""
+def recipe(folder: Path, cache: Path, model: str, layout: str, samples: int = 16) -> Path:
+    """A recipe of one layout: `samples` of 256 tokens a step, micro-batches of 2."""
     _, parallel, sections = LAYOUTS[layout]
     text: dict[str, Any] = {
         "name": f"{model}-{layout}",
         "run_root": str(folder / "runs"),
         "model": MODELS[model][0],
         "data": {"source": "stdlib", "sequence_length": 256, "cache_dir": str(cache), "validation_fraction": 0.0},
-        "batch": {"global_samples": 16, "micro_samples": 2},
+        "batch": {"global_samples": samples, "micro_samples": 2},
         "parallel": parallel,
         "precision": {"dtype": "fp32"},
         "schedule": {"steps": 8},
@@ -79,28 +83,67 @@ def recipe(folder: Path, cache: Path, model: str, layout: str) -> Path:
     return path
 
 
-def measure(names: list[tuple[str, str]], rounds: int, folder: Path) -> list[dict[str, Any]]:
-    """A row per (model, layout) and rank; step times are the least of the rounds, which are taken in turn."""
+def measure(names: list[tuple[str, str]], rounds: int, folder: Path, samples: int) -> None:
+    """Append a line per (layout, rank, round) to `folder`/rows.jsonl; layouts take turns in each round."""
     from ranks import run_ranks
 
     from ds_train.engine.port import free_port
 
-    rows: dict[tuple[str, int], dict[str, Any]] = {}
-    for count in range(rounds):
+    script, output = ROOT / "benchmarks" / "planner_worker.py", folder / f"measured-{os.getpid()}"
+    for _ in range(rounds):
         for ranks in sorted({LAYOUTS[layout][0] for _, layout in names}):
-            output = folder / f"round{count}-{ranks}"
-            paths = [recipe(folder, folder / "cache", *name) for name in names if LAYOUTS[name[1]][0] == ranks]
+            together = [name for name in names if LAYOUTS[name[1]][0] == ranks]
+            paths = [recipe(folder, folder / "cache", *name, samples) for name in together]
             arguments = [f"{path}={free_port()}" for path in paths]
-            script = str(ROOT / "benchmarks" / "planner_worker.py")
-            run_ranks(ranks, [script, str(output), *arguments], timeout_s=120 * len(paths) + 60).check()
-            for rank in range(ranks):
-                for line in Path(f"{output}.{rank}").read_text().splitlines():
-                    row = json.loads(line)
-                    key = (row["name"], row["rank"])
-                    if key in rows:
-                        row["seconds"] = min(row["seconds"], rows[key]["seconds"])
-                    rows[key] = row
-    return list(rows.values())
+            try:
+                run_ranks(ranks, [str(script), str(output), *arguments], timeout_s=240 * len(paths) + 60).check()
+            finally:
+                with (folder / "rows.jsonl").open("a") as rows:
+                    for part in folder.glob(f"{output.name}.*"):
+                        rows.write(part.read_text())
+                        part.unlink()
+
+
+def rows(names: list[tuple[str, str]], folder: Path, samples: int) -> list[dict[str, Any]]:
+    """What was measured, a row per (layout, rank), with what is predicted; times are the least of the rounds.
+
+    `seconds` is a step's time, `busy` the processor time of the busiest rank: on a machine with other work the first
+    is anything, the second hardly more than it would be alone.
+    """
+    found: dict[tuple[str, int], dict[str, Any]] = {}
+    for line in (folder / "rows.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        before = found.get((row["name"], row["rank"]), row)
+        least = {key: min(row.get(key, math.inf), before.get(key, math.inf)) for key in ("seconds", "busy")}
+        found[row["name"], row["rank"]] = row | least
+    measured = {name for name, _ in found}
+    wanted = [name for name in names if "-".join(name) in measured]
+    predicted = {"-".join(name): predict(folder, *name, samples) for name in wanted}
+    for name in predicted:  # a step is as long as its busiest rank needs
+        ranks = [row for (other, _), row in found.items() if other == name]
+        for row in ranks:
+            row["busy"] = max(other["busy"] for other in ranks)
+    order = list(predicted)
+    known = sorted((key for key in found if key[0] in predicted), key=lambda key: (order.index(key[0]), key[1]))
+    return [found[name, rank] | predicted[name][rank] for name, rank in known]
+
+
+def predict(folder: Path, model: str, layout: str, samples: int) -> list[dict[str, Any]]:
+    """Of each rank the bytes by item, the seconds of a step, and those without waiting for other pipeline stages."""
+    from ds_train.config import load
+    from ds_train.plan.make import make_plan
+    from ds_train.plan.topology import Cluster
+
+    ranks = LAYOUTS[layout][0]
+    path = recipe(folder, folder / "cache", model, layout, samples)
+    plan = make_plan(load(path), Cluster(ranks, ranks, "cpu"))
+    assert plan.predicted is not None
+    assert plan.predicted.step is not None
+    stages = [plan.predicted.stages[plan.layout.coordinates(rank).pipe] for rank in range(ranks)]
+    step = plan.predicted.step
+    cores = min(1.0, len(os.sched_getaffinity(0)) / ranks)  # what a rank has of one
+    times = {"expected_seconds": step.seconds, "expected_busy": (step.seconds - step.pipeline) * cores}
+    return [{"expected": {**stage.device, "peak": stage.device_bytes}} | times for stage in stages]
 
 
 def rank_correlation(first: list[float], second: list[float]) -> float:
@@ -115,43 +158,61 @@ def rank_correlation(first: list[float], second: list[float]) -> float:
     return 1 - 6 * square / (count * (count**2 - 1))
 
 
-def report(rows: list[dict[str, Any]]) -> bool:
-    """Print a row per layout, of the rank whose peak is predicted worst; whether everything is within its bound."""
+def report(found: list[dict[str, Any]]) -> bool:
+    """Print what ranks hold and how long steps take; whether everything is within its bound."""
+    good = report_memory(found)
+    return report_times(found) and good
+
+
+def report_memory(found: list[dict[str, Any]]) -> bool:
+    """Print a row per layout, of the rank whose peak is predicted worst; whether all ranks are within the bounds."""
     mib = 2**20
     worst: dict[str, float] = dict.fromkeys(HELD, 0.0)
     shown: dict[str, dict[str, Any]] = {}
-    for row in rows:
+    for row in found:
         row["off"] = {name: row["expected"].get(name, 0) / row["held"][name] - 1 for name in HELD}
         for name, error in row["off"].items():
             worst[name] = max(worst[name], abs(error))
         if abs(row["off"]["peak"]) >= abs(shown.get(row["name"], row)["off"]["peak"]):
             shown[row["name"]] = row
-    columns = "parameters | gradients | optimizer | peak: predicted | measured | off by | step: predicted | measured"
-    print(f"| layout | {columns} |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    print("| layout | parameters | gradients | optimizer | peak: predicted | measured | off by |")
+    print("|---" * 7 + "|")
     for name, row in shown.items():
         cells = " | ".join(f"{row['held'][item] / mib:.1f} ({row['off'][item]:+.1%})" for item in HELD[:3])
         peaks = f"{row['expected']['peak'] / mib:.0f} | {row['held']['peak'] / mib:.0f} | {row['off']['peak']:+.0%}"
-        print(f"| {name} | {cells} | {peaks} | {row['expected_seconds']:.2f} s | {row['seconds']:.2f} s |")
-    print(f"\nMiB. Largest errors over all ranks: {', '.join(f'{name} {error:.1%}' for name, error in worst.items())}.")
-    good = all(worst[name] <= EXACT for name in HELD[:3]) and worst["peak"] <= ROUGH
-    times = [(row["expected_seconds"], row["seconds"]) for row in shown.values()]
-    if len(times) > 2:
-        correlation = rank_correlation(*map(list, zip(*times, strict=True)))
-        print(f"Rank correlation of {len(times)} step times: {correlation:.2f}.")
-        good &= correlation >= 0.8 or len(times) < 12
-    return good
+        print(f"| {name} | {cells} | {peaks} |")
+    print(
+        f"\nMiB. Largest errors over all ranks: {', '.join(f'{name} {error:.1%}' for name, error in worst.items())}.\n"
+    )
+    return all(worst[name] <= EXACT for name in HELD[:3]) and worst["peak"] <= ROUGH
+
+
+def report_times(found: list[dict[str, Any]]) -> bool:
+    """Print a row per layout; whether the order of the processor times is as predicted."""
+    print("| layout | step: predicted | measured | without waiting: predicted | processor time |")
+    print("|---" * 5 + "|")
+    rows = [row for row in found if row["rank"] == 0]
+    for row in rows:
+        times = (f"{row[key]:.2f} s" for key in ("expected_seconds", "seconds", "expected_busy", "busy"))
+        print(f"| {row['name']} | {' | '.join(times)} |")
+    if len(rows) < 3:
+        return True
+    of_steps, of_processors = (
+        rank_correlation([row[f"expected_{key}"] for row in rows], [row[key] for row in rows])
+        for key in ("seconds", "busy")
+    )
+    print(f"\nRank correlation of {len(rows)}: {of_steps:.2f} of the steps, {of_processors:.2f} of processor times.")
+    return of_processors >= 0.8 or len(rows) < 12
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--only", nargs="*", help="layouts, as MODEL-LAYOUT; all without it")
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--json", help="file for the raw figures")
-    parser.add_argument("--from", dest="stored", help="file of raw figures to print again, instead of measuring")
+    parser.add_argument("--samples", type=int, default=16, help="samples of a step")
+    parser.add_argument("--store", type=Path, help="folder of what was measured; it is added to")
     arguments = parser.parse_args()
-    if arguments.stored:
-        return 0 if report(json.loads(Path(arguments.stored).read_text())) else 1
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the ranks end too
     names = [
         (model, layout)
         for model, (_, without) in MODELS.items()
@@ -159,13 +220,14 @@ def main() -> int:
         if layout not in without and (not arguments.only or f"{model}-{layout}" in arguments.only)
     ]
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+        folder = arguments.store or Path(name)
+        folder.mkdir(parents=True, exist_ok=True)
         os.environ["DS_TRAIN_CALIBRATION"] = str(folder / "calibration.json")
-        subprocess.run([sys.executable, "-m", "ds_train.cli", "calibrate", "--ranks", "1,2,4"], check=True, cwd=ROOT)
-        rows = measure(names, arguments.rounds, folder)
-    if arguments.json:
-        Path(arguments.json).write_text(json.dumps(rows))
-    return 0 if report(rows) else 1
+        if not (folder / "calibration.json").exists():
+            command = [sys.executable, "-m", "ds_train.cli", "calibrate", "--ranks", "1,2,4"]
+            subprocess.run(command, check=True, cwd=ROOT)
+        measure(names, arguments.rounds, folder, arguments.samples)
+        return 0 if report(rows(names, folder, arguments.samples)) else 1
 
 
 if __name__ == "__main__":

@@ -127,7 +127,7 @@ def sharded_rates() -> Iterator[Row]:
     """Model TFLOP/s of H100s, fully sharded in bf16 (github.com/mosaicml/llm-foundry, scripts/train/benchmarking)."""
     for name, length, ranks, micro, accumulation, again, theirs in FULLY_SHARDED:
         hidden, layers, heads = _MPT[name]
-        model = gpt(hidden, layers, heads, length, 50368) | NO_DROPOUT
+        model = gpt(hidden, layers, heads, length, 50368) | NO_DROPOUT | {"attention": "flash_attention_2"}
         made = predict(model, length, "H100", Layout(1, ranks, 1, 1), 3, micro, accumulation, again)
         assert made.tflops_per_device is not None
         memory = made.worst.device_bytes / 2**30

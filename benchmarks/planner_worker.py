@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterable
 from itertools import islice
@@ -144,13 +145,16 @@ def one(recipe: str) -> dict[str, Any]:
         PipelineEngine._INSTRUCTION_MAP[schedule.BackwardPass] = watched(backward)
     else:
         engine.backward = watched(engine.backward)
-    seconds = []
+    seconds, busy = [], []
     reading[0] = READ_AT == 1
     steps = train_steps(run, plan, info, parts, make_timeline(run, parts.data.samples_per_epoch))
+    started = time.process_time()
     for result in islice(steps, STEPS):
         reading[0] = result.step + 1 == READ_AT
         if result.step > READ_AT:
             seconds.append(result.seconds)
+            busy.append(time.process_time() - started)
+        started = time.process_time()
     held |= {
         "parameters": sum(parameters(engine, model).values()),
         "optimizer": sum(states(engine, model).values()),
@@ -160,10 +164,8 @@ def one(recipe: str) -> dict[str, Any]:
     assert predicted is not None
     expected = predicted.stages[plan.layout.coordinates(info.rank).pipe]
     return {
-        "name": run.name, "rank": info.rank, "held": held, "seconds": min(seconds),
+        "name": run.name, "rank": info.rank, "held": held, "seconds": min(seconds), "busy": min(busy),
         "expected": {**expected.device, "peak": expected.device_bytes},
-        "expected_seconds": predicted.step.seconds if predicted.step else 0.0,
-        "step_parts": predicted.step.parts() if predicted.step else {},
     }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""`ds-train`: look at the schema, plan a run, prepare its data."""
+"""`ds-train`: look at the schema, plan a run, prepare its data, watch it, report on it."""
 
 from __future__ import annotations
 
@@ -19,6 +19,21 @@ app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_e
 Recipe = Annotated[str, typer.Argument(help="Path of a YAML recipe.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key=value]...", help="Recipe keys to replace.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+
+Hostfile = Annotated[
+    Path | None, typer.Option("--hostfile", "-H", help="Hosts, `name slots=N` a line; this machine without it.")
+]
+Include = Annotated[str, typer.Option("--include", "-i", help="Hosts and slots to use: worker-0@worker-1:0,2.")]
+Exclude = Annotated[str, typer.Option("--exclude", "-e", help="Hosts and slots not to use.")]
+Ranks = Annotated[
+    int | None, typer.Option(min=1, help="Ranks in all; every slot without it, every device of this machine, or 1.")
+]
+MasterAddr = Annotated[
+    str | None, typer.Option(help="Address of the first host that ranks meet at; the one ssh reaches it by.")
+]
+MasterPort = Annotated[
+    int | None, typer.Option(min=1, max=65535, help="Port that ranks meet at; a free one where it is taken.")
+]
 
 
 def main() -> None:
@@ -65,11 +80,13 @@ def plan(
     cluster: Annotated[
         str | None, typer.Option(help="Cluster to plan for: 16x8:H100 (hosts x devices:kind), or a hostfile.")
     ] = None,
-    ranks: Annotated[int, typer.Option(min=1, help="Ranks of the imagined launch on machines like this one.")] = 1,
+    ranks: Annotated[int, typer.Option(min=1, help="Ranks of the launch on machines like this one.")] = 1,
     ranks_per_host: Annotated[
         int | None, typer.Option(min=1, help="Ranks of one host; all of them without it.")
     ] = None,
-    device: Annotated[str, typer.Option(help="Kind of device: cpu, cuda, xpu, hpu, npu.")] = "cpu",
+    device: Annotated[
+        str, typer.Option(help="Kind of device: cpu, cuda, xpu, hpu, npu; this machine's own without it.")
+    ] = "",
     auto: Annotated[bool, typer.Option("--auto", help="Choose every field that may be auto.")] = False,
     why: Annotated[
         str | None, typer.Option(help="Explain one way to run it: zero3, pipe2+tensor4, zero2+offload+micro4 ...")
@@ -83,19 +100,19 @@ def plan(
     from ds_train.plan.clusters import cluster_of
     from ds_train.plan.make import make_plan
     from ds_train.plan.search import with_auto
-    from ds_train.plan.topology import Cluster, known_device
+    from ds_train.plan.topology import Cluster, device_here, known_device
     from ds_train.plan.why import explain
 
     run = load(recipe, overrides or [])
     if cluster is not None:
         imagined = cluster_of(cluster)
     else:
-        known = known_device(device, "--device")
+        known = known_device(device, "--device") if device else device_here()
         on_host = ranks_per_host or ranks
         if ranks % on_host:
             fix = f"give a divisor of {ranks}; hosts are alike"
             raise user_error("--ranks-per-host", f"doesn't divide the {ranks} ranks", fix, on_host)
-        imagined = Cluster(ranks, on_host, known, here=False)
+        imagined = Cluster(ranks, on_host, known, here=known == device_here())
     if auto:
         run = with_auto(run)
     if why is not None:
@@ -230,7 +247,8 @@ def tokenizers(
 def lr_find(
     recipe: Recipe,
     overrides: Overrides = None,
-    ranks: Annotated[int, typer.Option(min=1, help="Ranks to start on this host.")] = 1,
+    hostfile: Hostfile = None,
+    ranks: Ranks = None,
     lowest: Annotated[float, typer.Option(min=0.0, help="Lowest learning rate of the sweep.")] = 1e-6,
     highest: Annotated[float, typer.Option(min=0.0, help="Highest learning rate.")] = 10.0,
     steps: Annotated[int, typer.Option(min=10, help="Steps of the sweep.")] = 100,
@@ -238,14 +256,11 @@ def lr_find(
     safety: Annotated[float, typer.Option(min=1.0, help="The largest stable rate is divided by this.")] = 1.25,
     proxy_width: Annotated[int | None, typer.Option(min=1, help="Search on a model of this hidden size.")] = None,
 ) -> None:
-    """Find a learning rate for the recipe by a range test; RUN/lr-find.json and .png say how.
-
-    On several hosts: `deepspeed --hostfile ... --no_local_rank --module ds_train.cli lr-find RECIPE`.
-    """
+    """Find a learning rate for the recipe by a range test; RUN/lr-find.json and .png say how."""
     if not 0 < lowest < highest:
         raise user_error("--lowest", f"isn't above 0 and below --highest={highest:g}", "give a range", lowest)
     run = load(recipe, overrides or [])
-    _start_ranks(ranks)
+    _start_again_on(hostfile, ranks, run, recipe)
     from ds_train.engine.lr_find import RangeTest, find
     from ds_train.engine.ranks import RankInfo, run_to_exit_code
 
@@ -264,26 +279,12 @@ def lr_find(
     sys.exit(run_to_exit_code(body))
 
 
-def _start_ranks(ranks: int) -> None:
-    """Start this command again on `ranks` ranks of this host, and end with them; nothing where it is one already."""
-    import os
-    import subprocess
-
-    if ranks == 1 or "RANK" in os.environ:
-        return
-    from ds_train.engine.port import free_port
-
-    launcher = Path(sys.executable).with_name("deepspeed")
-    started = [str(launcher), "--num_accelerators", str(ranks), "--master_port", str(free_port())]
-    quiet = ["--log_level", "error", "--no_local_rank", "--module", "ds_train.cli"]
-    sys.exit(subprocess.run([*started, *quiet, *sys.argv[1:]]).returncode)
-
-
 @app.command()
 def prune(
     recipe: Recipe,
     overrides: Overrides = None,
-    ranks: Annotated[int, typer.Option(min=1, help="Ranks to start on this host.")] = 1,
+    hostfile: Hostfile = None,
+    ranks: Ranks = None,
     checkpoint: Annotated[
         Path | None, typer.Option(help="RUN/checkpoints/step-* to prune; the recipe's first weights without it.")
     ] = None,
@@ -293,7 +294,7 @@ def prune(
     RUN/pruned is a transformers folder of the smaller model.
     """
     run = load(recipe, overrides or [])
-    _start_ranks(ranks)
+    _start_again_on(hostfile, ranks, run, recipe)
     from ds_train.engine.prune_once import prune_once
     from ds_train.engine.ranks import RankInfo, run_to_exit_code
 
@@ -304,6 +305,115 @@ def prune(
             print(done.folder.resolve())
 
     sys.exit(run_to_exit_code(body))
+
+
+@app.command()
+def launch(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    hostfile: Hostfile = None,
+    include: Include = "",
+    exclude: Exclude = "",
+    ranks: Ranks = None,
+    master_addr: MasterAddr = None,
+    master_port: MasterPort = None,
+) -> None:
+    """Train a recipe on this machine or on the hosts of a hostfile. Exits with the first failing rank's code.
+
+    Hosts and plan are looked at first; nothing is started where a launch would fail.
+    """
+    run = load(recipe, overrides or [])
+    from ds_train.engine import survey
+    from ds_train.engine.launch import run as run_ranks
+    from ds_train.plan.make import make_plan
+
+    hosts = survey.hosts_of(hostfile, include, exclude, ranks)
+    found = survey.survey(hosts, master_port, run, recipe)
+    survey.refuse(found.findings())
+    world = found.world(master_addr)
+    make_plan(run, found.cluster())
+    print(survey.describe(world), flush=True)
+    ended = run_ranks(world, ["ds_train.engine", recipe, *(overrides or [])])
+    # What the user did wrong has been said by the rank that met it.
+    if ended.code not in (0, EXIT_CODE):
+        print(f"error: {ended}", file=sys.stderr)
+    sys.exit(ended.code)
+
+
+@app.command()
+def doctor(
+    recipe: Annotated[str, typer.Argument(help="Path of a YAML recipe, to see that it runs there.")] = "",
+    overrides: Overrides = None,
+    hostfile: Hostfile = None,
+    include: Include = "",
+    exclude: Exclude = "",
+    ranks: Ranks = None,
+    master_addr: MasterAddr = None,
+    master_port: MasterPort = None,
+    as_json: AsJson = False,
+) -> None:
+    """Would a launch on these hosts work? A line a finding, with the fix; exit code 1 when it would fail."""
+    from dataclasses import asdict
+
+    run = load(recipe, overrides or []) if recipe else None
+    from ds_train.engine.doctor import examine
+    from ds_train.engine.survey import hosts_of
+
+    hosts = hosts_of(hostfile, include, exclude, ranks)
+    found = []
+    for finding in examine(hosts, run, recipe, master_addr, master_port):
+        found.append(finding)
+        if not as_json:
+            print(finding, flush=True)
+    failed = any(finding.level == "fail" for finding in found)
+    if as_json:
+        print(json.dumps({"ok": not failed, "findings": [asdict(finding) for finding in found]}, indent=2))
+    sys.exit(1 if failed else 0)
+
+
+@app.command()
+def profile(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    steps: Annotated[str, typer.Option(help="Steps to record, both included: i..j.")] = "6..8",
+    record: Annotated[str, typer.Option(help="Ranks to record, separated by commas.")] = "0",
+    hostfile: Hostfile = None,
+    ranks: Ranks = None,
+) -> None:
+    """Train up to step j under torch's profiler: traces, operators, memory, and what to change. Saves no checkpoint.
+
+    The run's schedules are the recipe's; RUN-profile/profile has what was found.
+    """
+    try:
+        first, last = (int(step) for step in steps.split(".."))
+    except ValueError:
+        raise user_error("--steps", "not a range of steps", "write 6..8", steps) from None
+    changes = [
+        f"track.profile_steps=[{first},{last}]", f"track.profile_ranks=[{record}]", "track.wandb=off", "track.also=[]",
+        "track.wandb_artifacts=off", "checkpoint.every_steps=null", "checkpoint.save_final=false",
+        "checkpoint.export=false", "checkpoint.push_to=null", "track.sample_prompt=null", "track.eval_samples=1",
+    ]  # fmt: skip
+    name = load(recipe, overrides or []).name
+    run = load(recipe, [*(overrides or []), *changes, f"name={name}-profile"])
+    _start_again_on(hostfile, ranks, run, recipe)
+    from ds_train.engine.job import train
+    from ds_train.engine.ranks import run_to_exit_code
+
+    sys.exit(run_to_exit_code(lambda info: train(run, info, stop_after=last)))
+
+
+def _start_again_on(hostfile: Path | None, ranks: int | None, run: RunConfig, recipe: str) -> None:
+    """Where hosts or ranks are asked for and this isn't one of them: this same command on them, to its end."""
+    import os
+
+    if (hostfile is None and ranks is None) or "RANK" in os.environ:
+        return
+    from ds_train.engine import survey
+    from ds_train.engine.launch import run as run_ranks
+
+    found = survey.survey(survey.hosts_of(hostfile, "", "", ranks), run=run, recipe=recipe)
+    survey.refuse(found.findings())
+    sys.exit(run_ranks(found.world(), ["ds_train.cli", *sys.argv[1:]]).code)
 
 
 Checkpoint = Annotated[Path, typer.Argument(help="RUN/checkpoints/step-*, of any layout.")]
@@ -338,6 +448,67 @@ def reshard(
 
     offline.rewrite(checkpoint, folder, int(file_gb * 1e9))
     print(f"{folder.resolve()}: continue it with checkpoint.resume={folder}")
+
+
+@app.command(name="explain-step")
+def explain_step(
+    run: Annotated[Path, typer.Argument(help="Folder of a run: run_root/name.")],
+    step: Annotated[int, typer.Argument(help="Step, counted from 1 as in metrics.jsonl.")],
+    rollbacks: Annotated[
+        int | None, typer.Option(min=0, help="As the run was after so many roll-backs; after all of them without it.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Which documents a step trained on, or will: source, tokens of it, SHA-256. From the run's recipe and its data."""
+    from ds_train.data import ledger
+
+    explained = ledger.explain_step(run, step, rollbacks)
+    if as_json:
+        print(json.dumps(explained, indent=2))
+        return
+    size = f"{explained['samples']} samples of {explained['sequence_length']} tokens"
+    print(f"step {step}: {size}, tokens {explained['tokens_before']:,} to {explained['tokens_after'] - 1:,} of the run")
+    for portion in explained["documents"]:
+        place = f"document {portion['document']}, tokens {portion['start']} to {portion['stop'] - 1}"
+        print(f"  sample {portion['sample']}: {portion['source']}, {place}, sha256 {portion['sha256'][:16]}")
+
+
+@app.command()
+def report(
+    folders: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs, or metrics.jsonl files.")],
+    out: Annotated[Path | None, typer.Option(help="The page; RUN/report.html, or report.html for several.")] = None,
+    png: Annotated[Path | None, typer.Option(help="Also write each curve as a PNG into this folder.")] = None,
+    axis: Annotated[str, typer.Option(help="step, tokens or hours; what compares these runs without it.")] = "",
+) -> None:
+    """One HTML page about one run, or several on top of one another: curves, where time goes, events, layout."""
+    from ds_train.track.report import AXES, write_pngs, write_report
+    from ds_train.track.runs import read_run
+
+    chosen = next((known for known in AXES if known == axis), None)
+    if axis and chosen is None:
+        raise user_error("--axis", "no such axis", f"one of {', '.join(AXES)}", axis)
+    runs = [read_run(folder) for folder in folders]
+    single = folders[0] if folders[0].is_dir() else folders[0].parent
+    page = out or (single if len(runs) == 1 else Path()) / "report.html"
+    write_report(runs, page, chosen)
+    print(page.resolve())
+    for path in write_pngs(runs, png, chosen) if png is not None else []:
+        print(path.resolve())
+
+
+@app.command()
+def top(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, or its metrics.jsonl.")],
+    once: Annotated[bool, typer.Option("--once", help="Print what there is and end; needs no terminal.")] = False,
+    every: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks at the file.")] = 1.0,
+) -> None:
+    """Watch a run from its metrics.jsonl: progress, loss, speed, where time goes, what happened. Ctrl-C ends it."""
+    from ds_train.track.top import show_once, watch
+
+    if once:
+        show_once(folder)
+    else:
+        watch(folder, every)
 
 
 @app.command()

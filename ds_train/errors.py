@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +49,12 @@ def user_error(key: str, reason: str, fix: str = "", value: Any = _NO_VALUE) -> 
     return UserError(Problem(key, reason, fix, value))
 
 
+def outermost(problems: Iterable[Problem]) -> list[Problem]:
+    """Those that aren't about a key under another's: a section and what it holds would say the same thing twice."""
+    found = list(problems)
+    return [problem for problem in found if not any(problem.key.startswith(f"{other.key}.") for other in found)]
+
+
 def first_line(error: BaseException) -> str:
     """What another library's exception says, in one line: messages of many lines begin with the point."""
     if isinstance(error, KeyError):  # its text is the key alone
@@ -60,5 +66,28 @@ def first_line(error: BaseException) -> str:
 
 
 def _shown(value: Any) -> str:
-    text = repr(value) if isinstance(value, str) and (not value or " " in value) else str(value)
+    text = _as_yaml(value)
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _as_yaml(value: Any) -> str:
+    """As a recipe would have it: true and null, and quotes where text would be read as something else."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key}: {_as_yaml(inner)}" for key, inner in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(_as_yaml, value)) + "]"
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    if isinstance(value, float) and value.is_integer() and abs(value) >= 1e6:
+        return f"{value:g}"
+    text = str(value)
+    ambiguous = _is_number(text) or text in ("", "true", "false", "null", "yes", "no", "on", "off") or " " in text
+    return repr(text) if isinstance(value, str) and ambiguous else text
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

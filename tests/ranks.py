@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import runpy
+import signal
 import socket
 import subprocess
 import sys
@@ -10,11 +13,39 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from pathlib import Path
+from typing import Protocol
 
 import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
+
+PRELOADED: list[str] = []
+"""Modules that a fork server imports once, from which ranks are then forked (conftest.py fills it); without any, each
+rank is an interpreter of its own."""
+
+
+class Rank(Protocol):
+    """What the tests ask of a started rank, as `subprocess.Popen` has it."""
+
+    pid: int
+
+    @property
+    def returncode(self) -> int | None:
+        """As `poll`, after it."""
+
+    def poll(self) -> int | None:
+        """The exit code, negative for a signal; None while it runs."""
+
+    def wait(self, timeout: float | None = None) -> int | None:
+        """`poll` after its end."""
+
+    def kill(self) -> None:
+        """Send it SIGKILL."""
+
+    def send_signal(self, sig: int) -> None:
+        """Send it a signal."""
 
 
 @dataclass(frozen=True)
@@ -47,12 +78,12 @@ def clean_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
 
 def start_ranks(
     ranks: int, command: Sequence[str], env: Mapping[str, str] | None = None, logs: Path | None = None
-) -> list[subprocess.Popen[bytes]]:
+) -> list[Rank]:
     """Start `python COMMAND` as `ranks` ranks with the launcher's variables; output goes to files in `logs`."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    processes = []
+    processes: list[Rank] = []
     for rank in range(ranks):
         place = {
             "RANK": rank,
@@ -63,13 +94,72 @@ def start_ranks(
             "MASTER_PORT": port,
         }
         rank_env = clean_environment({key: str(value) for key, value in place.items()} | dict(env or {}))
-        output = (logs / f"rank{rank}.log").open("wb") if logs else subprocess.DEVNULL
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, *command], env=rank_env, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT
+        output = logs / f"rank{rank}.log" if logs else Path(os.devnull)
+        if PRELOADED:
+            processes.append(_Forked(command, rank_env, output))
+            continue
+        with output.open("wb") as file:
+            started = subprocess.Popen(
+                [sys.executable, *command], env=rank_env, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT
             )
-        )
+        processes.append(started)
     return processes
+
+
+class _Forked:
+    """A rank that the fork server starts: the libraries, seconds of every rank's start, are there already."""
+
+    def __init__(self, command: Sequence[str], env: Mapping[str, str], output: Path) -> None:
+        _start_server()
+        context = multiprocessing.get_context("forkserver")
+        self._process = context.Process(target=_become, args=(list(command), dict(env), str(output)), daemon=False)
+        self._process.start()
+        assert self._process.pid is not None
+        self.pid = self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int | None:
+        self._process.join(timeout)
+        return self._process.exitcode
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def send_signal(self, sig: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, sig)
+
+
+def _start_server() -> None:
+    """Start the fork server in the ranks' environment: libraries read some of it when they are imported."""
+    own = dict(os.environ)
+    os.environ.update(clean_environment())
+    try:
+        multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
+        forkserver.ensure_running()
+    finally:
+        os.environ.clear()
+        os.environ.update(own)
+
+
+def _become(command: list[str], env: dict[str, str], output: str) -> None:
+    """Be `python COMMAND` with its environment and output, in a process of the fork server."""
+    os.environ.clear()
+    os.environ.update(env)
+    os.chdir(ROOT)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the server ignores it
+    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for stream in (1, 2):
+        os.dup2(file, stream)
+    sys.argv = command
+    sys.path.insert(0, str(Path(command[0]).resolve().parent))
+    runpy.run_path(command[0], run_name="__main__")
 
 
 def run_ranks(
@@ -90,7 +180,7 @@ def run_ranks(
         return Ended([process.returncode for process in processes], outputs)
 
 
-def stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+def stop(processes: Sequence[Rank]) -> None:
     """End the processes that are still alive, and their children."""
     for process in processes:
         if process.poll() is None:

@@ -53,8 +53,9 @@ Shared = TypeVar("Shared")
 class TrainState:
     """Where a run stands after `step` optimizer steps, and what it was started with.
 
-    `known` is what the engine knows besides tensors (`fragments.scalars`); `pruning` what has been measured, chosen or
-    cut of a model that is pruned.
+    `known` is what the engine knows besides tensors (`fragments.scalars`), `pruning` what has been measured, chosen or
+    cut of a model that is pruned. `skips` (those of the timeline), `health`
+    and `best` are what has been decided on the way, and what the next decisions depend on.
     """
 
     step: int
@@ -65,6 +66,9 @@ class TrainState:
     data_fingerprint: str
     wandb_id: str | None = None
     known: dict[str, Any] = field(default_factory=dict)
+    skips: list[dict[str, int]] = field(default_factory=list)
+    health: dict[str, Any] = field(default_factory=dict)
+    best: dict[str, Any] = field(default_factory=dict)
     pruning: dict[str, Any] = field(default_factory=dict)
 
 
@@ -135,6 +139,22 @@ class Saver:
         """As `wait`, for a save that has ended already. Each rank by itself."""
         return self.wait() if self._running is not None and self._running.done() else []
 
+    def forget_after(self, step: int) -> str | None:
+        """Remove the checkpoints of later steps, which a run that goes on from `step` comes to again. Collective.
+
+        Returns:
+            Why they are still there.
+        """
+        return self._first_error(self._on_main(lambda: self._forget_after(step)))
+
+    def _forget_after(self, step: int) -> None:
+        kept = [path for path in _whole(self._folder) if _step(path) <= step]
+        if kept:
+            write_text(self._folder / LATEST, kept[0].name)
+        for path in _whole(self._folder):
+            if _step(path) > step:
+                shutil.rmtree(path)
+
     def _copy(self, batches: Iterable[list[Fragment]]) -> list[list[Fragment]]:
         """The fragments in memory of the host that is kept from one save to the next."""
         copies = []
@@ -153,7 +173,7 @@ class Saver:
         return {kind: self._copies[kind, fragment.name] for kind in fragment.tensors}
 
     def _write(self, state: TrainState, batches: Iterable[list[Fragment]], started: float) -> Saved:
-        final = self._folder / f"step-{state.step:08d}"
+        final = of_step(self._folder, state.step)
         partial = final.with_name(f"{final.name}.partial")
         files: list[Written] = []
         error = self._first_error(self._on_main(lambda: self._prepare(partial)))
@@ -193,7 +213,8 @@ class Saver:
         write_text(self._folder / LATEST, final.name)
         shutil.rmtree(old, ignore_errors=True)
         for path in _whole(self._folder)[self._keep_last :]:
-            if self._keep_every is None or _step(path) % self._keep_every:
+            kept = _step(path) == state.best.get("step")
+            if not kept and (self._keep_every is None or _step(path) % self._keep_every):
                 shutil.rmtree(path, ignore_errors=True)
 
     def _on_main(self, work: Callable[[], None]) -> str | None:
@@ -220,7 +241,7 @@ def find(folder: Path, resume: str, note: Callable[[str], None]) -> Path | None:
     """
     if resume not in ("auto", "never"):
         path = Path(resume).expanduser()
-        reason = _damage(path)
+        reason = damage_of(path)
         if reason:
             raise user_error("checkpoint.resume", reason, "give the folder of a whole checkpoint, or auto", resume)
         return path
@@ -234,15 +255,29 @@ def find(folder: Path, resume: str, note: Callable[[str], None]) -> Path | None:
             "set another `name`, or checkpoint.resume=auto to continue them",
             resume,
         )
-    for candidate in candidates:
-        reason = _damage(candidate)
+    newest = newest_whole(folder, note)
+    if newest is None:
+        reason = f"no complete checkpoint in {folder}"
+        raise user_error("checkpoint.resume", reason, "set another `name` to start anew", resume)
+    return newest
+
+
+def newest_whole(folder: Path, note: Callable[[str], None], before: int | None = None) -> Path | None:
+    """The newest checkpoint without damage, of a step below `before`; those passed over are noted. Collective."""
+    for candidate in _from_main(_whole(folder)):
+        if before is not None and _step(candidate) >= before:
+            continue
+        reason = damage_of(candidate)
         if reason is None:
             return candidate
         if dist.get_rank() == 0:
             note(f"checkpoint {candidate.name} is passed over: {reason}")
-    raise user_error(
-        "checkpoint.resume", f"no complete checkpoint in {folder}", "set another `name` to start anew", resume
-    )
+    return None
+
+
+def of_step(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies, if there is one."""
+    return folder / f"step-{step:08d}"
 
 
 def read_state(checkpoint: Path) -> TrainState:
@@ -353,8 +388,8 @@ def _step(path: Path) -> int:
     return int(match[1])
 
 
-def _damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, the same phrase on every rank; each reads its share of the files."""
+def damage_of(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint, the same phrase on every rank; each reads its share of the files. Collective."""
     manifest = _from_main(read_manifest(checkpoint))
     if manifest is not None and manifest.get("format") != FORMAT:
         return "it was written by another version of ds_train"

@@ -103,12 +103,15 @@ class _Gated:
             self._mask = self._mask.to(like.device)
         return self._mask
 
-    def watch(self, passing: Tensor, measure: Callable[[Tensor, Tensor], Tensor]) -> None:
-        """Add `measure(passing, gradient)` when the gradient is there, both (N, C) in fp32."""
-        # A layer that is computed again in the backward pass is given the very tensors that it was given before.
-        again = torch._C._current_graph_task_id() != -1
-        if again or not (self._gates.collecting and passing.requires_grad):
-            return
+    def watch(self, passing: Tensor, measure: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """Add `measure(passing, gradient)` when the gradient is there, both (N, C) in fp32; gives what goes on.
+
+        That is a view, so that the gradient is this gate's alone: a norm's input passes it by, too, and whether others'
+        gradients come to the same tensor depends on ZeRO's hooks, pipeline stages and recomputation.
+        """
+        if not (self._gates.collecting and passing.requires_grad):
+            return passing
+        passing = passing.view_as(passing)
         kept, scale = passing.detach(), self._gates.gradient_scale
 
         def count(gradient: Tensor) -> None:
@@ -117,6 +120,7 @@ class _Gated:
             self._gates.add(self.key, measure(kept.flatten(0, -2).float(), slope_NC).nan_to_num(0.0, 0.0, 0.0))
 
         passing.register_hook(count)
+        return passing
 
     def of_channels(self, passing_NC: Tensor, slope_NC: Tensor) -> Tensor:
         """What a score sums over tokens. One that the loss doesn't depend on (padding) has no gradient."""
@@ -131,7 +135,7 @@ class _Gated:
 class _Input(_Gated):
     def __call__(self, hidden: Tensor, *arguments: Any, **options: Any) -> Any:
         if self._gates.score not in (None, "magnitude"):
-            self.watch(hidden, self.of_channels)
+            hidden = self.watch(hidden, self.of_channels)
         mask = self.mask(hidden)
         return self._forward(hidden if mask is None else hidden * mask.to(hidden.dtype), *arguments, **options)
 
@@ -142,7 +146,7 @@ class _Norm(_Gated):
 
     def __call__(self, hidden: Tensor) -> Tensor:
         if self._gates.score not in (None, "magnitude"):
-            self.watch(hidden, self.of_channels)
+            hidden = self.watch(hidden, self.of_channels)
         mask = self.mask(hidden)
         if mask is None:
             return self._forward(hidden)
@@ -166,7 +170,7 @@ class _Router(_Gated):
     def seen(self, logits: Tensor) -> Tensor:
         """The logits that the router goes on with."""
         if self._gates.score not in (None, "magnitude"):
-            self.watch(logits, self.of_experts)
+            logits = self.watch(logits, self.of_experts)
         mask = self.mask(logits)
         return logits if mask is None else logits + mask.log().to(logits.dtype)
 
@@ -184,13 +188,12 @@ class _Layer(_Gated):
         output = self._forward(*arguments, **options)
         before: Tensor = arguments[0] if arguments else options["hidden_states"]
         after = output[0] if isinstance(output, tuple) else output
-        self.watch(after, lambda after_NC, slope_NC: _change(before.detach(), after_NC, slope_NC))
+        after = self.watch(after, lambda after_NC, slope_NC: _change(before.detach(), after_NC, slope_NC))
         mask = self.mask(after)
-        if mask is None:
-            return output
-        part = float(mask)
-        changed = before + (after - before) * part if part else before
-        return (changed, *output[1:]) if isinstance(output, tuple) else changed
+        part = 1.0 if mask is None else float(mask)
+        if part < 1.0:
+            after = before + (after - before) * part if part else before
+        return (after, *output[1:]) if isinstance(output, tuple) else after
 
     def set(self, values: Sequence[float]) -> None:
         value = values[self.gate.unit]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from ds_train.config.base import Section
@@ -19,6 +21,13 @@ class CheckpointSection(Section):
 
     keep_every: int | None = Field(default=None, ge=1)
     """Checkpoints of steps that this divides are kept for good."""
+
+    best: Literal["loss", "perplexity", "accuracy"] | None = None
+    """Score of the evaluations by which one is best (the least loss or perplexity, the greatest accuracy). A checkpoint
+    is saved after each that is better than all before, and the best one is kept for good and exported at the end."""
+
+    patience: int | None = Field(default=None, ge=1)
+    """End the run after so many evaluations in a row that aren't better by `best`. `null` never does."""
 
     asynchronous: bool | Auto = "auto"
     """Write while training goes on, from a copy in the host's memory. `auto`: on devices yes, but with nvme offload;

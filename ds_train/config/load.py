@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
+from ds_train.config.names import OTHER_NAMES
 from ds_train.config.reference import default_text, reference
 from ds_train.config.run import RunConfig
 from ds_train.errors import Problem, UserError, first_line, user_error
@@ -69,9 +70,11 @@ def known_keys() -> list[str]:
 
 
 def nearest(word: str, known: Sequence[str]) -> str | None:
-    """The known word that `word` was probably meant to be, or None."""
-    matches = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    return matches[0] if matches else None
+    """The known word that `word` was probably meant to be, in whatever case, or None."""
+    in_lower_case = {other.lower(): other for other in reversed(known)}
+    # Long words have much in common by chance.
+    matches = difflib.get_close_matches(word.lower(), in_lower_case, n=1, cutoff=0.6 if len(word) < 8 else 0.72)
+    return in_lower_case[matches[0]] if matches else None
 
 
 @contextlib.contextmanager
@@ -114,6 +117,8 @@ def _problem(key: str, items: Sequence[Any]) -> Problem:
     if kind == "value_error":
         return Problem(key, first["msg"].removeprefix("Value error, "), _REMEDY.get(key, ""))
     expected = " or ".join(_expected(item) for item in items)
+    if isinstance(value, str) and _means_null(value, _field_at(location)):
+        expected += " or null"
     return Problem(key, f"should be {expected}", _fix(location, kind, value), value)
 
 
@@ -165,16 +170,20 @@ def _fix(location: Sequence[str], kind: str, value: Any) -> str:
         return "`ds-train schema` describes every key"
     choices = list(_choices(field.annotation))
     if isinstance(value, str):
-        if None in choices and value.lower() in ("none", "nil"):
+        if _means_null(value, field):
             return "write null"
         guess = nearest(value, [choice for choice in choices if isinstance(choice, str)])
         if guess:
             return f"did you mean {guess}?"
-    if kind == "string_type" and isinstance(value, (int, float)):
+    if kind == "string_type" and isinstance(value, (int, float)) and not isinstance(value, bool):
         return f'write "{value}", quotes included'
     default = default_text(field)
     described = f"`ds-train schema {'.'.join(location)}` describes it"
     return f"{described}; the default is {default}" if default else described
+
+
+def _means_null(value: str, field: Any) -> bool:
+    return field is not None and None in _choices(field.annotation) and value.lower() in ("none", "nil")
 
 
 def _choices(annotation: Any) -> Iterator[Any]:
@@ -219,6 +228,8 @@ def _unknown_key_reason(location: Sequence[str]) -> str:
 def _unknown_key_fix(location: Sequence[str]) -> str:
     keys = known_keys()
     prefix = ".".join(location[:-1])
+    if location[-1] in OTHER_NAMES:
+        return f"did you mean `{OTHER_NAMES[location[-1]]}`?"
     siblings = [key for key in keys if key.rpartition(".")[0] == prefix]
     tails = {key.rpartition(".")[2]: key for key in siblings}
     # The right word in the wrong section, or a misspelt one in the right section.

@@ -18,8 +18,9 @@ class OptimizerSection(Section):
     """`adamw` decouples weight decay (arXiv 1711.05101); `adam` and `adagrad` add it to the gradient."""
 
     kernel: Literal["auto", "fused", "torch"] = "auto"
-    """`auto` updates with this project's fused kernels where the optimizer's states are on a CPU and a compiler is
-    there, else with torch's; `fused` demands the kernels; `torch` leaves them out. `sgd` is always torch's."""
+    """`auto` updates with this project's fused kernels where the optimizer's states are on a CPU or a CUDA device and
+    its compiler (g++, nvcc) or a built library is there, else with torch's; `fused` demands the kernels; `torch` leaves
+    them out. `sgd` is always torch's."""
 
     lr: float = Field(default=3e-4, gt=0.0)
     """Peak learning rate; the schedule multiplies it."""

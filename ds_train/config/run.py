@@ -12,6 +12,7 @@ from ds_train.config.checkpoint import CheckpointSection
 from ds_train.config.compress import CompressSection
 from ds_train.config.curriculum import CurriculumSection
 from ds_train.config.data import DataSection
+from ds_train.config.health import HealthSection
 from ds_train.config.model import ModelSection
 from ds_train.config.optimizer import OptimizerSection
 from ds_train.config.parallel import ParallelSection
@@ -70,6 +71,9 @@ class RunConfig(Section):
 
     checkpoint: CheckpointSection = CheckpointSection()
     """Saving, resuming, exporting."""
+
+    health: HealthSection = HealthSection()
+    """Steps that aren't numbers, losses that leap."""
 
     track: TrackSection = TrackSection()
     """What is measured and shown."""

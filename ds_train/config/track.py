@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from ds_train.config.base import Section
 from ds_train.config.batch import Auto
+
+# YAML 1.1 takes a bare `off` for false.
+_OFF = BeforeValidator(lambda value: "off" if value is False else value)
 
 
 class TrackSection(Section):
@@ -22,6 +25,10 @@ class TrackSection(Section):
     eval_samples: int = Field(default=256, ge=1)
     """Held-out samples per evaluation; fewer where there are fewer."""
 
+    eval_prompts: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """`causal-lm`: texts that the model continues by its `sample_tokens` likeliest tokens at every evaluation, in lines
+    of kind `sample` of metrics.jsonl."""
+
     noise_scale_every_steps: int | None = Field(default=None, ge=1)
     """Measure the gradient noise scale (arXiv 1812.06162) every this many steps, for a norm of every micro-batch's
     gradient; the end of the run names the batch size that it speaks for. `null` never does."""
@@ -29,7 +36,7 @@ class TrackSection(Section):
     progress: bool | Auto = "auto"
     """Progress bar on rank 0. `auto`: on a terminal; otherwise a line every so often."""
 
-    wandb: Literal["off", "offline", "online"] = "off"
+    wandb: Annotated[Literal["off", "offline", "online"], _OFF] = "off"
     """Weights & Biases: `offline` writes a run that `wandb sync` uploads later."""
 
     wandb_project: str = "ds_train"
@@ -41,6 +48,21 @@ class TrackSection(Section):
     tags: tuple[str, ...] = ()
     """Tags of the wandb run."""
 
+    wandb_artifacts: Annotated[Literal["off", "export", "all"], _OFF] = "off"
+    """What goes to wandb as artifacts: the exported model at the end, or every checkpoint too. Rank 0 reads the files
+    once more for it, and wandb uploads them in the background."""
+
+    also: tuple[Literal["tensorboard", "csv"], ...] = ()
+    """More places for the same records: RUN/tensorboard (needs the package of that name), RUN/csv with a table for each
+    kind of record."""
+
+    profile_steps: tuple[int, int] | None = None
+    """Record steps i to j, both included and counted from 1, with torch's profiler, into RUN/profile. `ds-train
+    profile` sets it and ends the run after them."""
+
+    profile_ranks: tuple[int, ...] = (0,)
+    """Ranks that are recorded."""
+
     peak_tflops: Annotated[float, Field(gt=0.0)] | Auto = "auto"
     """Peak TFLOP/s of one rank, the denominator of MFU. `auto` measures a matrix product in the run's dtype."""
 
@@ -48,4 +70,4 @@ class TrackSection(Section):
     """`causal-lm`: text that the exported model continues at the end of the run. `null` generates nothing."""
 
     sample_tokens: int = Field(default=64, ge=1)
-    """Tokens of that sample."""
+    """Tokens of that sample, and of those of `eval_prompts`."""

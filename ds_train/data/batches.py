@@ -8,6 +8,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ds_train.data.ledger import Portion, portions_of
 from ds_train.data.order import Order
 from ds_train.data.samples import (
     IGNORE_INDEX,
@@ -119,15 +121,19 @@ class Batches:
 
         With more samples than the global batch micro-batches are larger, and no more.
         """
-        if self._global % (self._ranks * self._micro):
-            raise ValueError(f"{self._global} samples can't be dealt to {self._ranks} ranks by {self._micro}")
-        slots = np.arange(shape.first, shape.first + shape.samples)
-        mine = slots.reshape(-1, self._ranks, self._micro * shape.samples // self._global)[:, self._rank]
+        mine = self.slots(shape)
         batches = [self._collate(self._take(row, shape)) for row in mine]
         if self._name_samples:
             for row, batch in zip(mine, batches, strict=True):
                 batch["sample_ids"] = torch.from_numpy(row // shape.parts + (row % shape.parts << 40))
         return batches
+
+    def slots(self, shape: StepShape) -> NDArray[np.int64]:
+        """Numbers along the run of this rank's samples in a step of that shape: (micro-batches, B)."""
+        if self._global % (self._ranks * self._micro):
+            raise ValueError(f"{self._global} samples can't be dealt to {self._ranks} ranks by {self._micro}")
+        slots = np.arange(shape.first, shape.first + shape.samples)
+        return slots.reshape(-1, self._ranks, self._micro * shape.samples // self._global)[:, self._rank]
 
     def steps(self, shapes: Callable[[], Iterator[StepShape]], workers: int) -> Iterator[tuple[StepShape, Micro]]:
         """(shape, micro-batches) of each step, loaded ahead by a thread where `workers` is above 0."""
@@ -154,10 +160,9 @@ class Batches:
                 ]
             )
 
-    def documents_of_sample(self, place: int) -> list[tuple[int, str, int, int]]:
-        """(document, where it came from, first token, one past its last) of all in the run's `place`-th sample."""
-        spans = self._samples.documents_of(int(self._order.index(place)))
-        return [(document, self._samples.file.source(document), start, stop) for document, start, stop in spans]
+    def portions(self, slots: Iterable[int], shape: StepShape) -> list[Portion]:
+        """The documents in samples number `slots` of a step of that shape, in their order."""
+        return [portion for slot in slots for portion in portions_of(self._samples, self._order, shape, slot)]
 
     def _take(self, slots: NDArray[np.int64], shape: StepShape) -> list[Sample]:
         """The samples of numbers `slots` (B,) along the run, where all have that shape."""
@@ -217,4 +222,7 @@ def prefetch(make: Callable[[], Iterator[Item]], depth: int) -> Iterator[Item]:
                 return
     finally:
         stopped.set()
+        with suppress(queue.Empty):  # room for what the thread is about to put, so that it sees the end at once
+            while True:
+                items.get_nowait()
         thread.join(timeout=5)

@@ -70,6 +70,17 @@ class TokenFile:
         start = 0 if document == 0 else int(ends[document - 1]) + 1
         return lines[start : int(ends[document])].decode()
 
+    def sha256(self, document: int) -> str:
+        """Hex SHA-256 of the document's tokens, as int64 in little-endian bytes."""
+        if document not in self._hashes:
+            tokens = self.tokens[self.offsets[document] : self.offsets[document + 1]]
+            self._hashes[document] = hashlib.sha256(np.asarray(tokens, dtype="<i8").tobytes()).hexdigest()
+        return self._hashes[document]
+
+    @cached_property
+    def _hashes(self) -> dict[int, str]:
+        return {}
+
     @cached_property
     def _source_lines(self) -> tuple[mmap.mmap, NDArray[np.int64]]:
         with self.sources.open("rb") as file:

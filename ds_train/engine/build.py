@@ -22,6 +22,7 @@ from ds_train.models.patch import embed_patches
 from ds_train.models.token_drop import repeated_layers
 from ds_train.optim.build import build_optimizer, choose_kernel
 from ds_train.optim.fuse import fuse_passes
+from ds_train.optim.guard import guard_steps
 from ds_train.parallel.build import Part, build_part
 from ds_train.parallel.check import check_documents_apart, check_layout, check_token_dropping
 from ds_train.parallel.mesh import Mesh
@@ -29,19 +30,22 @@ from ds_train.parallel.sequence import leave_sequence
 from ds_train.parallel.tensor import gradient_norm
 from ds_train.plan.make import RunPlan, make_plan
 from ds_train.plan.topology import Layout
+from ds_train.track.phases import StepClock, step_clock, time_pipeline
 
 
 @dataclass(frozen=True)
 class Assembly:
     """All that the step loop works with. `engine` is DeepSpeed's, around this rank's part of the model.
 
-    `kernel` is what updates the parameters. `prunable` is there where the recipe prunes, until the cut.
+    `kernel` is what updates the parameters, `clock` what tells where the time of a step goes.
+    `prunable` is there where the recipe prunes, until the cut.
     """
 
     engine: Any
     part: Part
     data: DataBundle
     kernel: Choice
+    clock: StepClock
     prunable: Prunable | None = None
 
     @property
@@ -52,13 +56,14 @@ class Assembly:
 
 def assemble(
     run: RunConfig, plan: RunPlan, info: RankInfo, tokenizer: Any, prepared: Path, after: Layout | None = None,
-    cut: Callable[[PreTrainedConfig], PreTrainedConfig] | None = None,
+    cut: Callable[[PreTrainedConfig], PreTrainedConfig] | None = None, clock: StepClock | None = None,
 ) -> Assembly:  # fmt: skip
     """Build everything on this rank. Collective: every rank calls it with the same recipe and plan.
 
     Args:
         after: layout from the cut of a run that prunes on, for what can be cut; the plan's own without it.
         cut: gives the config of a model that has been cut from the recipe's; its weights come from a checkpoint.
+        clock: goes on with this one.
 
     Raises:
         UserError: whatever the model, its config or the data refuse.
@@ -111,7 +116,8 @@ def assemble(
         config=plan.deepspeed_json,
         mpu=part.mpu,
     )
-    fuse_passes(engine, partial(gradient_norm, group=mesh.tensor))
+    fuse_passes(engine)
+    guard_steps(engine, partial(gradient_norm, group=mesh.tensor))
     if run.patch.size > 1:
         embed_patches(part.model)
     if run.task.kind == "causal-lm" and run.data.rows_have_documents:
@@ -121,4 +127,7 @@ def assemble(
     if run.model.compile:
         for layer in repeated_layers(part.model):
             layer.compile()
-    return Assembly(engine, part, data, kernel, prunable)
+    clock = clock or step_clock(info.device)
+    if part.pipeline is not None:
+        time_pipeline(engine, clock)
+    return Assembly(engine, part, data, kernel, clock, prunable)

@@ -10,9 +10,10 @@ import shutil
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
-from functools import cache, partial
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,9 +28,11 @@ from ds_train.plan.topology import Cluster
 if TYPE_CHECKING:
     from ds_train.checkpoint.native import Saved, TrainState
     from ds_train.engine.build import Assembly
-    from ds_train.engine.loop import EvalResult, StepResult
+    from ds_train.engine.loop import StepResult
     from ds_train.engine.prune import Pruning
+    from ds_train.engine.watch import RunWatch
     from ds_train.schedule.timeline import Timeline
+    from ds_train.track.phases import StepClock
     from ds_train.track.tracker import Tracker
 
 
@@ -38,8 +41,11 @@ def run_job(recipe: str, overrides: Sequence[str]) -> int:
     return run_to_exit_code(lambda info: train(load(recipe, overrides), info))
 
 
-def train(run: RunConfig, info: RankInfo) -> None:
-    """Train `run` on this rank of the launch, from the plan to the export. Collective."""
+def train(run: RunConfig, info: RankInfo, stop_after: int | None = None) -> None:
+    """Train `run` on this rank of the launch, from the plan to the export. Collective.
+
+    After step `stop_after` it ends as if it were the last, and its schedules are still those of the whole run.
+    """
     cluster = Cluster(ranks=info.ranks, ranks_per_host=info.ranks_per_host, device=info.device)
     folder = Path(run.run_root).expanduser() / run.name
     if auto_fields(run):
@@ -65,8 +71,10 @@ def train(run: RunConfig, info: RankInfo) -> None:
     from ds_train.compress.cut import config_after
     from ds_train.data.prepare import read_manifest
     from ds_train.engine.build import assemble
+    from ds_train.engine.watch import RunWatch
     from ds_train.parallel.sequence import leave_sequence
     from ds_train.schedule.timeline import make_timeline
+    from ds_train.track.phases import collectives_timed
     from ds_train.track.tracker import Tracker
 
     fingerprint = str(read_manifest(prepared)["content"])
@@ -75,11 +83,12 @@ def train(run: RunConfig, info: RankInfo) -> None:
     on_main_first(info, lambda: _write_records(folder, run, plan))
     state = native.read_state(resumed) if resumed is not None else None
 
-    def build(pruning: Mapping[str, Any]) -> Assembly:
+    def build(pruning: Mapping[str, Any], clock: StepClock | None = None) -> Assembly:
         """Everything around the model, as it is after the cut where there was one."""
         if not pruning.get("cut"):
             return assemble(run, plan, info, tokenizer, prepared, after.plan.layout)
-        return assemble(after.run, after.plan, info, tokenizer, prepared, cut=partial(config_after, record=pruning))
+        smaller = partial(config_after, record=pruning)
+        return assemble(after.run, after.plan, info, tokenizer, prepared, cut=smaller, clock=clock)
 
     pruned = state.pruning if state is not None else {}
     parts = build(pruned)
@@ -91,7 +100,8 @@ def train(run: RunConfig, info: RankInfo) -> None:
         _check_clock(timeline, state)
     place = after if pruned.get("cut") else Placed(run, plan)
     wandb_id = state.wandb_id if state else None
-    tracker = Tracker(run, plan.to_dict(), folder, info.is_main, timeline.steps, done, wandb_id)
+    known = plan.to_dict() | {"versions": _versions()}
+    tracker = Tracker(run, known, folder, info.is_main, timeline.steps, done, wandb_id)
     exit_code = 1
     try:
         tracker.note(f"optimizer kernel: {parts.kernel}")
@@ -101,25 +111,33 @@ def train(run: RunConfig, info: RankInfo) -> None:
             efficiency = parts.data.packing_efficiency
             tracker.note(f"{run.data.packing_by} packing: {efficiency:.2%} of the windows' tokens are text")
         if resumed is not None:
+            tracker.log({"kind": "resume", "step": done, "from": str(resumed), "ranks": info.ranks}, done)
             tracker.note(f"continuing {resumed} after step {done}")
             if state is not None and state.layout != place.record:
                 tracker.note(f"its states were spread by {_words(state.layout)}, and are now by {_words(place.record)}")
-        session = _Session(place, after, info, parts, build, tracker, folder, fingerprint)
+        watch = RunWatch(run, info, parts, tracker, folder, timeline, state)
+        session = Session(place, after, info, parts, build, tracker, folder, fingerprint, watch)
+        clock = parts.clock
         del parts  # a cut gives others
-        session.prune(pruned, timeline)
-        session.train(done, timeline)
+        session.prune(pruned)
+        with collectives_timed(clock, info.device):
+            session.train(done, stop_after or timeline.steps)
         _note_noise_scale(run, folder, tracker, info)
         if run.checkpoint.export:
-            card = _model_card(run, session.place.plan, folder) if info.is_main else ""
+            step = watch.use_best()
+            card = _model_card(run, session.plan, folder, step) if info.is_main else ""
             hf.export(session.parts.part, tokenizer, folder / "export", card)
+            tracker.keep(folder / "export", "export", timeline.steps)
             _push(run, folder / "export", tracker, info)
+        # What follows is rank 0's alone: no attention may wait for the others.
+        leave_sequence()
+        _log_sample(run, folder, tracker, info, timeline)
         exit_code = 0
     finally:
         tracker.close(exit_code)
-        # What follows is rank 0's alone: no attention may wait for the others.
         leave_sequence()
     if info.is_main:
-        _farewell(run, folder)
+        _farewell(folder)
 
 
 @dataclass(frozen=True)
@@ -154,7 +172,7 @@ def after_cut(run: RunConfig, cluster: Cluster) -> Placed:
         ) from None
 
 
-class _Session:
+class Session:
     """The steps of one run with what happens between them: metrics, evaluation, checkpoints."""
 
     def __init__(
@@ -163,72 +181,86 @@ class _Session:
         after: Placed,
         info: RankInfo,
         parts: Assembly,
-        build: Callable[[Mapping[str, Any]], Assembly],
+        build: Callable[[Mapping[str, Any], StepClock | None], Assembly],
         tracker: Tracker,
         folder: Path,
         fingerprint: str,
+        watch: RunWatch,
     ) -> None:
-        self.place, self.after, self.info, self.build, self.tracker = place, after, info, build, tracker
-        self.folder, self.fingerprint = folder, fingerprint
+        self.after, self.info, self.build, self.tracker = after, info, build, tracker
+        self.folder, self.fingerprint, self.watch = folder, fingerprint, watch
         self.pruning: Pruning | None = None
         self.pruned: Mapping[str, Any] = {}
         """What has been cut."""
-        self._take(parts)
+        self._go_on_with(place, parts)
 
-    def _take(self, parts: Assembly) -> None:
-        """Go on with this engine."""
+    def _go_on_with(self, place: Placed, parts: Assembly) -> None:
+        """Train with this engine."""
         from ds_train.checkpoint.native import Saver
+        from ds_train.engine.speed import Speed
 
-        run, section = self.place.run, self.place.run.checkpoint
-        self.run, self.parts = run, parts
-        self.rate = _Throughput(run, parts, self.info)
+        self.run, self.plan, self.layout, self.parts = place.run, place.plan, place.record, parts
+        self.watch.go_on_with(parts)
+        self.speed = Speed(self.run, parts, self.info)
+        section = self.run.checkpoint
         self.saver = Saver(
             self.folder / "checkpoints",
             parts.engine,
             parts.part,
             section.keep_last,
             section.keep_every,
-            in_background=saves_in_background(run, self.info.device),
+            in_background=saves_in_background(self.run, self.info.device),
         )
 
-    def prune(self, state: Mapping[str, Any], timeline: Timeline) -> None:
+    def prune(self, state: Mapping[str, Any]) -> None:
         """Prune as the recipe says, from the state of a checkpoint on."""
         from ds_train.engine.prune import Pruning, steps_of
 
         if state.get("cut"):
             self.pruned = state
         elif self.parts.prunable is not None:
-            steps = steps_of(self.run, timeline)
+            steps = steps_of(self.run, self.watch.timeline)
             self.pruning = Pruning(self.run, self.parts.prunable, self.parts.engine, self.parts.part, steps)
             self.pruning.load_state(state)
 
-    def train(self, done: int, timeline: Timeline) -> None:
-        """Steps `done` + 1 to the timeline's last, each followed by what is due after it."""
-        if self.pruning is not None:
-            cut_at = max(done, self.pruning.steps.cut)
-            self._train(done, cut_at, timeline)
-            self._cut(cut_at, timeline)
-            done = cut_at
-        self._train(done, timeline.steps, timeline)
+    def train(self, done: int, stop_after: int) -> None:
+        """Steps `done` + 1 to `stop_after`, each followed by what is due after it."""
+        start = None if self.watch.patience_ended else done
+        while start is not None:
+            if self.pruning is not None and start >= self.pruning.steps.cut:
+                self._cut(start)
+            start = self._train_from(start, stop_after)
         self._note_saves(self.saver.wait())
 
-    def _train(self, done: int, stop: int, timeline: Timeline) -> None:
-        from ds_train.engine.loop import due, evaluate, train_steps
+    def _train_from(self, done: int, stop_after: int) -> int | None:
+        """Train to the end; or to a step that is rolled back or followed by a cut: gives the one to go on from."""
+        from ds_train.engine.loop import due, train_steps
 
-        run = self.run
-        steps = train_steps(run, self.place.plan, self.info, self.parts, timeline, done, None, stop, self.pruning)
-        for result in steps:
-            last = result.step == timeline.steps
-            self.rate.add(result)
-            if last or result.measured or due(run.track.log_every_steps, result.step):
-                self.tracker.log(self._record(result), result.step)
-            if last or due(run.track.eval_every_steps, result.step):
-                self._log_evaluation(evaluate(run, self.parts, result.step), result.tokens)
-            if (last and run.checkpoint.save_final) or due(run.checkpoint.every_steps, result.step):
-                self._note_saves(self.saver.save(self._state(result.step, result.tokens)))
-            self._note_saves(self.saver.ended())
+        run, timeline = self.run, self.watch.timeline
+        cut_at = None if self.pruning is None else self.pruning.steps.cut
+        steps = train_steps(run, self.plan, self.info, self.parts, timeline, done, None, cut_at, self.pruning)
+        with closing(steps) as results:
+            for result in self._profiled(results, done):
+                last = result.step == stop_after
+                self.speed.add(result)
+                if last or result.measured or due(run.track.log_every_steps, result.step):
+                    self.tracker.log(self._record(result), result.step)
+                back = self._see(result)
+                if back is not None:
+                    return back
+                evaluated = last or due(run.track.eval_every_steps, result.step)
+                better = evaluated and self._evaluate(result)
+                if self.watch.patience_ended and not last:
+                    last = True
+                    self.watch.note_early_end()
+                if better or (last and run.checkpoint.save_final) or due(run.checkpoint.every_steps, result.step):
+                    self._save(result.step, result.tokens)
+                self._note_saves(self.saver.ended())
+                if last:
+                    return None
+        return cut_at
 
-    def _cut(self, step: int, timeline: Timeline) -> None:
+    def _cut(self, step: int) -> None:
         """Leave the chosen units behind after `step` steps, and go on with an engine around the smaller model."""
         from ds_train.checkpoint import native
         from ds_train.engine.loop import evaluate
@@ -244,20 +276,20 @@ class _Session:
         masked = evaluate(self.run, self.parts, step)
         folder = self.folder / "cut"
         saver = native.Saver(folder, self.parts.engine, self.parts.part, keep_last=1)
-        (saved,) = saver.save(self._state(step, timeline.tokens_after(step)))
+        (saved,) = saver.save(self._state(step, self.watch.timeline.tokens_after(step)))
         if saved.error is not None:
             reason = f"its states could not be written for the cut: {saved.error}"
             raise user_error("run_root", reason, "make room there, and start the command again", str(folder))
-        self.pruned = {"removed": self.pruning.removed, **cut.record()}
+        self.pruned, clock = {"removed": self.pruning.removed, **cut.record()}, self.parts.clock
         self.pruning = None
         self.parts.engine.destroy()
         # What holds the engine, before another one is built beside it.
-        del saver, self.saver, self.rate, self.parts
+        self.watch.let_go()
+        del saver, self.saver, self.speed, self.parts
         gc.collect()
-        self.place = self.after
-        parts = self.build(self.pruned)
+        parts = self.build(self.pruned, clock)
         native.load(parts.engine, parts.part, saved.path, cut)
-        self._take(parts)
+        self._go_on_with(self.after, parts)
         on_main_first(self.info, lambda: shutil.rmtree(folder, ignore_errors=True))
         left, sizes = parameters_of(parts.part), cut.sizes | {"layers": len(cut.layers)}
         record = {"kind": "cut", "step": step, "parameters": left, "parameters_before": before, **sizes}
@@ -270,17 +302,51 @@ class _Session:
         self.tracker.log(record, step)
         self.tracker.note(note)
 
+    def _profiled(self, results: Iterator[StepResult], done: int) -> Iterator[StepResult]:
+        if self.run.track.profile_steps is None:
+            return results
+        from ds_train.engine.profile import profiled
+
+        clock, note = self.parts.clock, self.tracker.note
+        return profiled(results, self.run, self.plan, self.info, clock, self.folder, done, note)
+
+    def _see(self, result: StepResult) -> int | None:
+        """See to what isn't as usual: the step to go on from after a roll-back."""
+        verdict = self.watch.see(result)
+        if verdict.action == "go-on":
+            return None
+        self._note_saves(self.saver.wait())
+        if verdict.action == "stop":
+            raise self.watch.diagnosed(result)
+        back = self.watch.roll_back(verdict, self.saver)
+        if back is not None:
+            self._save(back, self.watch.timeline.tokens_after(back))
+        return back
+
     def _record(self, result: StepResult) -> dict[str, Any]:
-        from ds_train.track.memory import memory
-
-        record = asdict(result)
+        record = dict(vars(result))  # asdict would copy it deeply, at every step
         measured = record.pop("measured")
-        return {"kind": "train", **record, **measured, **self.rate.take(), **memory(self.info.device)}
+        return {"kind": "train", **record, **measured, **self.speed.take()}
 
-    def _log_evaluation(self, scores: EvalResult | None, tokens: int) -> None:
-        if scores is not None:
-            record = {"kind": "eval", **asdict(scores), "perplexity": scores.perplexity, "tokens": tokens}
-            self.tracker.log(record, scores.step)
+    def _evaluate(self, result: StepResult) -> bool:
+        """Score what is held out; whether it is better than ever before."""
+        from ds_train.engine.continuations import continue_prompts
+        from ds_train.engine.loop import evaluate
+
+        scores = evaluate(self.run, self.parts, result.step)
+        if scores is None:
+            return False
+        better = self.watch.judge(scores)
+        record = {"kind": "eval", **asdict(scores), "perplexity": scores.perplexity, "tokens": result.tokens}
+        self.tracker.log(record | ({"best": better} if self.run.checkpoint.best else {}), result.step)
+        for prompt, text in continue_prompts(self.run, self.parts):
+            line = {"kind": "sample", "step": result.step, "tokens": result.tokens, "prompt": prompt, "text": text}
+            self.tracker.log(line, result.step)
+            self.tracker.note(f"step {result.step}: {prompt}{text}")
+        return better
+
+    def _save(self, step: int, tokens: int) -> None:
+        self._note_saves(self.saver.save(self._state(step, tokens)))
 
     def _state(self, step: int, tokens: int) -> TrainState:
         """What a checkpoint holds besides tensors. Collective."""
@@ -290,54 +356,24 @@ class _Session:
             step=step,
             tokens=tokens,
             recipe=self.run.model_dump(mode="json"),
-            layout=self.place.record,
-            versions={name: version(name) for name in ("ds_train", "torch", "deepspeed", "transformers")},
+            layout=self.layout,
+            versions=_versions(),
             data_fingerprint=self.fingerprint,
             wandb_id=self.tracker.wandb_id,
             pruning=dict(self.pruned if self.pruning is None else self.pruning.state()),
+            **self.watch.decided(),
         )
 
     def _note_saves(self, saves: Iterable[Saved]) -> None:
         for saved in saves:
+            self.speed.add_save(saved.stall_seconds)
             record = {"kind": "save", **asdict(saved), "path": str(saved.path)}
             self.tracker.log(record, saved.step)
             if saved.error is None:
                 self.tracker.note(f"saved {saved.path}")
+                self.tracker.keep(saved.path, "checkpoint", saved.step)
             else:
                 self.tracker.note(f"step {saved.step} could not be saved: {saved.error}; older checkpoints are whole")
-
-
-class _Throughput:
-    """Tokens per second and MFU since the last metrics line."""
-
-    def __init__(self, run: RunConfig, parts: Assembly, info: RankInfo) -> None:
-        from ds_train.track.flops import flops_per_token
-        from ds_train.track.peak import measure_peak_flops
-
-        parameters = parts.part.matrix_parameters
-        config = parts.model.config
-        self._flops_per_token = cache(lambda length: flops_per_token(config, parameters, length))
-        peak = run.track.peak_tflops
-        rank_peak = measure_peak_flops(parts.model.dtype, parts.engine.device) if peak == "auto" else peak * 1e12
-        self._peak_flops = rank_peak * info.ranks
-        self._tokens, self._seconds, self._flops = 0, 0.0, 0.0
-
-    def add(self, result: StepResult) -> None:
-        self._tokens += result.real_tokens
-        positions = result.real_tokens / result.patch
-        self._flops += positions * self._flops_per_token(result.sequence_length // result.patch)
-        self._seconds += result.seconds
-
-    def take(self) -> dict[str, float]:
-        from ds_train.track.flops import mfu
-
-        seconds = self._seconds or math.inf
-        rates = {
-            "tokens_per_second": self._tokens / seconds,
-            "mfu": mfu(self._flops / seconds, self._peak_flops),
-        }
-        self._tokens, self._seconds, self._flops = 0, 0.0, 0.0
-        return rates
 
 
 def _note_noise_scale(run: RunConfig, folder: Path, tracker: Tracker, info: RankInfo) -> None:
@@ -404,11 +440,16 @@ def _check_places(run: RunConfig, folder: Path) -> None:
             raise user_error("checkpoint.push_to", reason, fix, run.checkpoint.push_to)
 
 
-def _model_card(run: RunConfig, plan: RunPlan, folder: Path) -> str:
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in ("ds_train", "deepspeed", "torch", "transformers")}
+
+
+def _model_card(run: RunConfig, plan: RunPlan, folder: Path, step: int) -> str:
+    """The card of the model of step `step`."""
     from ds_train.checkpoint.hf import model_card
     from ds_train.track.metrics import read_metrics
 
-    records = read_metrics(folder / "metrics.jsonl")
+    records = [record for record in read_metrics(folder / "metrics.jsonl") if record.get("step", 0) <= step]
     last = {kind: [record for record in records if record["kind"] == kind][-1:] for kind in ("train", "eval")}
     facts: dict[str, Any] = {}
     for record in last["train"]:
@@ -416,7 +457,7 @@ def _model_card(run: RunConfig, plan: RunPlan, folder: Path) -> str:
     for record in last["eval"]:
         facts |= {"held-out loss": f"{record['loss']:.4f}", "held-out accuracy": f"{record['accuracy']:.4f}"}
     facts |= {"task": run.task.kind, "layout": _words(_layout_record(run, plan))}
-    facts |= {name: version(name) for name in ("ds_train", "deepspeed", "torch", "transformers")}
+    facts |= _versions()
     return model_card(run.name, facts, dump(run), run.model.path)
 
 
@@ -438,7 +479,7 @@ def _write_records(folder: Path, run: RunConfig, plan: RunPlan) -> None:
     from ds_train.checkpoint.manifest import write_json, write_text
 
     write_text(folder / "recipe.yaml", dump(run))
-    write_json(folder / "plan.json", plan.to_dict())
+    write_json(folder / "plan.json", plan.to_dict() | {"versions": _versions()})
     write_json(folder / "deepspeed.json", plan.deepspeed_json)
 
 
@@ -495,13 +536,21 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 
-def _farewell(run: RunConfig, folder: Path) -> None:
-    """Say where everything lies; let the exported model speak where the recipe asks for a sample."""
-    if run.checkpoint.export and run.task.kind == "causal-lm" and run.track.sample_prompt is not None:
-        from ds_train.checkpoint.hf import generate_sample
+def _log_sample(run: RunConfig, folder: Path, tracker: Tracker, info: RankInfo, timeline: Timeline) -> None:
+    """Let the exported model speak where the recipe asks for it."""
+    prompt = run.track.sample_prompt
+    if prompt is None or not (info.is_main and run.checkpoint.export and run.task.kind == "causal-lm"):
+        return
+    from ds_train.checkpoint.hf import generate_sample
 
-        sample = generate_sample(folder / "export", run.track.sample_prompt, run.track.sample_tokens)
-        print(f"\nsample of the exported model:\n{sample}\n")
+    text = generate_sample(folder / "export", prompt, run.track.sample_tokens)
+    record = {"kind": "sample", "step": timeline.steps, "prompt": prompt, "text": text.removeprefix(prompt)}
+    tracker.log(record, timeline.steps)
+    tracker.note(f"\nsample of the exported model:\n{text}\n")
+
+
+def _farewell(folder: Path) -> None:
+    """Say where everything lies."""
     places = {
         "metrics": folder / "metrics.jsonl",
         "recipe and plan": folder / "recipe.yaml",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -16,14 +16,13 @@ from ds_train.data.batches import count_labels
 from ds_train.engine.build import Assembly
 from ds_train.engine.noise import MicroGradients
 from ds_train.engine.prune import Pruning
-from ds_train.engine.ranks import RankInfo, all_sum
+from ds_train.engine.ranks import RankInfo, all_sum, seed_generators
 from ds_train.models.load import fold_seed
-from ds_train.models.tasks import Batch
+from ds_train.models.tasks import Batch, carry_nonfinite
 from ds_train.optim.build import set_learning_rate
-from ds_train.parallel.tensor import gradient_norm
 from ds_train.plan.make import RunPlan
 from ds_train.schedule.learning_rate import learning_rate_factor
-from ds_train.schedule.timeline import Timeline
+from ds_train.schedule.timeline import StepShape, Timeline
 from ds_train.schedule.token_drop import kept_tokens
 
 
@@ -34,8 +33,8 @@ class StepResult:
     `step` counts from 1; `tokens` are the positions consumed up to here (samples x sequence length), the clock of
     every schedule; `samples`, `sequence_length` and `patch` are this step's; `real_tokens` leaves padding out. `loss`
     is the mean over the labels of the global batch, in nats. `grad_norm` is the L2 norm of the whole gradient before
-    clipping. `applied` is False where DeepSpeed skipped the update (fp16 overflow, non-finite gradients). `measured`
-    is what only some steps are asked for, by name.
+    clipping. `applied` is False where the update was skipped: a loss or gradient that isn't finite. `seconds` include
+    the wait for the step's data. `measured` is what only some steps are asked for, by name.
     """
 
     step: int
@@ -79,7 +78,7 @@ def train_steps(
     rates: Sequence[float] | None = None,
     stop: int | None = None,
     pruning: Pruning | None = None,
-) -> Iterator[StepResult]:
+) -> Generator[StepResult, None, None]:
     """Train steps `first` (counted from 0) to `stop` - 1, or to the timeline's last, yielding after each. Collective.
 
     `rates` are the learning rates of all steps from 0, and there are as many steps; without them the recipe's schedule
@@ -88,36 +87,34 @@ def train_steps(
     if stop is None:
         stop = timeline.steps if rates is None else len(rates)
     place = plan.layout.coordinates(info.rank)
-    # Ranks that share a layer's matrices draw the same dropout.
-    seat = f"{place.pipe}/{place.data}/{place.sequence}"
-    # Of ranks that work on the same samples one counts them.
-    counting = int(place.pipe == place.sequence == place.tensor == 0)
-    replicas = plan.layout.data * plan.layout.sequence
-    for shape, batches in parts.data.train.steps(lambda: timeline.shapes(first, stop), run.data.workers):
+    steps = parts.data.train.steps(lambda: timeline.shapes(first, stop), run.data.workers)
+    while True:
         started = time.perf_counter()
+        parts.clock.start()
+        with parts.clock("data"):
+            entry = next(steps, None)
+        if entry is None:
+            parts.clock.stop()
+            return
+        shape, batches = entry
         step = shape.step
         if rates is None:
             lr = run.optimizer.lr * learning_rate_factor(run.schedule, shape.after, timeline.total_tokens)
         else:
             lr = rates[step]
         set_learning_rate(parts.engine.optimizer, lr)
-        if parts.part.dropping is not None:
-            parts.part.dropping.kept = kept_tokens(run.token_drop, shape.length, shape.before, timeline.total_tokens)
         if pruning is not None:
             pruning.before_step(shape, timeline)
-        # Dropout draws from a seed of its own at every step and rank, so there is no generator state to save.
-        torch.manual_seed(fold_seed(run.seed, "step", step, seat))
-        counts = all_sum(counting * _counts(batches, run.data.pads_rows).to(parts.engine.device))
-        labels, real_tokens = (int(count) for count in counts)
-        # DeepSpeed averages over accumulation and replicas; the loss is a mean over the global batch's labels.
-        weight = plan.batch.accumulation * replicas / max(1, labels)
+        labels, real_tokens, weight = begin_step(run, parts, timeline, shape, batches)
         measured: dict[str, float] = {}
         if due(run.track.noise_scale_every_steps, step + 1):
             with MicroGradients(parts) as gradients:
-                loss_sum, norm = _update(parts, batches, weight, plan.zero_stage, gradients)
-            measured = gradients.scale(norm, labels)
+                loss_sum, norm = update(parts, batches, weight, gradients)
+            measured = gradients.scale(norm, labels) if math.isfinite(norm) else {}
         else:
-            loss_sum, norm = _update(parts, batches, weight, plan.zero_stage)
+            loss_sum, norm = update(parts, batches, weight)
+        loss = float(all_sum(loss_sum * (place.tensor == 0))) / max(1, labels)
+        parts.clock.stop()
         yield StepResult(
             step=step + 1,
             tokens=shape.after,
@@ -126,7 +123,7 @@ def train_steps(
             patch=shape.patch,
             real_tokens=real_tokens,
             labels=labels,
-            loss=float(all_sum(loss_sum * (place.tensor == 0))) / max(1, labels),
+            loss=loss,
             lr=lr,
             grad_norm=norm,
             applied=parts.engine.was_step_applied(),
@@ -148,28 +145,53 @@ def evaluate(run: RunConfig, parts: Assembly, step: int) -> EvalResult | None:
     )
 
 
-def _update(
-    parts: Assembly, batches: Sequence[Batch], weight: float, zero_stage: int, gradients: MicroGradients | None = None
+def begin_step(
+    run: RunConfig, parts: Assembly, timeline: Timeline, shape: StepShape, batches: Sequence[Batch]
+) -> tuple[int, int, float]:
+    """Set what a step depends on besides weights and samples. Collective.
+
+    Returns:
+        Labels and tokens that aren't padding, of the global batch, and what summed losses are multiplied by.
+    """
+    mesh = parts.part.mesh
+    place, layout = mesh.place, mesh.layout
+    if parts.part.dropping is not None:
+        parts.part.dropping.kept = kept_tokens(run.token_drop, shape.length, shape.before, timeline.total_tokens)
+    # Dropout draws from a seed of its own at every step and rank, so there is no generator state to save. Ranks that
+    # share a layer's matrices draw the same.
+    seat = f"{place.pipe}/{place.data}/{place.sequence}"
+    seed_generators(fold_seed(run.seed, "step", shape.step, seat), parts.engine.device)
+    # Of ranks that work on the same samples one counts them.
+    counting = int(place.pipe == place.sequence == place.tensor == 0)
+    counts = all_sum(counting * _counts(batches, run.data.pads_rows).to(parts.engine.device))
+    labels, real_tokens = counts.tolist()
+    # DeepSpeed averages over accumulation and replicas; the loss is a mean over the global batch's labels.
+    replicas = parts.engine.gradient_accumulation_steps() * layout.data * layout.sequence
+    return labels, real_tokens, replicas / max(1, labels)
+
+
+def update(
+    parts: Assembly, batches: Sequence[Batch], weight: float, gradients: MicroGradients | None = None
 ) -> tuple[Tensor, float]:
     """One optimizer step: (summed loss of this rank's labels, norm of the whole gradient)."""
-    engine, part = parts.engine, parts.part
+    engine, part, clock = parts.engine, parts.part, parts.clock
     if part.pipeline is not None:
         loss_sum = part.pipeline.train_step(engine, batches, weight)
         return loss_sum, float(engine.get_global_grad_norm() or 0.0)
     loss_sum = torch.zeros((), dtype=torch.float64, device=engine.device)
-    norm = 0.0
-    for index, batch in enumerate(batches):
-        own = _own(batch, parts)
-        with nullcontext() if part.dropping is None else part.dropping.on(own):
+    for batch in batches:
+        with clock("data"):
+            own = _own(batch, parts)
+        with clock("forward"), nullcontext() if part.dropping is None else part.dropping.on(own):
             loss = part.loss.train_loss(engine, own)
-        engine.backward(loss * weight)
+        with clock("backward"):
+            engine.backward(carry_nonfinite(loss) * weight)
         if gradients is not None:
             gradients.end_of_micro_batch(batch, weight)
         loss_sum += loss.detach()
-        if zero_stage == 0 and index + 1 == len(batches):
-            norm = gradient_norm(part.model, part.mesh.tensor)
-        engine.step()
-    return loss_sum, float(engine.get_global_grad_norm() or 0.0) if zero_stage > 0 else norm
+        with clock("optimizer"):
+            engine.step()
+    return loss_sum, float(engine.get_global_grad_norm() or 0.0)
 
 
 def _scores(parts: Assembly, batches: Iterator[dict[str, Tensor]]) -> Tensor:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from ds_train.engine.network import interface_to
+from ds_train.engine.schedulers import scheduler_place
 from ds_train.errors import EXIT_CODE, UserError
 from ds_train.plan.topology import Device, device_here, known_device
 
@@ -47,7 +49,11 @@ class RankInfo:
 
 
 def rank_info() -> RankInfo:
-    """This process's place. Outside of a launcher it is the only rank. Imports no torch."""
+    """This process's place, also where Slurm or OpenMPI started it. Outside of a launcher it is the only rank.
+
+    Imports no torch.
+    """
+    os.environ.update(scheduler_place(os.environ))
     env = os.environ
     ranks = int(env.get("WORLD_SIZE", 1))
     named = env.get("DS_ACCELERATOR")
@@ -60,13 +66,15 @@ def rank_info() -> RankInfo:
     )
 
 
-def meet(info: RankInfo) -> None:
+def meet(info: RankInfo, timeout: timedelta = MEETING_TIMEOUT) -> None:
     """Initialise torch.distributed through DeepSpeed, quietly and without compiling anything."""
     os.environ["DS_ACCELERATOR"] = info.device
     for key, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(key, value)
     if info.ranks == 1:
         os.environ.setdefault("MASTER_PORT", "0")  # nobody else needs to know the port
+    if info.ranks > info.ranks_per_host and (interface := interface_to(os.environ["MASTER_ADDR"])) is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     import deepspeed
     from deepspeed.accelerator import get_accelerator
     from deepspeed.ops.op_builder.cpu.comm import ShareMemCommBuilder
@@ -77,7 +85,7 @@ def meet(info: RankInfo) -> None:
     deepspeed.ops.__compatible_ops__[ShareMemCommBuilder.NAME] = False
     # Before the first collective: groups of NCCL belong to a device.
     get_accelerator().set_device(info.local_rank)
-    deepspeed.init_distributed(timeout=MEETING_TIMEOUT, verbose=False)
+    deepspeed.init_distributed(timeout=timeout, verbose=False)
 
 
 def return_freed_memory() -> None:
@@ -109,8 +117,22 @@ def all_sum(tensor: torch.Tensor) -> torch.Tensor:
     """Sum of `tensor` over all ranks, in place."""
     import torch
 
-    torch.distributed.all_reduce(tensor)
+    if torch.distributed.get_world_size() > 1:  # else it would cost more than a small step
+        torch.distributed.all_reduce(tensor)
     return tensor
+
+
+def seed_generators(seed: int, device: torch.device) -> None:
+    """Seed what this rank draws from: the CPU's generator and its device's.
+
+    torch.manual_seed seeds every kind of device: for those that aren't there it writes down where it was called from,
+    which takes 0.15 ms (torch/cuda/__init__.py, `_lazy_call`).
+    """
+    import torch
+
+    torch.default_generator.manual_seed(seed)
+    if device.type != "cpu":
+        torch.get_device_module(device).manual_seed(seed)
 
 
 def on_main_first(info: RankInfo, work: Callable[[], Result]) -> Result:

@@ -70,6 +70,11 @@ class TaskLoss:
         return torch.stack([loss.double(), correct.double(), count.double()])
 
 
+def carry_nonfinite(loss: Tensor) -> Tensor:
+    """`loss` as it is, with a gradient that isn't finite where the loss isn't, so that its step is skipped."""
+    return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan).to(loss.dtype)
+
+
 class _HeadLoss:
     """The forward of a head module: logits as ever, or the loss while labels are set."""
 

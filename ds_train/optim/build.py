@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from ds_kernels import Choice, FusedAdagrad, FusedAdam, FusedAdamW, choose
+from ds_kernels import Choice, FusedAdagrad, FusedAdam, FusedAdamW, choose, torchs
 from torch import nn
 
 from ds_train.config.optimizer import OptimizerSection
@@ -66,9 +66,9 @@ def choose_kernel(section: OptimizerSection, device: str) -> Choice:
         UserError: the recipe demands the fused kernels and this host has none.
     """
     if section.kind not in _FUSED:
-        return Choice("torch", f"there is no fused kernel for {section.kind}")
+        return torchs(device, f"there is no fused kernel for {section.kind}")
     if section.kernel == "torch":
-        return Choice("torch", "the recipe asks for it")
+        return torchs(device, "the recipe asks for it")
     choice = choose(device)
     if section.kernel == "fused" and not choice.fused:
         raise user_error("optimizer.kernel", choice.reason, "set optimizer.kernel=auto", "fused")
@@ -89,7 +89,7 @@ def build_optimizer(
         if section.kind != "adagrad":
             common["betas"] = section.betas
         return _FUSED[section.kind](groups, eps=section.eps, **common)
-    common["fused"] = True
+    common["fused" if choice.name == "torch-fused" else "foreach"] = True
     if section.kind == "adamw":
         return torch.optim.AdamW(groups, betas=section.betas, eps=section.eps, **common)
     if section.kind == "adam":

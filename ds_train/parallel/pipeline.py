@@ -26,7 +26,7 @@ from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ds_train.models.tasks import Batch, TaskLoss
+from ds_train.models.tasks import Batch, TaskLoss, carry_nonfinite
 from ds_train.models.token_drop import SAMPLE_IDS, TokenDropping
 from ds_train.plan.families import FAMILIES
 from ds_train.plan.topology import Layout
@@ -263,7 +263,7 @@ class Pipeline(PipelineModule):
             self._sums += result
             return result[0]
         self._sums[0] += result.detach()
-        return result * self._weight
+        return carry_nonfinite(result) * self._weight
 
     @torch.no_grad()
     def _synchronize_tied_weights(self) -> None:
@@ -342,6 +342,11 @@ class _Elsewhere(nn.Module):
             raise _StageEnd(given)
         hidden_BTD = self.arriving if self.role == "entrance" else given
         return (hidden_BTD,) if self._gives_tuple else hidden_BTD
+
+
+def is_elsewhere(module: nn.Module) -> bool:
+    """Whether `module` stands for one of another stage."""
+    return isinstance(module, _Elsewhere)
 
 
 def _replace(model: nn.Module, name: str) -> None:

@@ -22,14 +22,18 @@ CHUNK_LOGITS = 2 * 2**20
 
 # What an activation function keeps, in multiples of F, beside the input of the next product where that isn't its
 # output itself. The tanh forms that are written out in Python keep five tensors.
-_KEPT_BY_FUNCTION = {"relu": 1.0, "relu2": 2.0, "gelu_new": 5.0, "gelu_fast": 5.0, "quick_gelu": 4.0}
-_KEPT_BY_KERNELS = 2.0
+_KEPT_BY_FUNCTION = {"relu": 1, "relu2": 2, "gelu_new": 5, "gelu_fast": 5, "quick_gelu": 4}
+_KEPT_BY_KERNELS = 2
 _DROPOUTS = ("resid_pdrop", "hidden_dropout_prob", "hidden_dropout", "dropout", "residual_dropout")
 _ATTENTION_DROPOUTS = ("attn_pdrop", "attention_probs_dropout_prob", "attention_dropout")
 _FLASH = ("flash_attention_2", "flash_attention_3", "flex_attention")
 # What lean layers are taken by (models/lean.py), as a family's modeling file has it.
 _LEAN_NORM = "return self.weight * hidden_states.to(input_dtype)"
 _LEAN_GATED = "self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))"
+
+
+_Kind = tuple[tuple[str, tuple[int, ...], str], ...]
+"""Name, shape and owner of each parameter of a layer."""
 
 
 @dataclass(frozen=True)
@@ -88,10 +92,20 @@ class Activations:
         """(all, largest): bytes that the layers of a stage keep of a micro-batch without checkpointing."""
         key = (share.first, share.stop, work.samples, work.tensor, work.sequence)
         if key not in self._cache:
-            each = {kind: self._layer(kind, work) for kind in set(self._kinds[share.first : share.stop])}
-            kept = [each[kind] for kind in self._kinds[share.first : share.stop]]
+            each = {kind: sum(self._layer(kind, work)) * work.tokens for kind in set(self._of(share))}
+            kept = [each[kind] for kind in self._of(share)]
             self._cache[key] = sum(kept), max(kept, default=0.0)
         return self._cache[key]
+
+    def in_blocks_below(self, size: int, share: Share, work: Work) -> float:
+        """Bytes of tensors smaller than `size` that a stage's layers keep, or make on the way, of a micro-batch."""
+        groups = [0.0] * 2
+        if work.attention not in _FLASH and self._groups < self._heads:
+            groups = [part * work.dtype_bytes / work.tensor for part in self._attention_widths[1:3]]
+        each = {
+            kind: [each * work.tokens for each in self._layer(kind, work) + groups] for kind in set(self._of(share))
+        }
+        return sum(block for kind in self._of(share) for block in each[kind] if block < size)
 
     def stage(self, share: Share, work: Work) -> tuple[float, float]:
         """(bytes kept for one micro-batch in flight, bytes that the backward pass of one layer adds to them)."""
@@ -127,20 +141,21 @@ class Activations:
 
     def masks(self, work: Work) -> float:
         """Bytes of the attention mask of a micro-batch of packed or padded samples."""
-        if work.attention in _FLASH:
-            return 0.0
-        return work.samples * float(work.length) ** 2 * (1 + work.dtype_bytes)
+        return 0.0 if work.attention in _FLASH else work.samples * float(work.length) ** 2
 
     # -- one layer ---------------------------------------------------------------------------------------------------
 
     @cached_property
-    def _kinds(self) -> list[tuple[tuple[str, tuple[int, ...], str], ...]]:
+    def _kinds(self) -> list[_Kind]:
         """Of each layer its parameters, as a key: layers of the same parameters keep the same."""
         found: list[list[tuple[str, tuple[int, ...], str]]] = [[] for _ in range(self._shares.layers)]
         for parameter, place in zip(self._outline.parameters, self._shares.places, strict=True):
             if place >= 0:
                 found[place].append((_inner(parameter), parameter.shape, parameter.kind))
         return [tuple(layer) for layer in found]
+
+    def _of(self, share: Share) -> list[_Kind]:
+        return self._kinds[share.first : share.stop]
 
     @cached_property
     def _attention_widths(self) -> tuple[float, float, float, float]:
@@ -153,83 +168,80 @@ class Activations:
         head = _number(config, "head_dim") or self._hidden / self._heads
         return self._heads * head, self._groups * head, self._groups * head, self._heads * head
 
-    def _layer(self, kind: tuple[tuple[str, tuple[int, ...], str], ...], work: Work) -> float:
-        width = work.dtype_bytes
-        hidden, per_token = self._hidden, 0.0
+    def _layer(self, kind: _Kind, work: Work) -> list[float]:
+        """Bytes per token of each tensor that a layer keeps."""
+        width, hidden = work.dtype_bytes, self._hidden
+        blocks: list[float] = []
         for name, shape, owner in kind:
             if len(shape) == 1 and name.endswith("weight") and shape[0] == hidden and "orm" in owner + name:
-                if "RMS" in owner or "Rms" in owner:
-                    # Written out in Python, in fp32: its input, what is normed, and the output.
-                    normed = 0 if self._is_lean(_LEAN_NORM, work) else 4 if width == 2 else width
-                    per_token += hidden * (normed + 2 * width)
-                else:
-                    per_token += 2 * hidden * width
+                blocks += 2 * [hidden * width]
+                if ("RMS" in owner or "Rms" in owner) and not self._is_lean(_LEAN_NORM, work):
+                    blocks.append(hidden * (4 if width == 2 else width))  # what is normed, in fp32
             elif len(shape) == 1 and shape[0] == hidden and name.startswith(("ln_", "ln.")) and name.endswith("weight"):
-                per_token += 2 * hidden * width
-        attends = any("att" in name for name, _, _ in kind)
-        if attends:
-            per_token += self._attention(kind, work)
-        per_token += self._feed_forward(kind, work) / work.tensor
-        per_token += self._experts(kind, width)
+                blocks += 2 * [hidden * width]
+        if any("att" in name for name, _, _ in kind):
+            blocks += self._attention(kind, work)
+        blocks += [size / work.tensor for size in self._feed_forward(kind, work)]
+        blocks += self._experts(kind, width)
         mask = width if work.device == "cpu" else 1
-        per_token += 2 * hidden * mask * min(1, self._dropouts)
-        return per_token * work.tokens
+        return blocks + 2 * [hidden * mask] * min(1, self._dropouts)
 
-    def _attention(self, kind: tuple[tuple[str, tuple[int, ...], str], ...], work: Work) -> float:
+    def _attention(self, kind: _Kind, work: Work) -> list[float]:
         width = work.dtype_bytes
         query, key, value, output = self._attention_widths
-        kept = (query + key + value + output) * width
+        if work.attention not in _FLASH:
+            # Beside a mask, transformers repeats the keys and values of a group for each of its heads.
+            key, value = (part * self._heads / self._groups for part in (key, value))
+        kept = [query * width, key * width, value * width, output * width]
         if any("q_norm" in name or "k_norm" in name for name, _, _ in kind):
-            kept += 2 * (query + key) * width
+            kept += 2 * [query * width, key * width]
         scores = self._heads * work.length
         if self._by_hand(work):
             # torch's CPU kernel has no dropout: scores, mask and product exist in fp32, queries and keys are scaled.
-            kept += scores * 3 * 4 + (query + key) * width
+            kept += 3 * [scores * 4] + [query * width, key * width]
         elif work.attention == "eager":
             # The softmax is fp32, what it gives in 16 bits is kept too, by the product or by dropout's output.
-            kept += scores * (4 + (width if width < 4 else 0))
+            kept += [scores * 4, *([scores * width] if width < 4 else [])]
             if self._attention_dropout:
-                kept += scores * ((width if work.device == "cpu" else 1) + (width if width == 4 else 0))
-        return kept / work.tensor
+                kept += [scores * (width if work.device == "cpu" else 1), *([scores * width] if width == 4 else [])]
+        # Each layer makes a mask of the scores' format out of the one of booleans, for all of its heads.
+        mask = [work.length * work.sequence * width] if work.attention == "sdpa" and not self._by_hand(work) else []
+        return [size / work.tensor for size in kept] + mask
 
     def _by_hand(self, work: Work) -> bool:
         """Whether scaled-dot-product attention falls back to plain products: on CPUs, with dropout."""
         return work.device == "cpu" and self._attention_dropout and work.attention != "eager"
 
-    def _feed_forward(self, kind: tuple[tuple[str, tuple[int, ...], str], ...], work: Work) -> float:
-        """Bytes per token of the dense feed-forward, before tensor ranks share it."""
-        wide = 0
+    def _feed_forward(self, kind: _Kind, work: Work) -> list[float]:
+        """Bytes per token of what the dense feed-forward keeps, before tensor ranks share it."""
+        wide: list[float] = []
         for name, shape, owner in kind:
             if len(shape) == 2 and "att" not in name and ".experts." not in f".{name}" and "router" not in name:
                 inputs, outputs = shape if owner == "Conv1D" else shape[::-1]
-                if inputs == self._hidden and outputs > 1 and not name.endswith("gate.weight"):
-                    wide += outputs
-                elif inputs == self._hidden and name.endswith(("mlp.gate.weight", "moe.gate.weight")):
-                    continue
-                elif inputs == self._hidden and name.endswith("gate.weight"):
-                    wide += outputs
+                router = name.endswith(("mlp.gate.weight", "moe.gate.weight"))
+                if inputs == self._hidden and not router and (outputs > 1 or name.endswith("gate.weight")):
+                    wide.append(outputs * work.dtype_bytes)
         # Lean ones keep gate and up alone.
-        kept = wide if self._is_lean(_LEAN_GATED, work) else self._by_function(wide)
-        return kept * work.dtype_bytes
+        return wide * (1 if self._is_lean(_LEAN_GATED, work) else self._kept_by_function)
 
     def _is_lean(self, code: str, work: Work) -> bool:
         return work.lean and code in modeling_source(self._arch)
 
-    def _experts(self, kind: tuple[tuple[str, tuple[int, ...], str], ...], width: int) -> float:
+    def _experts(self, kind: _Kind, width: int) -> list[float]:
         """Bytes per token of a mixture's experts, which every tensor rank has whole."""
         visited = _number(self._outline.config, "num_experts_per_tok", "moe_topk", "num_experts_per_token") or 0
         wide = [max(shape[1:]) if len(shape) == 3 else 0 for name, shape, _ in kind if ".experts." in f".{name}"]
         if not visited or not wide:
-            return 0.0
+            return []
         up = max((shape[1] for name, shape, _ in kind if "up_proj" in name and len(shape) == 3), default=max(wide))
-        return visited * (self._by_function(up) + 2 * self._hidden) * width
+        return [visited * (self._kept_by_function * up + 2 * self._hidden) * width]
 
-    def _by_function(self, wide: int) -> float:
-        """Elements kept by a feed-forward whose first products give `wide` elements."""
+    @property
+    def _kept_by_function(self) -> int:
+        """Tensors that a feed-forward keeps for each element that its first products give."""
         if is_gated(self._arch):
-            # Gate, activated gate, up, and the product of the two.
-            return 2.0 * wide
-        return wide * _KEPT_BY_FUNCTION.get(self._function, _KEPT_BY_KERNELS)
+            return 2  # gate, activated gate, up, and the product of the two: four for two
+        return _KEPT_BY_FUNCTION.get(self._function, _KEPT_BY_KERNELS)
 
 
 def _inner(parameter: Parameter) -> str:

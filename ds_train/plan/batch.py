@@ -28,7 +28,7 @@ def plan_batch(batch: BatchSection, data_ranks: int, stages: int = 1) -> BatchPl
     Raises:
         UserError: the global batch can't be cut evenly; names the nearest that can.
     """
-    problems = _uneven(batch, data_ranks)
+    problems = uneven(batch, data_ranks)
     if problems:
         raise UserError(problems)
     share = batch.global_samples // data_ranks
@@ -43,7 +43,8 @@ def plan_batch(batch: BatchSection, data_ranks: int, stages: int = 1) -> BatchPl
     return BatchPlan(batch.global_samples, micro, evaluation, share // micro)
 
 
-def _uneven(batch: BatchSection, data_ranks: int) -> list[Problem]:
+def uneven(batch: BatchSection, data_ranks: int) -> list[Problem]:
+    """Why the global batch can't be cut evenly over `data_ranks`, with the nearest that can; nothing where it can."""
     wanted = batch.global_samples
     unit, what = data_ranks, f"data ranks = {data_ranks}"
     if batch.micro_samples != "auto":

@@ -52,6 +52,7 @@ def cluster_of_hosts(hosts: Sequence[tuple[str, int]], kind: str | None = None) 
     slots = sorted({count for _, count in hosts})
     if len(slots) != 1:
         found = ", ".join(f"{host} has {count}" for host, count in hosts)
-        raise user_error("--cluster", f"hosts differ in their slots: {found}", "give each host as many slots")
+        fix = "give each host as many slots, or choose among them with --include"
+        raise user_error("hostfile", f"hosts differ in their slots: {found}", fix)
     device = TABLE[kind].device if kind is not None else device_here()
     return Cluster(len(hosts) * slots[0], slots[0], device, here=False, kind=kind)

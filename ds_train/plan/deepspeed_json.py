@@ -70,7 +70,6 @@ TUNABLE = frozenset({
     "zero_optimization.contiguous_gradients", "zero_optimization.reduce_scatter",
     "zero_optimization.stage3_prefetch_bucket_size", "zero_optimization.stage3_max_live_parameters",
     "zero_optimization.stage3_max_reuse_distance", "zero_optimization.stage3_param_persistence_threshold",
-    "zero_optimization.stage3_gather_16bit_weights_on_model_save",
 })  # fmt: skip
 """Keys that the plan writes and a recipe's `deepspeed:` section may write otherwise."""
 

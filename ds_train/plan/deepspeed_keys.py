@@ -13,9 +13,10 @@ from functools import cache
 from typing import Any
 
 from ds_train.config.load import nearest
-from ds_train.errors import Problem
+from ds_train.errors import Problem, outermost
 from ds_train.plan.deepspeed_json import OWNED
-from ds_train.plan.sources import classes, package_folder, string_constants
+from ds_train.plan.sources import classes, constants, package_folder
+from ds_train.plan.translate import instead
 
 # Files that read keys, and files where the names of those keys are defined.
 _READERS = (
@@ -38,8 +39,6 @@ _SECTION_VARIABLES = {
     "flops_profiler": ("flops_profiler_dict",),
     "activation_checkpointing": ("act_chkpt_config_dict",),
     "checkpoint": ("checkpoint_dict", "checkpoint_params"),
-    "checkpoint.writer": ("writer_dict",),
-    "checkpoint.parallel_write": ("par_write_params",),
     "data_types": ("data_types_params",),
 }
 
@@ -58,8 +57,13 @@ _MONITORS = ("monitor/config.py", "DeepSpeedMonitorConfig")
 
 _MONITOR = ("a monitor of DeepSpeed that fails on rank 0 hangs the other ranks", "use RUN/metrics.jsonl or track.wandb")
 _MEAN = ("gradients are those of the mean loss of the global batch", "leave it out")
-_OWN_OPTIMIZER = ("it needs DeepSpeedCPUAdam, and the optimizer here is torch's", "leave it out")
+_OWN_OPTIMIZER = ("it needs DeepSpeedCPUAdam, which isn't among the optimizers here", "leave it out")
 _OWN_ORDER = ("the order of samples is a function of the seed and the position alone", "leave it out")
+_OWN_CHECKPOINTS = (
+    "checkpoints and exports are this trainer's own",
+    "leave it out; `checkpoint` of the recipe says what is saved",
+)
+_UNREAD = ("nothing in DeepSpeed 0.19 looks at it", "leave it out")
 _MASTER = ("the optimizer always keeps fp32 master weights and moments", "leave it out")
 
 _EXPERTS = (
@@ -74,24 +78,47 @@ REFUSED: dict[str, tuple[str, str]] = {
     "gradient_allreduce_op": _MEAN,
     "prescale_gradients": _MEAN,
     "gradient_predivide_factor": _MEAN,
-    "data_efficiency": _OWN_ORDER,
+    "data_efficiency": (_OWN_ORDER[0], "leave it out; see `curriculum` and `token_drop` of the recipe"),
+    "dataloader_drop_last": _OWN_ORDER,
+    "disable_allgather": _UNREAD,
+    "vocabulary_size": _UNREAD,
+    "zero_optimization.allgather_partitions": _UNREAD,
+    "zero_optimization.save_muon_momentum_buffer_in_memory": ("there is no Muon here", "leave it out"),
     "bf16.bf16_master_weights_and_grads": _MASTER,
     "bf16.bf16_optimizer_states": _MASTER,
     "fp16.fp16_master_weights_and_grads": _MASTER,
     "zero_optimization.zenflow": _OWN_OPTIMIZER,
     "zero_optimization.offload_optimizer.ratio": _OWN_OPTIMIZER,
     "zero_optimization.offload_optimizer.super_offload": _OWN_OPTIMIZER,
+    "zero_optimization.offload_optimizer.cpuadam_cores_perc": _OWN_OPTIMIZER,
+    "seq_parallel_communication_data_type": (
+        "sequence ranks are data ranks to DeepSpeed here",
+        "set deepspeed.communication_data_type",
+    ),
     "zero_optimization.compute_grad_norm": ("every step reports the norm of its gradients", "leave it out"),
+    "bf16.check_grad_overflow": ("steps with non-finite gradients never reach the weights", "leave it out"),
     "zero_optimization.legacy_stage1": ("its checkpoints and losses differ from stage 1's", "leave it out"),
     "expert_parallel": _EXPERTS,
     "use_data_before_expert_parallelism": _EXPERTS,
     "hybrid_engine": ("it is an engine for reinforcement learning, not for this step loop", "leave it out"),
     "autotuning": ("it ends the run after a few profiled steps", "leave it out"),
-    "checkpoint.load_universal": ("every checkpoint here resumes on any layout", "leave it out"),
-    "checkpoint.use_node_local_storage": ("a checkpoint here is one folder that all hosts see", "leave it out"),
-    "datastates_ckpt": ("a checkpoint here is whole before it is named the newest", "leave it out"),
+    "checkpoint": _OWN_CHECKPOINTS,
+    "datastates_ckpt": _OWN_CHECKPOINTS,
+    "zero_optimization.elastic_checkpoint": _OWN_CHECKPOINTS,
+    "zero_optimization.load_from_fp32_weights": _OWN_CHECKPOINTS,
+    "zero_optimization.pipeline_loading_checkpoint": _OWN_CHECKPOINTS,
+    "zero_optimization.stage3_gather_16bit_weights_on_model_save": _OWN_CHECKPOINTS,
+    "zero_optimization.stage3_gather_fp16_weights_on_model_save": _OWN_CHECKPOINTS,
 }
 """DeepSpeed keys that work against this trainer whatever their value: (reason, fix)."""
+
+# What a recipe has in place of features that DeepSpeed has removed.
+_REPLACED = {
+    "amp": "leave it out; precision.dtype=bf16 or fp16 is mixed precision",
+    "elasticity": "leave it out; a checkpoint resumes on any number of ranks",
+    "curriculum_learning": "leave it out; `curriculum` of the recipe does this",
+    "zero_optimization.mics_shard_size": "leave it out; see parallel.secondary_partition",
+}
 
 # Where "auto" is a value that DeepSpeed itself resolves (runtime/constants.py:391).
 _AUTO_ALLOWED = frozenset({"data_types.keep_in_fp32_modules"})
@@ -106,13 +133,8 @@ class Field:
 
 def check_raw(raw: Mapping[str, Any]) -> list[Problem]:
     """What is wrong with raw `deepspeed:` keys: the plan's own, refused, removed, unknown, of a wrong type, `auto`."""
-    problems: list[Problem] = []
-    for path, value in _paths(raw):
-        problem = _check_key(path, value)
-        # A section and the keys under it would say the same thing twice.
-        if problem and not any(problem.key.startswith(f"{other.key}.") for other in problems):
-            problems.append(problem)
-    return problems
+    found = (_check_key(path, value) for path, value in _paths(raw))
+    return outermost(problem for problem in found if problem is not None)
 
 
 def known_key(path: str) -> bool:
@@ -135,9 +157,10 @@ def section_fields(section: str) -> Mapping[str, Field] | None:
         return _model_fields(*_SECTION_MODELS[section])
     if section in _SECTION_VARIABLES:
         files = [file for file in _READERS if section or file not in _NOT_TOP_LEVEL]
-        keys = {key for file in files for key in _looked_up_in(file, _SECTION_VARIABLES[section])}
+        pairs = [pair for file in files for pair in _looked_up_in(file, _SECTION_VARIABLES[section])]
+        keys = dict(sorted(pairs, key=lambda pair: pair[1].annotation))  # where a key is read twice, its type stays
         extra = {*(_model_fields(*_MONITORS) or ()), "sequence_parallel_size"} if section == "" else set()
-        return dict.fromkeys(keys | extra | _subsections(section), Field()) or None
+        return dict.fromkeys(extra | _subsections(section), Field()) | keys or None
     return dict.fromkeys(_subsections(section), Field()) or None
 
 
@@ -159,13 +182,13 @@ def removed_keys() -> dict[str, str]:
 def _check_key(path: str, value: Any) -> Problem | None:
     key = f"deepspeed.{path}"
     if path in OWNED:
-        return Problem(key, "the plan writes this key", f"set {OWNED[path]} instead", value)
+        return Problem(key, "the plan writes this key", instead(path, value), value)
     if path in REFUSED:
         return Problem(key, *REFUSED[path], value)
     if path in removed_keys():
-        return Problem(key, removed_keys()[path], "leave it out", value)
+        return Problem(key, removed_keys()[path], _REPLACED.get(path, "leave it out"), value)
     if value == "auto" and path not in _AUTO_ALLOWED:
-        return Problem(key, 'DeepSpeed drops "auto" without a word and takes its own default', "write a value", value)
+        return Problem(key, 'DeepSpeed drops "auto" without a word and takes its own default', "leave it out", value)
     if not known_key(path):
         return _unknown(path, value)
     if _is_section(path) and not isinstance(value, Mapping):
@@ -200,7 +223,9 @@ def _wrong_type(path: str, value: Any) -> Problem | None:
     }
     if fits.get(annotation, True):
         return None
-    return Problem(f"deepspeed.{path}", f"DeepSpeed takes {annotation} here", "write one, without quotes", value)
+    kind = {"bool": "true or false", "int": "a whole number", "float": "a number", "str": "text"}[annotation]
+    fix = "write one, without quotes" if annotation != "str" else "write some"
+    return Problem(f"deepspeed.{path}", f"DeepSpeed takes {kind} here", fix, value)
 
 
 def _is_section(path: str) -> bool:
@@ -232,21 +257,22 @@ def _model_fields(file: str, class_name: str) -> dict[str, Field] | None:
 
 
 @cache
-def _constants() -> dict[str, str]:
-    constants: dict[str, str] = {}
+def _constants() -> dict[str, Any]:
+    """Names that the source gives to keys and to their defaults."""
+    found: dict[str, Any] = {}
     for file in _CONSTANTS:
         tree = _parse(file)
-        constants.update(string_constants(tree) if tree else {})
-    return constants
+        found.update(constants(tree) if tree else {})
+    return found
 
 
-def _looked_up_in(file: str, variables: tuple[str, ...]) -> set[str]:
+def _looked_up_in(file: str, variables: tuple[str, ...]) -> list[tuple[str, Field]]:
     tree = _parse(file)
-    return {key for node in ast.walk(tree) for key in _looked_up(node, variables)} if tree else set()
+    return [pair for node in ast.walk(tree) for pair in _looked_up(node, variables)] if tree else []
 
 
-def _looked_up(node: ast.AST, variables: tuple[str, ...]) -> list[str]:
-    """Keys that a piece of syntax looks up in a dictionary of one of these names."""
+def _looked_up(node: ast.AST, variables: tuple[str, ...]) -> list[tuple[str, Field]]:
+    """Keys that a piece of syntax looks up in a dictionary of one of these names, with the types of their defaults."""
 
     def is_ours(part: ast.expr) -> bool:
         name = part.id if isinstance(part, ast.Name) else part.attr if isinstance(part, ast.Attribute) else ""
@@ -268,7 +294,14 @@ def _looked_up(node: ast.AST, variables: tuple[str, ...]) -> list[str]:
         candidates = [node.slice]  # param_dict[KEY]
     names = [part.id for part in candidates if isinstance(part, ast.Name)]
     literals = [part.value for part in candidates if isinstance(part, ast.Constant) and isinstance(part.value, str)]
-    return literals + [_constants()[name] for name in names if name in _constants()]
+    named = [(_constants()[name], _of_default(f"{name}_DEFAULT")) for name in names if name in _constants()]
+    return [(key, Field()) for key in literals] + [(key, kind) for key, kind in named if isinstance(key, str)]
+
+
+def _of_default(name: str) -> Field:
+    """The type of a key whose default has that name in the source: bool, int and float say it, other defaults don't."""
+    kind = type(_constants().get(name)).__name__
+    return Field(kind if kind in ("bool", "int", "float") else "")
 
 
 def _first_sentence(node: ast.expr) -> str:

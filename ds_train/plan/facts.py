@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,6 +12,8 @@ from ds_train.config import RunConfig
 from ds_train.config.batch import settled
 from ds_train.config.data import BYTES_VOCABULARY
 from ds_train.plan.model_size import ModelSize, model_size, read_config
+from ds_train.plan.outline import Outline, outline
+from ds_train.plan.shares import Shares
 from ds_train.plan.stage import effective_stage
 from ds_train.plan.topology import Cluster
 from ds_train.plan.transformers_keys import config_fields, supports
@@ -36,6 +39,27 @@ class Facts:
     def size(self) -> ModelSize | None:
         """Sizes of the model; None for a hub id that isn't on this machine."""
         return model_size(self.run.model, self.run.task.kind, self.vocabulary)
+
+    @cached_property
+    def outline(self) -> Outline | None:
+        """Parameters and plans of the model; None where its config isn't known here, or its code isn't understood."""
+        keys = self._model_keys
+        if self.arch is None or keys is None:
+            return None
+        return outline(self.arch, self.run.task.kind, keys)
+
+    @cached_property
+    def shares(self) -> Shares | None:
+        """How the model can be cut; None where `outline` is."""
+        if self.arch is None or self.outline is None:
+            return None
+        return Shares(self.outline, self.arch, self.run.data.sequence_length)
+
+    def on(self, run: RunConfig) -> Facts:
+        """The facts of another recipe of the same model and data on the same cluster, without working them out anew."""
+        other = Facts(run, self.cluster)
+        other.__dict__.update({name: getattr(self, name) for name in ("size", "outline", "shares")})
+        return other
 
     @property
     def arch(self) -> str | None:
@@ -77,6 +101,22 @@ class Facts:
     def config_keys(self) -> dict[str, Any]:
         """Every key that the family's transformers config takes; empty where they aren't known."""
         return config_fields(self.arch) if self.arch else {}
+
+    @property
+    def _model_keys(self) -> Mapping[str, Any] | None:
+        """Keys of the model's config as training will build it; None for a hub id that isn't on this machine."""
+        run = self.run
+        keys: dict[str, Any] = dict(run.model.config)
+        if run.task.kind == "sequence-classification":
+            keys["num_labels"] = run.task.num_labels
+        if run.model.path is None:
+            if "vocab_size" not in keys:
+                if self.vocabulary is None:
+                    return None
+                keys["vocab_size"] = self.vocabulary
+            return keys
+        stored = read_config(run.model.path, run.model.revision)
+        return stored | keys if stored is not None else None
 
     def supports(self, flag: str) -> bool:
         """Whether the family's models have what a class attribute of transformers says; yes where it isn't known."""

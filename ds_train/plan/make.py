@@ -6,13 +6,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ds_train.config import RunConfig
-from ds_train.errors import UserError
+from ds_train.errors import UserError, outermost
 from ds_train.plan.batch import BatchPlan, plan_batch
 from ds_train.plan.deepspeed_json import deepspeed_json
 from ds_train.plan.deepspeed_keys import check_raw
 from ds_train.plan.facts import Facts
 from ds_train.plan.model_size import ModelSize
-from ds_train.plan.predict import Prediction, Predictor, chosen
+from ds_train.plan.predict import Prediction, Predictor, chosen, unknown
 from ds_train.plan.rules import check
 from ds_train.plan.search import Search, auto_fields, search
 from ds_train.plan.stage import effective_stage
@@ -71,7 +71,7 @@ def make_plan(run: RunConfig, cluster: Cluster) -> RunPlan:
     if found is not None:
         run = found.best.run
     facts = Facts(run, cluster)
-    problems = check(facts) + check_raw(run.deepspeed)
+    problems = outermost(check(facts) + check_raw(run.deepspeed))
     data_ranks = max(1, cluster.ranks // facts.fixed_ranks)
     try:
         batch = plan_batch(run.batch, data_ranks, facts.pipeline)
@@ -85,6 +85,15 @@ def make_plan(run: RunConfig, cluster: Cluster) -> RunPlan:
     predicted = predictor.predict(chosen(run, layout, batch, facts.stage)) if predictor else None
     notes = _notes(facts, batch, predicted)
     return RunPlan(run, cluster, layout, batch, facts.stage, facts.size, json, notes, predicted, found)
+
+
+def like_steps(run: RunConfig) -> int | None:
+    """Optimizer steps of a run whose steps are all alike; None where they aren't, or their number depends on data."""
+    reduced = run.curriculum.kind != "none" or run.patch.size > 1 or run.token_drop.kind != "none"
+    if reduced or (run.schedule.steps is None and run.schedule.tokens is None):
+        return None
+    tokens = run.batch.global_samples * run.data.sequence_length
+    return run.schedule.steps or -(-(run.schedule.tokens or 0) // tokens)
 
 
 def _notes(facts: Facts, batch: BatchPlan, predicted: Prediction | None) -> tuple[str, ...]:
@@ -111,4 +120,11 @@ def _notes(facts: Facts, batch: BatchPlan, predicted: Prediction | None) -> tupl
     data = facts.run.data
     if facts.run.task.kind == "sequence-classification" and data.packing and "packing" in data.model_fields_set:
         notes.append("data.packing=True: samples of sequence-classification are padded, not packed")
+    if predicted is None:
+        notes.append("memory and time aren't predicted: {}; {}".format(*unknown(facts)))
+    elif predicted.step is None:
+        notes.append(
+            f"time isn't predicted: no figures of this {facts.cluster.device} device; name one with --cluster, or "
+            "measure it with `ds-train calibrate`"
+        )
     return tuple(notes)

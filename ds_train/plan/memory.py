@@ -31,14 +31,15 @@ _RUNTIME_ON_DEVICES = 1.5 * 2**30
 _GAPS_ON_DEVICES = 0.06
 """Share of what comes and goes within a step that a device's caching allocator loses to gaps."""
 
-_RUNTIME_ON_CPU = 60 * 2**20
+_RUNTIME_ON_CPU = 20 * 2**20
 """What a CPU process takes after its imports beside tensors."""
 
-# The C library's heap on CPUs. Blocks of less than _MAPPED_BYTES (engine/ranks.py) live in it, and what they leave is
-# neither given back nor large enough for the flat buffers of reductions and updates. Shares of what comes and goes
-# within a step, fitted to the Llama's layouts of benchmarks/planner.py.
+# The C library's heap on CPUs. Blocks of less than _MAPPED_BYTES (engine/ranks.py) live in it; with blocks of many
+# sizes that come and go it grows to several times what they hold at once, and little of it is given back. A multiple of
+# what layers keep in such blocks, and bytes for each of ZeRO-3's gathered parameters that lie between them, fitted to
+# the Llama's layouts of benchmarks/planner.py.
 _MAPPED_BYTES = 2**20
-_GAPS, _GAPS_OF_LARGE, _GAPS_OF_TENSOR_RANKS, _GATHERED_BETWEEN = 0.40, 0.10, 0.45, 1.75
+_HEAP_OF_SMALL_BLOCKS, _HEAP_OF_GATHERED = 4.2, 4.5
 
 
 @dataclass(frozen=True)
@@ -167,27 +168,19 @@ class MemoryModel:
             "buckets": states.buckets,
         }
         update = {"reduction and update": after}
-        if self._device == "cpu":
-            gaps = self._heap_gaps(share, choice, work, within)
-            one = _added(steady | passing | update | {"gaps": gaps, "runtime": _RUNTIME_ON_CPU}, states.host)
-            return RankMemory(number, _whole(one))
         larger = passing if within >= after else update
+        if self._device == "cpu":
+            gaps = self._heap_gaps(share, work, in_flight, states.gathered)
+            one = _added(steady | larger | {"gaps": gaps, "runtime": _RUNTIME_ON_CPU}, states.host)
+            return RankMemory(number, _whole(one))
         gaps = _GAPS_ON_DEVICES * (max(within, after) + states.gradients)
         device = steady | larger | {"gaps": gaps, "runtime": _RUNTIME_ON_DEVICES}
         return RankMemory(number, _whole(device), _whole(states.host))
 
-    def _heap_gaps(self, share: Share, choice: Choice, work: Work, within: float) -> float:
+    def _heap_gaps(self, share: Share, work: Work, in_flight: int, gathered: float) -> float:
         """Bytes that a CPU rank's heap holds and doesn't use at the peak."""
-        if work.tokens * self.activations.hidden * self.width >= _MAPPED_BYTES:
-            return _GAPS_OF_LARGE * within
-        gaps = _GAPS * within
-        if choice.stage == 3:
-            # Gathered anew in each pass, they come to lie between activations.
-            pieces = (piece.elements * count for piece, count in share.pieces if piece.elements * 4 < _MAPPED_BYTES)
-            gaps += _GATHERED_BETWEEN * 4 * sum(pieces)
-        elif choice.layout.tensor > 1:
-            gaps += _GAPS_OF_TENSOR_RANKS * within
-        return gaps
+        small = self.activations.in_blocks_below(_MAPPED_BYTES, share, work) * in_flight
+        return _HEAP_OF_SMALL_BLOCKS * small + (_HEAP_OF_GATHERED * gathered / self.width if small else 0.0)
 
     def _states(self, share: Share, choice: Choice) -> _States:
         if choice.stage == 3:

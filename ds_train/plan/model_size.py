@@ -14,7 +14,7 @@ from ds_train.config.model import ModelSection
 from ds_train.plan.transformers_keys import Task, attribute_map, config_fields, modeling_source
 
 # Names under which families that have no attribute_map entry keep the common sizes.
-_ALIASES = {
+ALIASES = {
     "hidden_size": ("hidden_size", "n_embd", "d_model", "dim"),
     "num_hidden_layers": ("num_hidden_layers", "n_layer", "num_layers", "n_layers"),
     "num_attention_heads": ("num_attention_heads", "n_head", "num_heads", "n_heads"),
@@ -147,7 +147,7 @@ def model_size(model: ModelSection, task: Task, vocabulary: int | None = None) -
         defaults = config_fields(arch)
     renamed = attribute_map(arch)
     sizes: dict[str, Any] = {}
-    for name, aliases in _ALIASES.items():
+    for name, aliases in ALIASES.items():
         value = _first((renamed.get(name, name), *aliases), given, defaults)
         if isinstance(value, int) and not isinstance(value, bool) and value > 0:
             sizes[name] = value

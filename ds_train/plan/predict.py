@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +11,9 @@ from ds_train.plan.facts import Facts
 from ds_train.plan.hardware import GIB, Hardware, hardware_of
 from ds_train.plan.memory import Choice, MemoryModel, RankMemory
 from ds_train.plan.model_size import read_config
-from ds_train.plan.outline import outline
 from ds_train.plan.throughput import StepTime, TimeModel
 from ds_train.plan.topology import Cluster, Layout
+from ds_train.plan.transformers_keys import known_architectures
 
 
 @dataclass(frozen=True)
@@ -89,9 +88,7 @@ class Predictor:
     def of(facts: Facts) -> Predictor | None:
         """None where the model's sizes aren't known here, or its family's code isn't understood."""
         run = facts.run
-        keys = config_keys(facts)
-        arch = facts.arch
-        found = outline(arch, run.task.kind, keys) if arch is not None and keys is not None else None
+        arch, found = facts.arch, facts.outline
         if arch is None or found is None:
             return None
         memory = MemoryModel(run, found, arch, facts.cluster.device)
@@ -105,20 +102,16 @@ class Predictor:
         return Prediction(tuple(self.memory.ranks(choice)), self.limit, self.host_limit, name, step, tflops)
 
 
-def config_keys(facts: Facts) -> Mapping[str, Any] | None:
-    """Keys of the model's config as training will build it; None for a hub id that isn't on this machine."""
-    run = facts.run
-    keys: dict[str, Any] = dict(run.model.config)
-    if run.task.kind == "sequence-classification":
-        keys["num_labels"] = run.task.num_labels
-    if run.model.path is None:
-        if "vocab_size" not in keys:
-            if facts.vocabulary is None:
-                return None
-            keys["vocab_size"] = facts.vocabulary
-        return keys
-    stored = read_config(run.model.path, run.model.revision)
-    return stored | keys if stored is not None else None
+def unknown(facts: Facts) -> tuple[str, str]:
+    """(why nothing can be predicted, what to do about it) where there is no `Predictor` of a recipe."""
+    path = facts.run.model.path
+    if path is not None and read_config(path, facts.run.model.revision) is None:
+        return f"the config.json of {path} isn't on this machine", f"fetch it: hf download {path} config.json"
+    if facts.arch not in known_architectures():
+        return f"transformers has no family {facts.arch}", "give a model_type of the installed transformers"
+    if path is None and facts.vocabulary is None and "vocab_size" not in facts.run.model.config:
+        return "the tokenizer's size isn't known before it is loaded", "set model.vocab_size"
+    return f"the planner doesn't understand the code of family {facts.arch}", "measure a short run"
 
 
 def chosen(run: RunConfig, layout: Layout, batch: BatchPlan, stage: int) -> Choice:

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 from ds_train.config import RunConfig
 from ds_train.errors import Problem, UserError, user_error
-from ds_train.plan.batch import BatchPlan
+from ds_train.plan.batch import BatchPlan, uneven
 from ds_train.plan.facts import Facts
 from ds_train.plan.memory import Choice, RankMemory
-from ds_train.plan.predict import Predictor, shortage
+from ds_train.plan.predict import Predictor, shortage, unknown
 from ds_train.plan.rules import check
 from ds_train.plan.stage import effective_stage
 from ds_train.plan.topology import Cluster, Layout
@@ -28,7 +28,7 @@ _RUNNERS_UP = 4
 _EQUAL = 0.01
 # Share of a device's memory that a choice may fill: predictions err, and a run that dies costs more than one that is
 # a little slower.
-_FILLED = 0.95
+FILLED = 0.95
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,8 @@ class Search:
     ranked: tuple[Scored, ...]
     rejected: tuple[Rejected, ...]
     considered: int
+    limited: bool
+    """Whether a device's memory is known."""
 
     @property
     def best(self) -> Scored:
@@ -103,7 +105,7 @@ def search(run: RunConfig, cluster: Cluster) -> Search:
     asked = _Asked(run, cluster)
     if not asked.scored:
         raise UserError(asked.problems())
-    return Search(tuple(_ranked(asked.scored)), tuple(asked.rejections()), asked.considered)
+    return Search(tuple(_ranked(asked.scored)), tuple(asked.rejections()), asked.considered, asked.limited)
 
 
 def nearest(run: RunConfig, cluster: Cluster) -> Scored | UserError:
@@ -129,22 +131,26 @@ class _Asked:
         base = Facts(settle(run, _plain(run)), cluster)
         predictor = Predictor.of(base)
         if predictor is None:
-            reason = "the planner needs the model's sizes, which aren't known here, or its code isn't understood"
-            fix = "give model.path as a local folder with a config.json"
+            reason, fix = unknown(base)
             keys = auto_fields(run)
             if not keys:
                 raise user_error("model", reason, fix)
-            raise user_error(keys[0], reason, f"write the value, or {fix}", "auto")
+            raise user_error(keys[0], f"the planner can't choose it: {reason}", f"{fix}, or write a value", "auto")
         if predictor.time is None:
             raise user_error(
                 "--cluster", f"the figures of this {cluster.device} device aren't known",
                 "name a device of the table, such as 1x8:H100, or measure it with `ds-train calibrate`",
             )  # fmt: skip
         self._predictor, self._time = predictor, predictor.time
-        self._limit = None if predictor.limit is None else int(predictor.limit * _FILLED)
+        self._limit = None if predictor.limit is None else int(predictor.limit * FILLED)
         self._base = base
         for layout in self._layouts():
             self._try(layout)
+
+    @property
+    def limited(self) -> bool:
+        """Whether a device's memory is known."""
+        return self._limit is not None
 
     def problems(self) -> list[Problem]:
         """Why nothing can run."""
@@ -161,8 +167,9 @@ class _Asked:
         return [
             Problem(
                 keys[0] if keys else "parallel",
-                f"nothing fits on {self._cluster.ranks} ranks: {'; '.join(reasons)}",
+                f"nothing fits on {self._cluster.ranks} ranks at {FILLED:.0%} of their memory: {'; '.join(reasons)}",
                 "add ranks, shorten data.sequence_length, or let parallel.offload_optimizer=auto use host memory",
+                *(["auto"] if keys else []),
             )
         ]
 
@@ -202,7 +209,7 @@ class _Asked:
                         yield Layout(pipe, rest, sequence, tensor)
 
     def _try(self, layout: Layout) -> None:
-        run, parallel, shares = self._run, self._run.parallel, self._predictor.memory.shares
+        run, parallel = self._run, self._run.parallel
         stages = _options(parallel.zero_stage, (0, 1, 2, 3))
         disks = ("nvme",) if parallel.nvme_path else ()
         for stage in stages:
@@ -223,25 +230,15 @@ class _Asked:
                     if effective != stage and parallel.zero_stage == "auto":
                         continue  # the same as another candidate
                     sample = Choice(layout, effective, 1, 1, optimizer, params)
-                    facts = Facts(variant, self._cluster)
-                    facts.__dict__["size"] = self._base.size
-                    problems = check(facts) + self._plans(layout, shares)
+                    problems = check(self._base.on(variant))
                     batches = list(self._batches(layout)) if not problems else []
                     if not problems and not batches:
-                        problems = [self._uneven(layout)]
+                        problems = uneven(self._run.batch, layout.data)
                     if problems:
                         self._forbidden.setdefault(_class(sample), problems)
                         continue
                     self._allowed.add(_class(sample))
                     self._score(variant, sample, batches)
-
-    def _plans(self, layout: Layout, shares: Any) -> list[Problem]:
-        problems = []
-        if layout.pipe > 1 and not shares.can_cut_stages:
-            problems.append(Problem("parallel.pipeline", f"there is no pipeline plan for {self._base.arch}"))
-        if layout.tensor > 1 and not shares.can_cut_tensors:
-            problems.append(Problem("parallel.tensor", f"there is no tensor plan for {self._base.arch}"))
-        return problems
 
     def _batches(self, layout: Layout) -> Iterator[BatchPlan]:
         batch = self._run.batch
@@ -252,12 +249,6 @@ class _Asked:
             if share % micro == 0:
                 evaluation = micro if batch.eval_micro_samples == "auto" else batch.eval_micro_samples
                 yield BatchPlan(batch.global_samples, micro, evaluation, share // micro)
-
-    def _uneven(self, layout: Layout) -> Problem:
-        return Problem(
-            "batch.global_samples", f"not a multiple of the {layout.data} data ranks x micro_samples",
-            "choose a multiple", self._run.batch.global_samples,
-        )  # fmt: skip
 
     def _score(self, variant: RunConfig, sample: Choice, batches: Sequence[BatchPlan]) -> None:
         memory, limit, host_limit = self._predictor.memory, self._limit, self._predictor.host_limit

@@ -11,9 +11,9 @@ from rich.syntax import Syntax
 from rich.table import Table
 
 from ds_train.plan.hardware import GIB
-from ds_train.plan.make import RunPlan
+from ds_train.plan.make import RunPlan, like_steps
 from ds_train.plan.predict import Prediction
-from ds_train.plan.search import Search
+from ds_train.plan.search import FILLED, Search
 from ds_train.plan.why import Explanation
 
 _MIB = 2**20
@@ -21,7 +21,7 @@ _MIB = 2**20
 
 def show_plan(made: RunPlan, console: Console | None = None) -> None:
     """Print a plan."""
-    console = console or Console(highlight=False)
+    console = console or _console()
     run, layout, batch = made.run, made.layout, made.batch
     size = f"about {made.parameters:,} parameters" if made.parameters else "size unknown until the model is loaded"
     kind = made.cluster.kind or made.cluster.device
@@ -29,8 +29,8 @@ def show_plan(made: RunPlan, console: Console | None = None) -> None:
     table.add_row("model", escape(f"{run.model.arch or run.model.path}, {size}"))
     table.add_row(
         "layout",
-        f"{layout.ranks} {kind} ranks = pipe {layout.pipe} x data {layout.data} x sequence {layout.sequence} "
-        f"x tensor {layout.tensor}, ZeRO-{made.zero_stage}",
+        f"{layout.ranks} {kind} rank{'' if layout.ranks == 1 else 's'} = pipe {layout.pipe} x data {layout.data} "
+        f"x sequence {layout.sequence} x tensor {layout.tensor}, ZeRO-{made.zero_stage}",
     )
     table.add_row(
         "batch",
@@ -40,6 +40,9 @@ def show_plan(made: RunPlan, console: Console | None = None) -> None:
     if made.predicted is not None:
         for name, text in _summary(made.predicted, batch.global_samples * run.data.sequence_length).items():
             table.add_row(name, text)
+        steps = like_steps(run)
+        if made.predicted.step is not None and steps is not None:
+            table.add_row("run", _whole_run(made, steps, made.predicted.step.seconds))
     for note in made.notes:
         table.add_row("note", escape(note))
     console.print(table)
@@ -52,7 +55,7 @@ def show_plan(made: RunPlan, console: Console | None = None) -> None:
 
 def show_explanation(explained: Explanation, console: Console | None = None) -> None:
     """Print what `--why` asked for."""
-    console = console or Console(highlight=False)
+    console = console or _console()
     if explained.scored is None or explained.predicted is None:
         console.print(f"{explained.question}: no. {escape(explained.against or '')}")
         return
@@ -69,11 +72,25 @@ def show_explanation(explained: Explanation, console: Console | None = None) -> 
         console.print(_time_table(explained.predicted.step.parts()))
 
 
+def _console() -> Console:
+    """Of the terminal's width; wide enough for every line where the output is read by something else."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=200)
+
+
+def _whole_run(made: RunPlan, steps: int, step_seconds: float) -> str:
+    seconds = steps * step_seconds
+    hours = seconds * made.layout.ranks / 3600
+    in_words = f"{hours:,.0f}" if hours >= 100 else f"{hours:.3g}"
+    cost = f"{in_words} {made.cluster.kind or made.cluster.device}-hours"
+    return f"{steps:,} steps, {_seconds(seconds)}, {cost} (predicted; without start, evaluation and saving)"
+
+
 def _summary(predicted: Prediction, tokens: int) -> dict[str, str]:
     worst = predicted.worst
-    of = f" of {predicted.limit_bytes / GIB:.1f} GiB" if predicted.limit_bytes else ""
+    of = f" of {_size(predicted.limit_bytes)}" if predicted.limit_bytes else ""
     host = f", {_size(worst.host_bytes)} of host memory" if worst.host_bytes else ""
-    rows = {"memory": f"{_size(worst.device_bytes)} a rank at its peak{of}{host} (predicted)"}
+    rows = {"memory": f"{_size(worst.device_bytes)}{of} at a rank's peak{host} (predicted)"}
     if predicted.step is not None:
         seconds = predicted.step.seconds
         rate = f"{tokens / seconds:,.0f} tokens/s, {predicted.tflops_per_device:.3g} TFLOP/s a rank"
@@ -95,8 +112,9 @@ def _memory_table(predicted: Prediction) -> Table:
         for rank in shown.values():
             items |= dict.fromkeys(getattr(rank, place))
         for item in items:
-            sizes = [_size(getattr(shown[number], place).get(item, 0)) for number in sorted(shown)]
-            table.add_row(f"{item} (host)" if place == "host" else item, *sizes)
+            sizes = [getattr(shown[number], place).get(item) for number in sorted(shown)]
+            cells = ["" if size is None else _size(size) for size in sizes]
+            table.add_row(f"{item} (host)" if place == "host" else item, *cells)
     return table
 
 
@@ -109,7 +127,9 @@ def _time_table(parts: Mapping[str, float]) -> Table:
 
 
 def _show_search(found: Search, console: Console) -> None:
-    table = Table(box=None, pad_edge=False, title=f"chosen from {found.considered:,}", title_justify="left")
+    of = f" that fill at most {FILLED:.0%} of a device's memory" if found.limited else ""
+    console.print(f"chosen from {found.considered:,} ways to run it{of}")
+    table = Table(box=None, pad_edge=False)
     for name in ("", "layout", "memory", "step"):
         table.add_column(name, justify="right" if name in ("memory", "step") else "left")
     for place, scored in enumerate(found.ranked):
@@ -125,4 +145,9 @@ def _size(size: int) -> str:
 
 
 def _seconds(seconds: float) -> str:
-    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
+    if seconds < 1:
+        return f"{seconds * 1e3:.3g} ms"
+    for unit, length in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.3g} {unit}"
+    return f"{seconds:.2f} s"

@@ -6,6 +6,7 @@ import ast
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 
 @cache
@@ -28,12 +29,12 @@ def classes(tree: ast.Module) -> dict[str, ast.ClassDef]:
     return {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
 
 
-def string_constants(tree: ast.Module) -> dict[str, str]:
-    """Top-level `NAME = "text"` assignments of a module."""
+def constants(tree: ast.Module) -> dict[str, Any]:
+    """Top-level `NAME = literal` assignments of a module, of texts, numbers, booleans and None."""
     return {
         target.id: node.value.value
         for node in tree.body
-        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)
         for target in node.targets
         if isinstance(target, ast.Name)
     }

@@ -59,7 +59,12 @@ class TimeModel:
         self._model, self._cluster = memory, cluster
         self._hardware = hardware.of_ranks(cluster.ranks_per_host)
         run = memory.run
-        self._flops = self._hardware.flops[run.precision.dtype] * self._hardware.attainable
+        flops = self._hardware.flops
+        # CPUs that multiply 16 bits more slowly than fp32 widen them (models/cpu_products.py).
+        peak = flops[run.precision.dtype]
+        if self._hardware.device == "cpu":
+            peak = max(peak, flops["fp32"])
+        self._flops = peak * self._hardware.attainable
         self._width = memory.width
         self._length = run.data.sequence_length
 

@@ -40,15 +40,25 @@ class StepShape:
 
 
 @dataclass(frozen=True)
+class Skip:
+    """From step `step` (counted from 0) on, samples come from `windows` windows further along the run's order."""
+
+    step: int
+    windows: int
+
+
+@dataclass(frozen=True)
 class Timeline:
     """Shapes of all steps, kept as the first step of every stretch of equal ones.
 
-    `total_tokens` is what the run is made for: the place of the last step's end on every curve.
+    `total_tokens` is what the run is made for: the place of the last step's end on every curve. `skips` are what
+    roll-backs have left out of the data, in the order in which they were decided; they leave steps and clock alone.
     """
 
     stretches: tuple[StepShape, ...]
     steps: int
     total_tokens: int
+    skips: tuple[Skip, ...] = ()
 
     def at(self, step: int) -> StepShape:
         """Shape of step `step`, counted from 0."""
@@ -56,7 +66,14 @@ class Timeline:
         past = step - start.step
         taken = past * start.samples
         before = start.before + taken * start.length
-        return replace(start, step=step, before=before, first=start.first + taken)
+        skipped = start.parts * sum(skip.windows for skip in self.skips if skip.step <= step)
+        return replace(start, step=step, before=before, first=start.first + taken + skipped)
+
+    def skipping(self, first: int, stop: int) -> Timeline:
+        """The timeline on which step `first` comes again, and no window of steps `first` to `stop` - 1 does."""
+        start, end = self.at(first), self.at(stop - 1)
+        windows = -(-(end.first + end.samples) // end.parts) - start.first // start.parts
+        return replace(self, skips=(*self.skips, Skip(first, windows)))
 
     def shapes(self, first: int, stop: int) -> Iterator[StepShape]:
         """Shapes of steps `first` to `stop` - 1."""

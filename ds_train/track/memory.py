@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import resource
 import sys
+from functools import cache
 from typing import Any
 
 import psutil
+
+
+@cache
+def _process() -> psutil.Process:
+    return psutil.Process()
 
 
 def memory(device: str) -> dict[str, float]:
@@ -15,7 +21,7 @@ def memory(device: str) -> dict[str, float]:
         # Linux counts in KiB, macOS in bytes.
         unit = 2**20 if sys.platform == "darwin" else 2**10
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-        current = psutil.Process().memory_info().rss
+        current = _process().memory_info().rss
     else:
         import torch
 

@@ -18,7 +18,10 @@ class MetricsFile:
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one line; NaN and infinities become the strings "nan", "inf" and "-inf", since JSON has none."""
-        line = json.dumps(_finite(record), allow_nan=False) + "\n"
+        try:
+            line = json.dumps(record, allow_nan=False) + "\n"
+        except ValueError:
+            line = json.dumps(_finite(record), allow_nan=False) + "\n"
         try:
             self._append(line.encode())
             self._failed = False
@@ -27,10 +30,17 @@ class MetricsFile:
                 self._warn(f"metrics can't be written to {self._path}: {_why(error)}; training goes on")
             self._failed = True
 
-    def truncate_after(self, step: int) -> None:
-        """Drop records of later steps and a half-written last line, as a resumed run writes them again."""
+    def truncate_after(self, step: int, dropped: str | None = None) -> None:
+        """Drop records of later steps and a half-written last line, as a resumed run writes them again.
+
+        `dropped` names a file beside this one that they are appended to.
+        """
         try:
-            text = "".join(line + "\n" for line, record in _lines(self._path) if record.get("step", 0) <= step)
+            lines = list(_lines(self._path))
+            text = "".join(line + "\n" for line, record in lines if record.get("step", 0) <= step)
+            if dropped is not None:
+                with self._path.with_name(dropped).open("a", encoding="utf-8") as file:
+                    file.writelines(line + "\n" for line, record in lines if record.get("step", 0) > step)
             partial = self._path.with_name(self._path.name + ".partial")
             partial.write_text(text, encoding="utf-8")
             partial.replace(self._path)
@@ -49,15 +59,18 @@ class MetricsFile:
                 raise
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All whole records of a metrics file; none where there is no file."""
-    return [record for _, record in _lines(path)]
+def read_metrics(path: Path, last_bytes: int | None = None) -> list[dict[str, Any]]:
+    """All whole records of a metrics file, or those that end its `last_bytes`; none where there is no file."""
+    return [record for _, record in _lines(path, last_bytes)]
 
 
-def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _lines(path: Path, last_bytes: int | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each whole line with its record."""
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - last_bytes) if last_bytes is not None else 0)
+            lines = file.read().decode("utf-8", errors="replace").splitlines()
     except FileNotFoundError:
         return
     for line in lines:

@@ -39,20 +39,20 @@ def save_curves(path: Path, axis: str, places: Sequence[float], curves: Sequence
     save_figure(figure, path)
 
 
-def new_figure(panels: int) -> Any:
-    """A matplotlib figure of `panels` panels under one another, made without a display."""
+def new_figure(panels: int, width: float = 9.0, height: float | None = None) -> Any:
+    """A matplotlib figure of `panels` panels under one another, in inches, made without a display."""
     # Not pyplot: it keeps figures alive, and looks for a display.
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 1 + 2.2 * panels), layout="constrained")
+    figure = Figure(figsize=(width, height or 1 + 2.2 * panels), layout="constrained")
     figure.subplots(panels, 1, sharex=True, squeeze=False)
     for panel in figure.axes:
         panel.grid(alpha=0.3)
     return figure
 
 
-def save_figure(figure: Any, path: Path) -> None:
-    """Write the figure.
+def save_figure(figure: Any, path: Path, key: str = "--plot-file") -> None:
+    """Write the figure; `key` is the option that names its place.
 
     Raises:
         UserError: the file can't be written.
@@ -60,4 +60,4 @@ def save_figure(figure: Any, path: Path) -> None:
     try:
         figure.savefig(path, dpi=120)
     except (OSError, ValueError) as error:  # ValueError: a suffix that is no format
-        raise user_error("--plot-file", f"the picture can't be written: {error}", "give another path", path) from error
+        raise user_error(key, f"the picture can't be written: {error}", "give another path", path) from error

@@ -40,12 +40,8 @@ class StepDisplay:
             return
         if record["kind"] != "train":
             return
-        text = (
-            f"loss {record['loss']:.4f}  lr {record['lr']:.2e}  norm {record['grad_norm']:.2f}  "
-            f"{record['tokens_per_second']:,.0f} tokens/s  MFU {record['mfu']:.0%}  {record['memory_mb']:,.0f} MB"
-        )
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, text=text)
+            self._bar.update(self._task, completed=step, text=_words(record))
             return
         now = time.monotonic()
         if step == self._total or now >= self._next_line_s:
@@ -53,7 +49,7 @@ class StepDisplay:
             elapsed = now - self._started_s
             self._next_line_s = now + min(_LINE_AT_LEAST_EVERY_S, max(_LINE_EVERY_S, elapsed / 100))
             left = elapsed / max(1, step - self._done_before) * (self._total - step)
-            self.note(f"step {step:>6}/{self._total}  {text}  {timedelta(seconds=round(left))} left")
+            self.note(f"step {step:>6}/{self._total}  {_words(record)}  {timedelta(seconds=round(left))} left")
 
     def note(self, text: str) -> None:
         """Print a line, above the bar where there is one."""
@@ -63,3 +59,10 @@ class StepDisplay:
         """Leave the terminal as it was."""
         if self._bar is not None:
             self._bar.stop()
+
+
+def _words(record: Mapping[str, Any]) -> str:
+    return (
+        f"loss {record['loss']:.4f}  lr {record['lr']:.2e}  norm {record['grad_norm']:.2f}  "
+        f"{record['tokens_per_second']:,.0f} tokens/s  MFU {record['mfu']:.0%}  {record['memory_mb']:,.0f} MB"
+    )

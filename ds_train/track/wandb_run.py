@@ -1,81 +1,115 @@
-"""Weights & Biases: one run for the whole job, from rank 0. Its failures are said once and never stop training."""
+"""Weights & Biases: one run for the whole job, from rank 0, over tokens, grouped by what is measured.
+
+Its workspace makes a section of every group of names (train/, eval/, speed/ ...), so nobody has to arrange it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ds_train.config import RunConfig
-from ds_train.errors import first_line
+from ds_train.errors import UserError
+from ds_train.track.named import GROUPS, named
 
-_HIDDEN = {"kind", "step"}
+_BEST = {"train/loss": "min", "eval/loss": "min", "eval/perplexity": "min", "eval/accuracy": "max", "speed/mfu": "max"}
+"""What the table of runs shows besides the last value."""
 
 
 class WandbRun:
-    """A wandb run with tokens as the x axis and records grouped by kind: train/loss, eval/loss."""
+    """A wandb run. Its methods raise what wandb raises; the tracker ends it then."""
 
-    def __init__(self, run: Any, warn: Callable[[str], None]) -> None:
-        self._run, self._warn = run, warn
+    def __init__(self, run: Any, artifacts: Literal["off", "export", "all"], name: str) -> None:
+        self._run, self._artifacts, self._name = run, artifacts, name
+        self._samples: list[list[Any]] = []
+        self._groups: set[str] = set()
+        run.define_metric("tokens", hidden=True)
+        for metric, best in _BEST.items():
+            run.define_metric(metric, step_metric="tokens", summary=f"{best},last")
+        self._define(GROUPS)
 
     @staticmethod
-    def start(
-        recipe: RunConfig, plan: Mapping[str, Any], folder: Path, resume_id: str | None, warn: Callable[[str], None]
-    ) -> WandbRun | None:
-        """Start or continue (`resume_id`) the run; None where wandb is off or fails to start."""
-        track = recipe.track
-        if track.wandb == "off":
-            return None
-        try:
-            import wandb
+    def start(recipe: RunConfig, plan: Mapping[str, Any], folder: Path, resume_id: str | None) -> WandbRun:
+        """Start or continue (`resume_id`) the run."""
+        import wandb
 
-            run = wandb.init(
-                mode=track.wandb,
-                project=track.wandb_project,
-                entity=track.wandb_entity,
-                name=recipe.name,
-                tags=list(track.tags),
-                id=resume_id,
-                resume="allow" if resume_id else None,
-                dir=str(folder),
-                config={"recipe": recipe.model_dump(mode="json"), "plan": dict(plan)},
-                settings=wandb.Settings(silent=True),
-            )
-            run.define_metric("tokens")
-            run.define_metric("*", step_metric="tokens")
-        except Exception as error:  # network, login, disk: wandb raises many kinds
-            warn(f"wandb is off: {first_line(error)}; training goes on")
-            return None
-        return WandbRun(run, warn)
+        track = recipe.track
+        run = wandb.init(
+            mode="disabled" if track.wandb == "off" else track.wandb,
+            project=track.wandb_project,
+            entity=track.wandb_entity,
+            name=recipe.name,
+            tags=list(track.tags),
+            id=resume_id,
+            resume="allow" if resume_id else None,
+            dir=str(folder),
+            config={"recipe": recipe.model_dump(mode="json"), "plan": dict(plan)},
+            settings=wandb.Settings(silent=True),
+        )
+        return WandbRun(run, track.wandb_artifacts, recipe.name)
 
     @property
-    def id(self) -> str | None:
+    def id(self) -> str:
         """Id under which the run continues after a resume."""
-        return None if self._run is None else str(self._run.id)
+        return str(self._run.id)
 
     @property
     def place(self) -> str:
         """Where to look at the run: its address, or the folder to upload."""
-        if self._run is None:
-            return ""
         return str(self._run.url or f"wandb sync {Path(self._run.dir).parent}")
 
     def log(self, record: Mapping[str, Any], step: int) -> None:
-        """Log a metrics record at `step`."""
-        group = record.get("kind", "train")
-        named = {f"{group}/{key}": value for key, value in record.items() if key not in _HIDDEN and key != "tokens"}
-        self._try(lambda run: run.log({**named, "tokens": record.get("tokens", 0)}, step=step))
+        """Log a record at `step`; texts of a sample as a row of a table."""
+        found: dict[str, Any] = dict(named(record))
+        self._define({name.partition("/")[0] for name in found})
+        if record["kind"] == "sample":
+            found["eval/samples"] = self._table(record, step)
+        if "tokens" in record:
+            found["tokens"] = record["tokens"]
+        self._run.log(found, step=step)
 
-    def finish(self, exit_code: int) -> None:
-        """End the run; wandb marks it failed if `exit_code` isn't 0. An offline file is whole when the process ends."""
-        self._try(lambda run: run.finish(exit_code=exit_code))
-        self._run = None
-
-    def _try(self, action: Callable[[Any], None]) -> None:
-        if self._run is None:
+    def keep(self, path: Path, kind: str, step: int) -> None:
+        """Log a folder as an artifact where the recipe wants its kind; versions of one name follow one another."""
+        if self._artifacts == "off" or (kind != "export" and self._artifacts != "all"):
             return
+        import wandb
+
+        artifact = wandb.Artifact(f"{self._name}-{kind}", type="model", metadata={"step": step})
+        artifact.add_dir(str(path))
+        self._run.log_artifact(artifact, aliases=["latest", f"step-{step}"])
+
+    def finish(self, folder: Path, exit_code: int) -> None:
+        """Log the run's report and end the run, failed if `exit_code` isn't 0. An offline file is whole then."""
         try:
-            action(self._run)
-        except Exception as error:  # see `start`
-            self._warn(f"wandb is off from here: {first_line(error)}; training goes on")
-            self._run = None
+            self._log_report(folder)
+        finally:
+            self._run.finish(exit_code=exit_code)
+
+    def _log_report(self, folder: Path) -> None:
+        import wandb
+
+        from ds_train.track.report import page, write_pngs
+        from ds_train.track.runs import read_run
+
+        try:
+            run = read_run(folder)
+        except UserError:  # it ended before its first step
+            return
+        with tempfile.TemporaryDirectory() as scratch:
+            pictures = write_pngs([run], Path(scratch))
+            shown: dict[str, Any] = {f"report/{path.stem}": wandb.Image(str(path)) for path in pictures}
+            self._run.log({"report/page": wandb.Html(page([run])), **shown})
+
+    def _table(self, record: Mapping[str, Any], step: int) -> Any:
+        import wandb
+
+        self._samples.append([step, record.get("prompt", ""), record.get("text", "")])
+        return wandb.Table(columns=["step", "prompt", "text"], data=self._samples)
+
+    def _define(self, groups: Any) -> None:
+        for group in groups:
+            if group not in self._groups:
+                self._groups.add(group)
+                self._run.define_metric(f"{group}/*", step_metric="tokens")

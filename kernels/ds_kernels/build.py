@@ -1,4 +1,4 @@
-"""Compile csrc/ once per host: keyed by sources, flags, compiler and instruction sets, locked, renamed into place."""
+"""Compile csrc/ once per host: keyed by sources, flags, compiler and target, locked, renamed into place."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 SOURCES = Path(__file__).parent / "csrc"
 CACHE_VARIABLE = "DS_KERNELS_CACHE"
 """Environment variable with the folder that built libraries are kept in; ~/.cache/ds_kernels without it."""
 
-_HEADERS = ("opt_math.h", "cpu_body.h")
+_CPU_SOURCES = ("opt_math.h", "cpu_body.h", "cpu.cpp", "cpu_body.cpp")
 # No contraction and no fast maths: the bits are those that opt_math.h says.
-_FLAGS = (
+_CPU_FLAGS = (
     "-std=c++17", "-O3", "-fPIC", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math",
     "-Wno-unknown-pragmas",
 )  # fmt: skip
@@ -31,9 +32,13 @@ ISAS: dict[str, tuple[str, ...]] = {
     ),
 }  # fmt: skip
 
+_CUDA_SOURCES = ("opt_math.h", "kernels.cuh", "cuda.cu")
+# The runtime is linked in: it loads on hosts without a driver, and torch may have another version of it.
+CUDA_FLAGS = ("-std=c++17", "-O3", "-Xcompiler", "-fPIC,-ffp-contract=off", "-cudart", "static")
+
 
 class BuildError(RuntimeError):
-    """There is no compiler, or it failed; the text says which and why."""
+    """There is no compiler, or it failed; the text's first line says which and why."""
 
 
 def build_cpu_library() -> Path:
@@ -42,51 +47,83 @@ def build_cpu_library() -> Path:
     Raises:
         BuildError: no compiler here, or it failed.
     """
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
-    if compiler is None:
-        raise BuildError(f"there is no {os.environ.get('CXX', 'g++')} here")
     isas = {isa: flags for isa, flags in ISAS.items() if isa == "plain" or platform.machine() == "x86_64"}
-    folder = _cache() / _key(compiler, isas)
-    library = folder / "libds_kernels_cpu.so"
+    name = os.environ.get("CXX", "g++")
+    key = _key(_CPU_SOURCES, (_CPU_FLAGS, isas))
+    return _once(f"cpu-{key}", name, shutil.which(name), lambda compiler, made: _compile_cpu(compiler, isas, made))
+
+
+def build_cuda_library(architecture: str) -> Path:
+    """Path of the library for GPUs of `architecture` ("sm_90"), built now if this host has none of these sources yet.
+
+    Raises:
+        BuildError: no nvcc here, or it failed.
+    """
+    key = _key(_CUDA_SOURCES, CUDA_FLAGS)
+
+    def compile_cuda(compiler: str, made: Path) -> None:
+        command = [compiler, *CUDA_FLAGS, f"-arch={architecture}", "-shared", str(SOURCES / "cuda.cu")]
+        _run_all([[*command, "-o", str(made)]])
+
+    return _once(f"cuda-{architecture}-{key}", "nvcc", find_nvcc(), compile_cuda)
+
+
+def find_nvcc() -> str | None:
+    """nvcc by CUDACXX, the PATH, CUDA_HOME or where CUDA is installed by default."""
+    homes = [os.environ.get("CUDA_HOME", ""), "/usr/local/cuda"]
+    places = [os.environ.get("CUDACXX", ""), "nvcc", *(f"{home}/bin/nvcc" for home in homes if home)]
+    return next((found for place in places if place and (found := shutil.which(place))), None)
+
+
+def _once(folder: str, name: str, compiler: str | None, compile_to: Callable[[str, Path], None]) -> Path:
+    """The library of `folder` in the cache by this compiler; by any other where this one isn't there."""
+    place = _cache() / folder
+    if compiler is None:
+        built = sorted(place.glob("*/library.so"))
+        if built:
+            return built[0]
+        raise BuildError(f"there is no {name} here")
+    version = subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout
+    library = place / hashlib.sha256(version).hexdigest()[:12] / "library.so"
     if library.is_file():
         return library
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with (library.parent / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not library.is_file():
-            _compile(compiler, isas, library)
+            with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
+                made = Path(scratch) / library.name
+                compile_to(compiler, made)
+                made.rename(library)
     return library
 
 
-def _compile(compiler: str, isas: dict[str, tuple[str, ...]], library: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=library.parent) as name:
-        scratch = Path(name)
-        body, objects = SOURCES / "cpu_body.cpp", [scratch / "cpu.o"]
-        commands = [[compiler, *_FLAGS, "-c", str(SOURCES / "cpu.cpp"), "-o", str(objects[0])]]
-        for isa, flags in isas.items():
-            objects.append(scratch / f"{isa}.o")
-            commands.append([compiler, *_FLAGS, *flags, f"-DDSK_ISA={isa}", "-c", str(body), "-o", str(objects[-1])])
-        _run_all(commands)
-        made = scratch / library.name
-        _run_all([[compiler, "-shared", "-fopenmp", *map(str, objects), "-o", str(made)]])
-        made.rename(library)
+def _compile_cpu(compiler: str, isas: dict[str, tuple[str, ...]], made: Path) -> None:
+    body, objects = SOURCES / "cpu_body.cpp", [made.with_name("cpu.o")]
+    commands = [[compiler, *_CPU_FLAGS, "-c", str(SOURCES / "cpu.cpp"), "-o", str(objects[0])]]
+    for isa, flags in isas.items():
+        objects.append(made.with_name(f"{isa}.o"))
+        commands.append([compiler, *_CPU_FLAGS, *flags, f"-DDSK_ISA={isa}", "-c", str(body), "-o", str(objects[-1])])
+    _run_all(commands)
+    _run_all([[compiler, "-shared", "-fopenmp", *map(str, objects), "-o", str(made)]])
 
 
 def _run_all(commands: list[list[str]]) -> None:
     """Run compilers side by side."""
     running = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for command in commands]
-    outputs = [process.communicate()[0] for process in running]
+    outputs = [process.communicate()[0].decode(errors="replace").strip() for process in running]
     for command, process, output in zip(commands, running, outputs, strict=True):
         if process.returncode:
-            raise BuildError(f"{' '.join(command)}\n{output.decode(errors='replace').strip()}")
+            lines = output.splitlines() or [f"it ended with {process.returncode}"]
+            reason = next((line for line in lines if "error" in line.lower()), lines[-1])
+            raise BuildError(f"{Path(command[0]).name} failed: {reason}\n{' '.join(command)}\n{output}")
 
 
 def _cache() -> Path:
     return Path(os.environ.get(CACHE_VARIABLE) or "~/.cache/ds_kernels").expanduser()
 
 
-def _key(compiler: str, isas: dict[str, tuple[str, ...]]) -> str:
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout
-    sources = [(SOURCES / name).read_bytes() for name in (*_HEADERS, "cpu.cpp", "cpu_body.cpp")]
-    parts = [*sources, version, repr((_FLAGS, isas, platform.machine(), platform.libc_ver())).encode()]
+def _key(sources: tuple[str, ...], flags: object) -> str:
+    parts = [(SOURCES / name).read_bytes() for name in sources]
+    parts.append(repr((flags, platform.machine(), platform.libc_ver())).encode())
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:20]

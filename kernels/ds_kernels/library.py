@@ -1,4 +1,4 @@
-"""The built library as ctypes sees it, and which implementation is used here and why."""
+"""The C ABI as Python sees it, and the CPU library."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,8 @@ from torch import Tensor
 from ds_kernels.build import ISAS, BuildError, build_cpu_library
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+NORM_BLOCK = 16384
+"""opt_math.h's DSK_NORM_BLOCK, and kernels.cuh's kListChunk."""
 
 TENSOR = np.dtype(
     [("p", "u8"), ("g", "u8"), ("m", "u8"), ("v", "u8"), ("copy", "u8"), ("n", "i8"), ("first", "i8"),
@@ -34,30 +37,66 @@ class Arguments(ctypes.Structure):
     ]
 
 
+class Rates(ctypes.Structure):
+    """opt_math.h's dsk_rates."""
+
+    _fields_ = [
+        *((name, ctypes.c_double) for name in ("lr", "beta1", "beta2", "eps", "weight_decay", "lr_decay", "sign")),
+        ("seed", ctypes.c_uint64),
+        *((name, ctypes.c_int32) for name in ("rule", "decay_kind", "stochastic")),
+    ]
+
+
 @dataclass(frozen=True)
-class Choice:
-    """What runs the optimizers on this host: `cpu-avx512`, `cpu-avx2`, `cpu-plain` or `torch`, and why."""
+class DeviceStep:
+    """Where a step that doesn't wait for the host finds its numbers on the device.
 
-    name: str
-    reason: str
+    `count`, `lr` and `factor` are fp32 scalars, `skip` an int32; `arguments` is room for a dsk_args.
+    """
 
-    @property
-    def fused(self) -> bool:
-        """Whether our kernels run."""
-        return self.name != "torch"
+    count: Tensor
+    arguments: Tensor
+    lr: Tensor | None
+    factor: Tensor | None
+    skip: Tensor | None
 
-    def __str__(self) -> str:
-        return f"{self.name} ({self.reason})"
+
+@dataclass
+class Table:
+    """Tensors of one device that are updated together; whoever makes it keeps their memory alive."""
+
+    records: np.ndarray
+    device: torch.device
+    uploaded: tuple[Tensor, Tensor] | None = None
+    """The records and `chunks_before` them, on a GPU; None where they have changed."""
 
 
 class CpuLibrary:
     """The functions of csrc/cpu.cpp."""
 
-    def __init__(self) -> None:
-        """Raises BuildError where it can't be built, OSError where it can't be loaded."""
-        self._functions: Any = ctypes.CDLL(str(build_cpu_library()))
+    def __init__(self, path: Path) -> None:
+        """Raises OSError where it can't be loaded."""
+        self._functions: Any = ctypes.CDLL(str(path))
         self._functions.dsk_cpu_sum_of_squares.restype = ctypes.c_double
         self.isa: int = self._functions.dsk_cpu_isa()
+
+    @property
+    def name(self) -> str:
+        """`cpu-` and the instruction set that it uses."""
+        return f"cpu-{list(ISAS)[self.isa]}"
+
+    def update(self, table: Table, rates: Rates, step: int, factor: float) -> None:
+        """Step number `step` of the table's tensors, whose gradients are multiplied by `factor`."""
+        arguments = Arguments()
+        self._functions.dsk_cpu_arguments(
+            ctypes.byref(rates), ctypes.c_double(step), ctypes.c_double(factor), ctypes.byref(arguments)
+        )
+        self.step(table.records, arguments, torch.get_num_threads())
+
+    def norm(self, gradients: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """`norm_and_flag` of contiguous tensors."""
+        squares = torch.tensor(self.sum_of_squares(records(gradients), torch.get_num_threads()), dtype=torch.float64)
+        return squares.sqrt(), (~squares.isfinite()).to(torch.int32)
 
     def step(self, tensors: np.ndarray, arguments: Arguments, threads: int, isa: int | None = None) -> None:
         """One update of `tensors` (TENSOR records, whose memory the caller keeps alive)."""
@@ -80,20 +119,16 @@ class CpuLibrary:
 def cpu_library() -> CpuLibrary | BuildError | OSError:
     """The library, or why there is none; tried once a process."""
     try:
-        return CpuLibrary()
+        return CpuLibrary(build_cpu_library())
     except (BuildError, OSError) as error:
         return error
 
 
-def choose(device: str = "cpu") -> Choice:
-    """What would run a step of parameters on `device`."""
-    if device != "cpu":
-        return Choice("torch", f"the kernels are built for CPUs, and the parameters are on {device}")
-    library = cpu_library()
-    if isinstance(library, CpuLibrary):
-        isa = list(ISAS)[library.isa]
-        return Choice(f"cpu-{isa}", f"the widest instruction set of this processor is {isa}")
-    return Choice("torch", f"the kernels can't be built: {str(library).splitlines()[0]}")
+def torch_norm(tensors: Sequence[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
+    """`norm_and_flag` without kernels."""
+    norms = [torch.linalg.vector_norm(tensor, dtype=torch.float64).to(device) for tensor in tensors]
+    total = torch.stack(norms).norm() if norms else torch.zeros((), dtype=torch.float64, device=device)
+    return total, (~total.isfinite()).to(torch.int32)
 
 
 def records(gradients: Sequence[Tensor]) -> np.ndarray:
@@ -103,3 +138,8 @@ def records(gradients: Sequence[Tensor]) -> np.ndarray:
     made["n"] = [gradient.numel() for gradient in gradients]
     made["g_type"] = [DTYPES[gradient.dtype] for gradient in gradients]
     return made
+
+
+def chunks_before(tensors: np.ndarray) -> np.ndarray:
+    """Number of chunks of NORM_BLOCK elements before each record, and that of all (int64)."""
+    return np.concatenate([[0], np.cumsum((tensors["n"] + NORM_BLOCK - 1) // NORM_BLOCK)]).astype(np.int64)

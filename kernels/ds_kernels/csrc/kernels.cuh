@@ -196,6 +196,29 @@ __global__ void __launch_bounds__(kThreads, 4)
   }
 }
 
+// The arguments of the next step, whose count, learning rate and factor lie on the device (`lr` and `factor` may be
+// null). A step that is skipped isn't counted.
+__global__ void dsk_prepare(dsk_rates rates, float *step, const float *lr, const float *factor, const int32_t *skip,
+                            dsk_args *args) {
+  if (skip && *skip) return;
+  *step += 1.0f;
+  *args = dsk_arguments(rates, lr ? *lr : rates.lr, *step, factor ? *factor : 1.0);
+}
+
+// The sum of a block's lanes in halves, at thread 0.
+__device__ __forceinline__ double dsk_in_halves(double *lanes, double sum) {
+  lanes[threadIdx.x] = sum;
+  __syncthreads();
+  for (int half = kThreads / 2; half >= 32; half /= 2) {
+    if (threadIdx.x < half) lanes[threadIdx.x] += lanes[threadIdx.x + half];
+    __syncthreads();
+  }
+  sum = lanes[threadIdx.x & 31];
+  for (int half = 16; half > 0; half /= 2) sum += __shfl_down_sync(0xFFFFFFFFu, sum, half);
+  __syncthreads();
+  return sum;
+}
+
 // Sums of the squares of each block of DSK_NORM_BLOCK elements of the tensors' `g`.
 __global__ void __launch_bounds__(kThreads, 4)
     dsk_squares(const dsk_tensor *tensors, const int64_t *chunks, int64_t count, double *sums) {
@@ -208,23 +231,20 @@ __global__ void __launch_bounds__(kThreads, 4)
     double sum = 0;
     for (int64_t at = from + threadIdx.x; at < to; at += kThreads)
       sum = dsk_add_square(sum, dsk_load1(tensors[k].g, tensors[k].g_type, at));
-    lanes[threadIdx.x] = sum;
-    __syncthreads();
-    for (int half = kThreads / 2; half >= 32; half /= 2) {
-      if (threadIdx.x < half) lanes[threadIdx.x] += lanes[threadIdx.x + half];
-      __syncthreads();
-    }
-    sum = lanes[threadIdx.x & 31];
-    for (int half = 16; half > 0; half /= 2) sum += __shfl_down_sync(0xFFFFFFFFu, sum, half);
+    sum = dsk_in_halves(lanes, sum);
     if (threadIdx.x == 0) sums[chunk] = sum;
-    __syncthreads();
   }
 }
 
-// The sum of all blocks in their order, and whether it isn't finite.
-__global__ void dsk_total(const double *sums, int64_t count, double *total, int32_t *not_finite) {
+// One block: the sum of all blocks' sums, and whether it isn't finite.
+__global__ void __launch_bounds__(kThreads, 4)
+    dsk_total(const double *sums, int64_t count, double *total, int32_t *not_finite) {
+  __shared__ double lanes[kThreads];
   double sum = 0;
-  for (int64_t i = 0; i < count; i++) sum += sums[i];
-  *total = sum;
-  *not_finite = !(sum - sum == 0);
+  for (int64_t i = threadIdx.x; i < count; i += kThreads) sum += sums[i];
+  sum = dsk_in_halves(lanes, sum);
+  if (threadIdx.x == 0) {
+    *total = sum;
+    *not_finite = !(sum - sum == 0);
+  }
 }

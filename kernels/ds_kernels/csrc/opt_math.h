@@ -4,6 +4,7 @@
 // (the host is built with -ffp-contract=off). So the bits are the same on any instruction set, thread count and device.
 #pragma once
 
+#include <math.h>
 #include <stdint.h>
 
 #if defined(__CUDACC__)
@@ -50,7 +51,7 @@ typedef struct {
   int32_t p_type, g_type, state_type, copy_type;
 } dsk_tensor;
 
-// What all tensors of a step share. Differences such as 1 - beta are taken in double before they come here.
+// What all tensors of a step share, made by dsk_arguments.
 typedef struct {
   float scale;         // the gradient is multiplied by it: unscale, clip, sign
   float beta1, rest1;  // rest = 1 - beta
@@ -64,6 +65,39 @@ typedef struct {
   int32_t stochastic;  // 16-bit parameters (bf16) are rounded stochastically
   uint64_t seed;       // of that; another one at every step
 } dsk_args;
+
+// What the arguments of a step are made from: a parameter group's constants.
+typedef struct {
+  double lr, beta1, beta2, eps, weight_decay, lr_decay;
+  double sign;         // -1 where the loss is maximized
+  uint64_t seed;       // the step's number is added to it
+  int32_t rule, decay_kind, stochastic;
+} dsk_rates;
+
+// The arguments of the step of this number, the first being 1; gradients are multiplied by `factor`. Differences such as
+// 1 - beta are taken in double.
+DSK_FN dsk_args dsk_arguments(const dsk_rates &r, double lr, double step, double factor) {
+  dsk_args a = {};
+  a.scale = (float)(r.sign * factor);
+  a.eps = (float)r.eps;
+  a.rule = r.rule;
+  a.decay_kind = r.decay_kind;
+  a.stochastic = r.stochastic;
+  a.seed = r.seed + (uint64_t)step;
+  a.decay = (float)(r.decay_kind == DSK_DECOUPLED ? -lr * r.weight_decay : r.weight_decay);
+  a.inverse_root = 1.0f;
+  if (r.rule == DSK_ADAGRAD) {
+    a.rate = (float)(lr / (1.0 + (step - 1.0) * r.lr_decay));
+    return a;
+  }
+  a.beta1 = (float)r.beta1;
+  a.rest1 = (float)(1.0 - r.beta1);
+  a.beta2 = (float)r.beta2;
+  a.rest2 = (float)(1.0 - r.beta2);
+  a.inverse_root = (float)(1.0 / sqrt(1.0 - pow(r.beta2, step)));
+  a.rate = (float)(lr / (1.0 - pow(r.beta1, step)));
+  return a;
+}
 
 // -- 16-bit formats ---------------------------------------------------------------------------------------------------
 
@@ -156,8 +190,8 @@ DSK_FN void dsk_adagrad(const dsk_args &a, float &p, float g, float &sum) {
 // -- the norm ---------------------------------------------------------------------------------------------------------
 
 // Squares are summed in blocks of DSK_NORM_BLOCK elements by DSK_NORM_LANES sums each, element i of a block by sum
-// i % lanes. Those are added in halves (lane + lane + half), the blocks of all tensors in their order. Squares of fp32
-// are exact in double, so only that order decides the bits, and a fused addition gives the same.
+// i % lanes. Those are added in halves (lane + lane + half); block b of all tensors by sum b % lanes, in halves again.
+// Squares of fp32 are exact in double, so only that order decides the bits, and a fused addition gives the same.
 #define DSK_NORM_BLOCK 16384
 #define DSK_NORM_LANES 256
 

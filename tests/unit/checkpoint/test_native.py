@@ -6,6 +6,7 @@ import json
 import resource
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -70,6 +71,30 @@ def test_the_newest_whole_checkpoint_is_found_and_old_ones_go(tmp_path: Path) ->
     assert found is not None
     assert native.read_state(found).tokens == 150
     assert (tmp_path / "latest").read_text() == "step-00000015"
+
+
+def test_the_best_one_is_kept_however_old(tmp_path: Path) -> None:
+    saver = Trained(0).saver(tmp_path, keep=1)
+    for step, best in ((5, 5), (10, 5), (15, 5), (20, 20), (25, 20)):
+        saver.save(replace(state(step), best={"by": "loss", "step": best}))
+        kept = sorted(int(path.name[5:]) for path in tmp_path.glob("step-*"))
+        assert kept == sorted({best, step})
+
+
+def test_a_run_that_goes_back_forgets_what_came_later(tmp_path: Path) -> None:
+    trained = Trained(0)
+    saver = trained.saver(tmp_path, keep=9)
+    for step in (5, 10, 15, 20):
+        saver.save(state(step))
+    (tmp_path / "step-00000010" / SHARD).unlink()
+    notes: list[str] = []
+    found = native.newest_whole(tmp_path, notes.append, before=15)
+    assert found is not None
+    assert (found.name, len(notes)) == ("step-00000005", 1)
+    assert native.newest_whole(tmp_path, notes.append, before=5) is None
+    assert saver.forget_after(5) is None
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000005"]
+    assert (tmp_path / "latest").read_text() == "step-00000005"
 
 
 @pytest.mark.parametrize("file", [SHARD, "state.json", MANIFEST])

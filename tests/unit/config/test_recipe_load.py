@@ -8,7 +8,8 @@ import pytest
 
 from ds_train.config import dump, load, parse
 from ds_train.config.load import known_keys
-from ds_train.errors import UserError
+from ds_train.config.names import OTHER_NAMES
+from ds_train.errors import Problem, UserError
 
 MINIMAL = "model: {arch: llama}\nschedule: {steps: 10}\n"
 
@@ -65,7 +66,13 @@ def test_every_error_comes_at_once_with_the_nearest_key() -> None:
         ("track.tags=a", "track.tags=a: should be a list. Fix: "),
         ("seed=2147483648", "seed=2147483648: should be less than 2147483648. Fix: "),
         ("data.packing=maybe", "data.packing=maybe: should be true or false. Fix: "),
-        ("checkpoint.every_steps=None", "checkpoint.every_steps=None: should be an integer. Fix: write null."),
+        ("checkpoint.every_steps=None", "checkpoint.every_steps=None: should be an integer or null. Fix: write null."),
+        ("checkpoint.resume=true", "checkpoint.resume=true: should be text. Fix: `ds-train schema checkpoint.resume`"),
+        (
+            "optimizer.kind=AdamW",
+            "optimizer.kind=AdamW: should be 'adamw', 'adam', 'adagrad' or 'sgd'. Fix: did you mean",
+        ),
+        ("max_grad_norm=1", "max_grad_norm=1: the recipe has no such key. Fix: did you mean `optimizer.clip_norm`?"),
         ("name=123", 'name=123: should be text. Fix: write "123", quotes included.'),
         (
             "schedule.kind=cosin",
@@ -102,6 +109,25 @@ def test_both_wrong_elements_of_a_list_are_named() -> None:
         "optimizer.betas[0]=1.0",
         "optimizer.betas[1]=-1",
     ]
+
+
+def test_names_of_other_trainers_lead_to_keys_of_the_schema() -> None:
+    assert set(OTHER_NAMES.values()) <= set(known_keys())
+    roots = {key for key in known_keys() if "." not in key}
+    assert not roots & set(OTHER_NAMES)
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (True, "true"), (None, "null"), ("4", "'4'"), ("-1.5", "'-1.5'"), ("3e-4", "'3e-4'"), ("true", "'true'"),
+        ("", "''"), ("a b", "'a b'"), (1e9, "1e+09"), (0.1, "0.1"), ([1, "x"], "[1, x]"),
+        ({"a": {"b": False}}, "{a: {b: false}}"), ("auto", "auto"),
+        ("x" * 200, "x" * 77 + "..."),
+    ],
+)  # fmt: skip
+def test_values_are_shown_as_a_recipe_has_them(value: object, shown: str) -> None:
+    assert str(Problem("key", "why", "", value)) == f"key={shown}: why."
 
 
 def test_fixes_end_like_sentences_once() -> None:

@@ -15,10 +15,11 @@ import torch
 from ds_train.config import RunConfig
 from ds_train.data.batches import Collator, count_labels, prefetch
 from ds_train.data.build import DataBundle, load_data
+from ds_train.data.ledger import Portion
 from ds_train.data.prepare import open_split, prepare, prepared_tokenizer
 from ds_train.data.samples import cut_sample
 from ds_train.errors import UserError
-from ds_train.schedule.timeline import cut_timeline
+from ds_train.schedule.timeline import StepShape, cut_timeline
 
 Recipe = Callable[..., RunConfig]
 SHAKESPEARE = Path(__file__).resolve().parents[4] / "shared" / "data" / "tinyshakespeare" / "input.txt"
@@ -43,6 +44,10 @@ def load(run: RunConfig, rank: int = 0, ranks: int = 1, micro: int = 4, eval_mic
         run, folder=folder, tokenizer=tokenizer_of(folder), data_rank=rank, data_ranks=ranks,
         micro_samples=micro, eval_micro_samples=eval_micro,
     )  # fmt: skip
+
+
+def portions(bundle: DataBundle, sample: int) -> list[Portion]:
+    return bundle.train.portions([sample], StepShape(0, 4, 2000, 0, 0, 1))
 
 
 def global_batch(run: RunConfig, steps: tuple[int, ...], ranks: int, micro: int) -> list[Any]:
@@ -111,8 +116,8 @@ def test_samples_can_be_traced_to_their_documents(recipe: Recipe, corpus: Path) 
         for step in range(6):
             for row, batch in enumerate(bundle.train.step(step)):
                 expected: list[int] = []
-                for _, source, start, stop in bundle.train.documents_of_sample(step * 4 + row):
-                    expected += [*Path(source).read_bytes(), 256][start:stop]
+                for portion in portions(bundle, step * 4 + row):
+                    expected += [*Path(portion.source).read_bytes(), 256][portion.start : portion.stop]
                 length = 16 if packing else int(batch["attention_mask"].sum())
                 assert batch["input_ids"][0, :length].tolist() == expected
 
@@ -293,7 +298,7 @@ def test_tinyshakespeare_comes_back_from_its_windows(recipe: Recipe) -> None:
     bundle, text = load(run, micro=10), SHAKESPEARE.read_bytes()
     tokens = len(text) + 1 - int((len(text) + 1) * 0.1)
     assert bundle.samples_per_epoch == tokens // 1000
-    places = {bundle.train.documents_of_sample(row)[0][2]: row for row in range(bundle.samples_per_epoch)}
+    places = {portions(bundle, row)[0].start: row for row in range(bundle.samples_per_epoch)}
     for start in (0, 5000, 1000 * (bundle.samples_per_epoch - 1)):
         step, row = divmod(places[start], 10)
         batch = bundle.train.step(step)[0]

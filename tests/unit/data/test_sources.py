@@ -186,7 +186,7 @@ def test_missing_columns_name_the_nearest_and_all(tmp_path: Path) -> None:
     )
     short = write(tmp_path / "y.tsv", "a\t0\nb\n")
     message = refused("tsv", short, CLASSIFY, text_column="0", label_column="1")
-    assert message.startswith(f"data.label_column=1: {short}:2 has no such column")
+    assert message.startswith(f"data.label_column='1': {short}:2 has no such column")
 
 
 @pytest.mark.parametrize("value", ["positive", "", None, 0.5, float("nan"), [1]])

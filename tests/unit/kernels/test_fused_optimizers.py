@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import io
 import math
+import pickle
 from typing import Any
 
 import pytest
@@ -295,3 +297,107 @@ def test_memory_that_is_used_again_for_another_size_is_updated_in_that_size() ->
         for name, buffer in buffers.items():
             assert (buffer[:size] != before[name][:size]).all(), (name, size)
             assert torch.equal(buffer[size:], before[name][size:]), (name, size)
+
+
+def take(optimizer: Any, parameters: list[Tensor], gradients: list[Tensor]) -> None:
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient.clone()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("how", ["state_dict", "deepcopy", "pickle"])
+@pytest.mark.parametrize("states", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_run_that_is_saved_and_loaded_goes_on_with_the_same_bits(
+    dtype: torch.dtype, states: torch.dtype, how: str
+) -> None:
+    parameters = [torch.nn.Parameter(torch.randn(40, 30).t().to(dtype)), *parameters_of([7], dtype)]
+    gradients = [[torch.randn_like(p) for p in parameters] for _ in range(4)]
+    options = {"lr": LR, "state_dtype": states, "stochastic_rounding": True}
+    first = FusedAdamW(parameters, **options)
+    for step in gradients[:2]:
+        take(first, parameters, step)
+    if how == "state_dict":
+        others = [torch.nn.Parameter(p.detach().clone()) for p in parameters]
+        second = FusedAdamW(others, **options)
+        file = io.BytesIO()
+        torch.save(first.state_dict(), file)
+        file.seek(0)
+        second.load_state_dict(torch.load(file, weights_only=True))
+    else:
+        second = copy.deepcopy(first) if how == "deepcopy" else pickle.loads(pickle.dumps(first))
+        others = second.param_groups[0]["params"]
+    for step in gradients[2:]:
+        take(first, parameters, step)
+        take(second, others, step)
+    for one, other in zip(parameters, others, strict=True):
+        assert torch.equal(one, other)
+        assert second.state[other]["exp_avg"].dtype == states
+        assert torch.equal(first.state[one]["exp_avg_sq"], second.state[other]["exp_avg_sq"])
+
+
+class TheirAdam:
+    """DeepSpeed's compiled cpu_adam, as far as its Python asks for it: it notes what it is given."""
+
+    def __init__(self) -> None:
+        self.given: list[tuple[Any, ...]] = []
+
+    def create_adam(self, *_: Any) -> None: ...
+
+    def destroy_adam(self, *_: Any) -> None: ...
+
+    def adam_update(self, _: int, step: int, *given: Any) -> None:
+        assert isinstance(step, int), "pybind takes a size_t"
+        self.given.append((step, *given))
+
+
+@pytest.fixture
+def their_adam(monkeypatch: pytest.MonkeyPatch) -> TheirAdam:
+    from deepspeed.ops.adam import cpu_adam
+
+    stand_in = TheirAdam()
+    monkeypatch.setattr(cpu_adam.CPUAdamBuilder, "load", lambda _: stand_in)
+    return stand_in
+
+
+def test_state_dicts_are_exchanged_with_deepspeeds_cpu_adam_both_ways(their_adam: TheirAdam) -> None:
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    parameters = parameters_of([30, 5])
+    mine = FusedAdamW(parameters, lr=LR, weight_decay=0.1, betas=(0.8, 0.9))
+    for _ in range(2):
+        take(mine, parameters, [torch.randn_like(p) for p in parameters])
+    theirs = DeepSpeedCPUAdam(parameters, lr=1.0)
+    theirs.load_state_dict(copy.deepcopy(mine.state_dict()))
+    take(theirs, parameters, [torch.randn_like(p) for p in parameters])
+    for parameter, (step, lr, beta1, beta2, eps, decay, correct, p, g, m, v) in zip(
+        parameters, their_adam.given, strict=True
+    ):
+        assert (step, lr, beta1, beta2, eps, decay, correct) == (3, LR, 0.8, 0.9, 1e-8, 0.1, True)
+        assert p.data_ptr() == parameter.data_ptr()
+        assert torch.equal(m, mine.state[parameter]["exp_avg"])
+        assert torch.equal(v, mine.state[parameter]["exp_avg_sq"])
+        assert torch.equal(g, parameter.grad)
+    back = FusedAdamW(parameters, lr=1.0)
+    back.load_state_dict(copy.deepcopy(theirs.state_dict()))
+    assert back.param_groups[0]["betas"] == (0.8, 0.9)
+    uninterrupted = [torch.nn.Parameter(p.detach().clone()) for p in parameters]
+    mine.param_groups[0]["params"] = uninterrupted
+    for parameter, other in zip(parameters, uninterrupted, strict=True):
+        mine.state[other] = mine.state.pop(parameter) | {"step": 3}
+    gradients = [torch.randn_like(p) for p in parameters]
+    take(back, parameters, gradients)
+    take(mine, uninterrupted, gradients)
+    assert all(map(torch.equal, parameters, uninterrupted))
+
+
+def test_states_of_another_rule_are_not_loaded(their_adam: TheirAdam) -> None:
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    parameters = parameters_of([3])
+    for theirs in (
+        DeepSpeedCPUAdam(parameters, bias_correction=False),
+        torch.optim.AdamW(parameters, amsgrad=True),
+    ):
+        with pytest.raises(ValueError, match="amsgrad or without bias correction"):
+            FusedAdamW(parameters).load_state_dict(theirs.state_dict())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from ds_kernels import Choice
 from torch import nn
 
 from ds_train.config.optimizer import OptimizerSection
@@ -87,3 +88,18 @@ def test_the_learning_rate_of_a_step_is_multiplied_by_the_groups_factor() -> Non
     for name, parameter in model.named_parameters():
         expected = before[name] - (0.05 if name == "embed.weight" else 0.1)
         torch.testing.assert_close(parameter.detach(), expected)
+
+
+def test_a_demanded_kernel_that_is_missing_is_the_users_error_and_else_torchs_do_the_work(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    missing = Choice("torch-fused", "there is no nvcc here")
+    monkeypatch.setattr("ds_train.optim.build.choose", lambda device: missing)
+    with pytest.raises(UserError, match=r"optimizer.kernel=fused.*no nvcc here.*optimizer.kernel=auto"):
+        choose_kernel(section(kernel="fused"), "cuda")
+    assert choose_kernel(section(), "cuda") == missing
+    assert choose_kernel(section(kernel="torch"), "npu").name == "torch-foreach"
+    for name, key in (("torch-fused", "fused"), ("torch-foreach", "foreach")):
+        optimizer = build_optimizer(Tied(), section(kernel="torch"), Choice(name, ""))
+        assert type(optimizer) is torch.optim.AdamW
+        assert optimizer.defaults[key]

@@ -116,7 +116,8 @@ def test_every_written_key_is_one_that_deepspeed_reads(name: str) -> None:
 def test_every_written_key_is_either_the_plans_own_or_tunable() -> None:
     written = {key for name in RECIPES for key in leaves(plan(name).deepspeed_json)}
     raw = {"aio.block_size", "fp16.hysteresis"}
-    owned = {key for key in written if key in OWNED or key == "checkpoint.tag_validation"}
+    refused = {"checkpoint.tag_validation", "zero_optimization.stage3_gather_16bit_weights_on_model_save"}
+    owned = {key for key in written if key in OWNED or key in refused}
     assert written - raw - owned == TUNABLE
     assert not set(OWNED) & set(REFUSED)
 

@@ -81,23 +81,44 @@ GPT = {
     "model.num_attention_heads": None, "model.num_key_value_heads": None, "model.max_position_embeddings": None,
     "model.n_embd": 1024, "model.n_layer": 12, "model.n_head": 16, "model.activation_function": "gelu",
 }  # fmt: skip
+MASKS = 12 * 2 * 1024**2 * 2
+"""Of scaled-dot-product attention beside a mask of booleans, each of twelve layers keeps its own mask of numbers."""
 
 
 @pytest.mark.parametrize("tensor", [1, 2, 8])
 def test_activations_follow_the_recomputation_paper(tensor: int) -> None:
     """arXiv 2205.05198, equations 1 and 2 without the scores, which fused attention doesn't keep: sbh (10 + 24 / t)."""
     found = activations("cuda", GPT, tensor)
-    assert found == pytest.approx(12 * 2 * 1024 * 1024 * (10 + 24 / tensor), rel=1e-6)
+    assert found == pytest.approx(12 * 2 * 1024 * 1024 * (10 + 24 / tensor) + MASKS, rel=1e-6)
 
 
 def test_scores_are_kept_by_eager_attention() -> None:
     """The same paper counts 5 as / h for a 16-bit softmax, its mask and its output; transformers' softmax is fp32."""
     more = activations("cuda", GPT | {"model.attention": "eager"}, 1) - activations("cuda", GPT, 1)
-    assert more == pytest.approx(12 * 2 * 16 * 1024**2 * (5 + 2), rel=1e-6)
+    assert more == pytest.approx(12 * 2 * 16 * 1024**2 * (5 + 2) - MASKS, rel=1e-6)
 
 
 def test_sequence_ranks_share_tokens() -> None:
-    assert activations("cuda", {}, 1, sequence=4) == pytest.approx(activations("cuda", {}, 1) / 4)
+    found, whole = (activations("cuda", {}, 1, sequence=ranks) for ranks in (4, 1))
+    assert found - MASKS == pytest.approx((whole - MASKS) / 4)
+
+
+def test_groups_are_repeated_for_their_heads_beside_a_mask() -> None:
+    grouped, each = ({"model.num_attention_heads": 16, "model.num_key_value_heads": heads} for heads in (2, 16))
+    assert activations("cuda", grouped, 1) == activations("cuda", each, 1)
+    fused = {"model.attention": "flash_attention_2", "batch.micro_samples": 1}
+    more = activations("cuda", each | fused, 1) - activations("cuda", grouped | fused, 1)
+    assert more == 12 * 2 * 1024 * 2 * 1024 * (1 - 2 / 16) * 2
+
+
+def test_the_heap_of_cpu_ranks_grows_with_tensors_below_the_mapped_size() -> None:
+    """bf16 hidden states of two samples of 128 tokens are half a MiB, those of 1,024 are 4 MiB."""
+    small, large = (
+        model({"data.sequence_length": length}, "cpu").worst(Choice(Layout(1, 2, 1, 1), 2, 2, 4)).device
+        for length in (128, 1024)
+    )
+    assert small["gaps"] > 50 * 2**20
+    assert large.get("gaps", 0) == 0
 
 
 def test_checkpointing_keeps_a_hidden_state_a_layer() -> None:

@@ -12,10 +12,9 @@ from plan_recipes import recipe
 
 from ds_train.config import dump, load, parse
 from ds_train.errors import UserError
-from ds_train.plan import rules
 from ds_train.plan.facts import Facts
 from ds_train.plan.make import make_plan
-from ds_train.plan.rules import RULES, check
+from ds_train.plan.rules import RULES, check, reports, states
 from ds_train.plan.topology import Cluster, Device
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -38,6 +37,7 @@ class Broken:
 STAGE3 = {"parallel.zero_stage": 3}
 CURRICULUM = {"curriculum.kind": "linear"}
 DROPPING = {"token_drop.kind": "random-ltd"}
+ROLL_BACK = {"health.on_spike": "roll-back", "checkpoint.every_steps": 10}
 FLASH = {"model.attention": "flash_attention_2", "batch.micro_samples": 1}
 PRUNE = {"compress.prune.ffn": 0.5}
 CASES = [
@@ -63,12 +63,53 @@ CASES = [
         "write * for the number",
     ),
     Broken("prune-layout-auto", PRUNE | {"compress.prune.parallel": {"tensor": "auto"}}, "as numbers"),
+    Broken("prune-roll-back", PRUNE | {"health.on_spike": "roll-back", "checkpoint.every_steps": 1},
+           "set health.on_spike=note"),
+    Broken("prune-best", PRUNE | {"checkpoint.best": "loss", "track.eval_every_steps": 1}, "may lie before the cut"),
+    Broken(
+        "best-data",
+        {"checkpoint.best": "loss", "data.validation_fraction": 0.0, "track.eval_every_steps": None},
+        "nothing is held out to evaluate on", ("best-evaluations",),
+    ),
+    Broken(
+        "best-evaluations", {"checkpoint.best": "loss", "track.eval_every_steps": None}, "set track.eval_every_steps",
+    ),
+    Broken("patience-best", {"checkpoint.patience": 3}, "set checkpoint.best=loss"),
+    Broken(
+        "eval-prompts-task", BERT | {"task.kind": "masked-lm", "track.eval_prompts": ["a"], "data.sequence_length": 64},
+        "only causal language models",
+    ),
+    Broken(
+        "eval-prompts-data",
+        {"track.eval_prompts": ["a"], "data.validation_fraction": 0.0, "track.eval_every_steps": None},
+        "there are no evaluations",
+    ),
+    Broken("eval-prompts-layout", {"track.eval_prompts": ["a"], "parallel.tensor": 2}, "use data ranks"),
+    Broken(
+        "roll-back-saves", ROLL_BACK | {"checkpoint.every_steps": None}, "set checkpoint.every_steps",
+    ),
+    Broken(
+        "roll-back-kept",
+        ROLL_BACK | {"health.spike_steps": 30, "checkpoint.keep_last": 2},
+        "raise checkpoint.keep_last to 4",
+    ),
+    Broken(
+        "roll-back-nvme",
+        STAGE3 | ROLL_BACK | {"parallel.offload_optimizer": "nvme", "parallel.nvme_path": "/tmp"},
+        "set health.on_spike=note",
+    ),
+    Broken("tensorboard", {"track.also": ["csv", "tensorboard"]}, "pip install tensorboard"),
+    Broken("wandb-artifacts", {"track.wandb_artifacts": "all"}, "wandb is off"),
+    Broken("profile-steps", {"track.profile_steps": [5, 4]}, "write [5, 7]"),
+    Broken("profile-ranks", {"track.profile_steps": [1, 1], "track.profile_ranks": [0, 4]}, "ranks 0 to 3"),
     Broken("ranks", {"parallel.ranks": 8}, "parallel.ranks=8: the recipe is made for 8 ranks and 4 were started"),
     Broken("layout-divides", {"parallel.tensor": 4}, "doesn't divide the 6 ranks", ranks=6),
     Broken(
         "pipeline-task", BERT | {"task.kind": "masked-lm", "parallel.pipeline": 2, "data.sequence_length": 64},
         "masked-lm aren't cut into stages",
     ),
+    Broken("pipeline-plan", {"model": {"arch": "mamba"}, "parallel.pipeline": 2}, "how models of family mamba are cut"),
+    Broken("tensor-plan", {"model": {"arch": "mamba"}, "parallel.tensor": 2}, "zero_stage=3 spreads any model"),
     Broken("pipeline-sequence", {"parallel.pipeline": 2, "parallel.sequence": 2}, "set parallel.sequence=1"),
     Broken("cut-compile", {"parallel.tensor": 2, "model.compile": True}, "set model.compile=false"),
     Broken("pipeline-zero", {"parallel.pipeline": 2, "parallel.zero_stage": 2}, "zero_stage=1"),
@@ -81,7 +122,7 @@ CASES = [
         "pipeline-tied", {"parallel.pipeline": 2, "model.tie_word_embeddings": True, "precision.dtype": "fp16"},
         "tied weights diverge",
     ),
-    Broken("tensor-sizes", {"parallel.tensor": 8}, "num_key_value_heads=4 and hidden_size", ranks=8),
+    Broken("tensor-sizes", {"parallel.tensor": 8}, "divide num_key_value_heads=4. Fix: one of 1, 2, 4", ranks=8),
     Broken("tensor-offload", STAGE3 | {"parallel.tensor": 2, "parallel.offload_params": "cpu"}, "offload_params=none"),
     Broken(
         "tensor-secondary", STAGE3 | {"parallel.tensor": 2, "parallel.secondary_partition": 2},
@@ -141,7 +182,7 @@ CASES = [
     Broken("loss-scale", {"precision.loss_scale": 128.0}, "precision.dtype=fp16"),
     Broken("adagrad-groups", {"optimizer.kind": "adagrad"}, "optimizer.weight_decay=0"),
     Broken("kernel-kind", {"optimizer.kernel": "fused", "optimizer.kind": "sgd"}, "kernel=auto", device="cpu"),
-    Broken("kernel-device", {"optimizer.kernel": "fused"}, "parallel.offload_optimizer=cpu"),
+    Broken("kernel-device", {"optimizer.kernel": "fused"}, "parallel.offload_optimizer=cpu", device="xpu"),
     Broken(
         "wsd-overlap", {"schedule.kind": "wsd", "schedule.decay_fraction": 0.8, "schedule.warmup_fraction": 0.3},
         "at most 0.7",
@@ -208,6 +249,8 @@ CASES = [
     Broken("head", {"task.kind": "masked-lm"}, "llama can learn causal-lm or sequence-classification"),
     Broken("head", BERT | {"model.arch": "vit"}, "another family", ("model-key",)),
     Broken("model-key", {"model.hidden_sze": 512}, "model.hidden_sze=512: the transformers config of llama has no"),
+    Broken("model-key", {"model.n_layer": 4}, "did you mean `model.num_hidden_layers`?"),
+    Broken("model-key", {"model": {"arch": "bloom", "intermediate_size": 8}}, "takes the keys of transformers' Bloom"),
     Broken("model-key-elsewhere", {"model.dtype": "bfloat16"}, "set precision.dtype"),
     Broken("model-key-elsewhere", CLASSIFIER | {"model.num_labels": 3}, "set task.num_labels"),
     Broken("special-tokens", {"model.eos_token_id": 7}, "tokenizer's special tokens"),
@@ -230,7 +273,7 @@ CASES = [
         "checkpointing-family",
         {"model": {"arch": "ctrl", "activation_checkpointing": True}, "data.sequence_length": 64}, "ctrl",
     ),
-    Broken("classification-source", {"task.kind": "sequence-classification"}, "use tsv, jsonl, parquet or hub"),
+    Broken("classification-source", {"task.kind": "sequence-classification"}, "tsv, jsonl, parquet or hub"),
     Broken("path-missing", {"data.source": "text"}, "give a file, folder or glob"),
     Broken("path-missing", {"data.source": "hub"}, "hub id"),
     Broken("path-stdlib", {"data.path": "corpus"}, "set data.source to text"),
@@ -243,10 +286,18 @@ CASES = [
     Broken("tokenizer-trained", {"data.tokenizer": "gpt2", "data.train_vocabulary": 400}, "leave out data.tokenizer"),
     Broken("tokenizer-pretrained", {"model": {"path": "some/model"}}, "set data.tokenizer=model"),
     Broken("raw-stage", {"deepspeed.zero_optimization.stage3_max_live_parameters": 5}, "ignores it at stage 1"),
+    Broken("raw-stage", {"deepspeed.zero_optimization.sub_group_size": 5}, "or raise parallel.zero_stage"),
+    Broken("raw-stage", STAGE3 | {"deepspeed.zero_optimization.round_robin_gradients": True}, "at stage 3. Fix: leave"),
+    Broken(
+        "raw-disk",
+        {"parallel.offload_optimizer": "cpu", "deepspeed.zero_optimization.offload_optimizer.buffer_count": 5},
+        "only nvme offload reads it",
+    ),
     Broken("raw-offload", STAGE3 | {"deepspeed.zero_optimization.offload_param.buffer_count": 6}, "nothing is offload"),
     Broken("raw-section", {"deepspeed.aio.block_size": 4096}, "deepspeed.aio"),
     Broken("raw-section", {"deepspeed.fp16.hysteresis": 4}, "deepspeed.fp16"),
     Broken("raw-communication", {"deepspeed.communication_data_type": "float32"}, "fp32, fp16 or bf16"),
+    Broken("raw-communication", {"deepspeed.communication_data_type": 32}, "fp32, fp16 or bf16"),
     Broken(
         "raw-gds",
         STAGE3 | {"parallel.offload_params": "nvme", "parallel.nvme_path": "/tmp", "deepspeed.aio.use_gds": True},
@@ -284,11 +335,16 @@ CLEAN = [
 @pytest.fixture(autouse=True)
 def _old_processor(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same processor on every machine that runs these tests: one without fp16."""
-    monkeypatch.setattr(rules, "processor_has_fp16", lambda: False)
+    monkeypatch.setattr(states, "processor_has_fp16", lambda: False)
 
 
 def broken_rules(facts: Facts) -> set[str]:
     return {rule.name for rule in RULES if rule.check(facts)}
+
+
+@pytest.fixture(autouse=True)
+def _nothing_optional_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reports, "find_spec", lambda name: None)
 
 
 @pytest.mark.parametrize("case", CASES, ids=[f"{index}-{case.rule}" for index, case in enumerate(CASES)])

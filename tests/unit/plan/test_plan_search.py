@@ -107,7 +107,7 @@ def test_unknown_sizes_refuse_auto() -> None:
          "model.num_attention_heads", "model.num_key_value_heads", "model.max_position_embeddings")
     )  # fmt: skip
     run = recipe(gone | {"model.path": "nobody/nothing", "data.tokenizer": "model", "parallel.zero_stage": "auto"})
-    with pytest.raises(UserError, match=r"parallel.zero_stage=auto: the planner needs the model's sizes"):
+    with pytest.raises(UserError, match=r"parallel.zero_stage=auto: the planner can.t choose it: the config.json"):
         make_plan(run, cluster_of("1x8:H100"))
 
 

@@ -11,7 +11,7 @@ import pytest
 from ds_train.config import RunConfig
 from ds_train.schedule.curves import recipe_curves
 from ds_train.schedule.learning_rate import learning_rate_factor
-from ds_train.schedule.timeline import cut_timeline, make_timeline
+from ds_train.schedule.timeline import StepShape, cut_timeline, make_timeline
 
 Recipe = Callable[..., RunConfig]
 WINDOW, GLOBAL, STEPS = 48, 6, 100
@@ -94,3 +94,35 @@ def test_the_curves_of_a_curriculum_are_drawn(recipe: Recipe) -> None:
     assert curves["tokens per sample"] == (8.0,) * 5 + (48.0,) * 5
     assert curves["samples per step"] == (36.0,) * 5 + (6.0,) * 5
     assert found.tokens[-1] == TOTAL
+
+
+def windows_of(shape: StepShape) -> set[tuple[int, int]]:
+    """(window, part of it) of each sample of a step."""
+    return {divmod(sample, shape.parts) for sample in range(shape.first, shape.first + shape.samples)}
+
+
+@pytest.mark.parametrize("how", ["repack", "truncate"])
+def test_what_a_roll_back_leaves_out_never_comes_again(recipe: Recipe, how: str) -> None:
+    curriculum = {"kind": "discrete", "lengths": [8, 16], "until": [0.3, 0.6], "how": how}
+    run = recipe(
+        data={"sequence_length": 64}, batch={"global_samples": 6}, curriculum=curriculum,
+        schedule={"steps": None, "tokens": 64 * 6 * 40},
+    )  # fmt: skip
+    plain = cut_timeline(run, 64 * 6 * 40)
+    once = plain.skipping(20, 27)
+    twice = once.skipping(24, 31)
+    far_back = twice.skipping(10, 33)  # where the checkpoints in between were damaged
+    gone: set[int] = set()
+    for old, new, first, stop in ((plain, once, 20, 27), (once, twice, 24, 31), (twice, far_back, 10, 33)):
+        gone |= {window for step in range(first, stop) for window, _ in windows_of(old.at(step))}
+        seen: list[tuple[int, int]] = []
+        for step in range(new.steps):
+            shape, before = new.at(step), plain.at(step)
+            assert (shape.before, shape.length, shape.samples) == (before.before, before.length, before.samples)
+            if step < first:
+                assert shape == old.at(step)
+            else:
+                assert gone.isdisjoint(window for window, _ in windows_of(shape))
+            seen += windows_of(shape)
+        assert len(seen) == len(set(seen)), "no sample comes twice"
+    assert [skip.step for skip in far_back.skips] == [20, 24, 10]

@@ -35,11 +35,10 @@ from ds_train.track.metrics import MetricsFile, read_metrics
 from ds_train.track.peak import measure_peak_flops
 from ds_train.track.progress import StepDisplay
 from ds_train.track.tracker import Tracker
-from ds_train.track.wandb_run import WandbRun
 
 TRAIN = {
     "kind": "train", "step": 1, "tokens": 64, "loss": 2.5, "lr": 1e-3, "grad_norm": 0.7, "tokens_per_second": 1000.0,
-    "mfu": 0.31, "memory_mb": 512.0,
+    "mfu": 0.31, "memory_mb": 512.0, "host_cpu_percent": [10.0, 20.0],
 }  # fmt: skip
 
 
@@ -60,6 +59,15 @@ def test_a_resumed_run_drops_what_it_will_write_again(tmp_path: Path) -> None:
     path.write_text("".join(json.dumps({"step": step}) + "\n" for step in range(1, 9)) + '{"step": 9, "lo')
     MetricsFile(path, pytest.fail).truncate_after(5)
     assert [record["step"] for record in read_metrics(path)] == [1, 2, 3, 4, 5]
+
+
+def test_a_run_that_goes_back_keeps_what_it_gives_up_in_another_file(tmp_path: Path) -> None:
+    path, dropped = tmp_path / "metrics.jsonl", tmp_path / "rolled-back.jsonl"
+    for last in (8, 6):
+        path.write_text("".join(json.dumps({"step": step}) + "\n" for step in range(1, last)))
+        MetricsFile(path, pytest.fail).truncate_after(4, dropped.name)
+        assert [record["step"] for record in read_metrics(path)] == [1, 2, 3, 4]
+    assert [record["step"] for record in read_metrics(dropped)] == [5, 6, 7, 5]
 
 
 def test_a_disk_that_refuses_is_said_once_and_stops_nothing(tmp_path: Path) -> None:
@@ -213,14 +221,20 @@ def wandb_records(path: Path) -> Iterator[bytes]:
             pieces = b""
 
 
-def history(folder: Path) -> tuple[str, dict[str, Any], list[dict[str, Any]]]:
-    """(run id, config, history rows) of the newest offline wandb run, read back from its file."""
+def records_of(folder: Path) -> Iterator[Any]:
+    """Records of the newest offline wandb run."""
     wandb.teardown()  # wandb's own process writes the file, until this ends it
     newest = max(folder.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime_ns)
-    run_id, config, rows = "", {}, []
     for data in wandb_records(newest):
         record = wandb_internal_pb2.Record()
         record.ParseFromString(data)
+        yield record
+
+
+def history(folder: Path) -> tuple[str, dict[str, Any], list[dict[str, Any]]]:
+    """(run id, config, history rows) of the newest offline wandb run, read back from its file."""
+    run_id, config, rows = "", {}, []
+    for record in records_of(folder):
         if record.HasField("run"):
             run_id = record.run.run_id
             config.update(
@@ -236,11 +250,16 @@ def history(folder: Path) -> tuple[str, dict[str, Any], list[dict[str, Any]]]:
 def test_an_offline_wandb_run_reads_back_and_continues_under_its_id(
     tmp_path: Path, recipe: Callable[..., RunConfig], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = recipe(track={"wandb": "offline", "progress": False})
+    run = recipe(track={"wandb": "offline", "wandb_artifacts": "export", "progress": False})
     tracker = Tracker(run, {"zero_stage": 2}, tmp_path, True, 2, 0, None)
     first = tracker.wandb_id
     tracker.log(TRAIN, 1)
     tracker.log({"kind": "eval", "step": 1, "loss": 1.5, "perplexity": 4.48, "accuracy": 0.5, "tokens": 64}, 1)
+    tracker.log({"kind": "sample", "step": 1, "prompt": "once", "text": " upon"}, 1)
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export" / "config.json").write_text("{}")
+    tracker.keep(tmp_path / "export", "checkpoint", 1)
+    tracker.keep(tmp_path / "export", "export", 1)
     tracker.close(0)
     run_id, config, rows = history(tmp_path)
     assert run_id == first
@@ -248,6 +267,19 @@ def test_an_offline_wandb_run_reads_back_and_continues_under_its_id(
     assert config["recipe"]["schedule"]["steps"] == 4
     merged = {key: value for row in rows for key, value in row.items()}
     assert (merged["train/loss"], merged["eval/loss"], merged["tokens"]) == (2.5, 1.5, 64)
+    assert (merged["speed/mfu"], merged["memory/memory_mb"], merged["host/1/cpu_percent"]) == (0.31, 512.0, 20.0)
+    assert merged["eval/samples._type"] == "table-file"
+    assert merged["report/page._type"] == "html-file"
+    assert merged["report/training-loss._type"] == "image-file"
+    written = list(records_of(tmp_path))
+    over = {r.metric.glob_name or r.metric.name: r.metric for r in written if r.HasField("metric")}
+    axes = {name: metric.step_metric for name, metric in over.items()}
+    assert {"train/*", "eval/*", "speed/*", "memory/*", "host/*", "save/*"} <= axes.keys()
+    assert {axis for name, axis in axes.items() if name != "tokens"} == {"tokens"}
+    assert over["eval/loss"].summary.min
+    artifacts = [r.request.log_artifact.artifact for r in written if r.request.HasField("log_artifact")]
+    artifacts += [r.artifact for r in written if r.HasField("artifact")]
+    assert {artifact.name for artifact in artifacts if artifact.type == "model"} == {"run-export"}
     assert f"wandb: wandb sync {tmp_path / 'wandb'}" in capsys.readouterr().out
     (tmp_path / "again").mkdir()
     again = Tracker(run, {"zero_stage": 3}, tmp_path / "again", True, 2, 1, first)
@@ -277,43 +309,68 @@ def test_wandb_that_fails_never_stops_a_run(
 
 
 class BrokenRun:
-    """A wandb run whose every call fails."""
+    """A wandb run whose every call fails but those that start it."""
 
     id = url = "abc"
+    dir = "/nowhere/files"
 
     def __init__(self) -> None:
         self.calls = 0
+
+    def define_metric(self, *_: object, **__: object) -> None:
+        pass
 
     def log(self, *_: object, **__: object) -> None:
         self.calls += 1
         raise OSError("disk full")
 
-    finish = log
+    log_artifact = log
+
+    def finish(self, **__: object) -> None:
+        self.calls += 1
+        raise RuntimeError("finish failed")
 
 
-def test_wandb_is_off_after_its_first_failure() -> None:
-    said: list[str] = []
-    broken = BrokenRun()
-    run = WandbRun(broken, said.append)
-    run.log(TRAIN, 1)
-    run.log(TRAIN, 2)
-    run.finish(0)
-    assert said == ["wandb is off from here: disk full; training goes on"]
+@pytest.fixture
+def broken(monkeypatch: pytest.MonkeyPatch) -> BrokenRun:
+    run = BrokenRun()
+    monkeypatch.setattr(wandb, "init", lambda **_: run)
+    return run
+
+
+def test_wandb_is_off_after_its_first_failure(
+    tmp_path: Path, recipe: Callable[..., RunConfig], broken: BrokenRun, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tracker = Tracker(recipe(track={"wandb": "offline", "progress": False}), {}, tmp_path, True, 2, 0, None)
+    assert tracker.wandb_id == "abc"
+    tracker.log(TRAIN, 1)
+    tracker.log(TRAIN, 2)
+    assert tracker.wandb_id is None
+    tracker.keep(tmp_path, "export", 2)
+    tracker.close(0)
     assert broken.calls == 1
-    assert run.id is None
-    WandbRun(broken, said.append).finish(1)
-    assert len(said) == 2
+    assert capsys.readouterr().out.count("wandb is off from here: disk full; training goes on") == 1
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 2
+
+
+def test_wandb_that_fails_to_finish_stops_nothing(
+    tmp_path: Path, recipe: Callable[..., RunConfig], broken: BrokenRun, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Tracker(recipe(track={"wandb": "offline", "progress": False}), {}, tmp_path, True, 2, 0, None).close(0)
+    assert "wandb is off from here: finish failed" in capsys.readouterr().out
 
 
 def test_wandb_is_only_imported_where_it_is_wanted(
-    tmp_path: Path, recipe: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    recipe: Callable[..., RunConfig],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)  # an import of it raises ImportError
-    said: list[str] = []
-    assert WandbRun.start(recipe(), {}, tmp_path, None, said.append) is None
-    assert said == []
-    assert WandbRun.start(recipe(track={"wandb": "offline"}), {}, tmp_path, None, said.append) is None
-    assert len(said) == 1
+    Tracker(recipe(track={"progress": False}), {}, tmp_path, True, 2, 0, None).close(0)
+    assert capsys.readouterr().out == ""
+    Tracker(recipe(track={"wandb": "offline", "progress": False}), {}, tmp_path, True, 2, 0, None).close(0)
+    assert "wandb is off" in capsys.readouterr().out
 
 
 def test_other_ranks_report_nothing(tmp_path: Path, recipe: Callable[..., RunConfig]) -> None:

@@ -1,6 +1,9 @@
-// The CUDA bodies on the CPU: grids and blocks are loops, threads of a block are fibers that take turns at barriers.
+// In place of CUDA's header: csrc/cuda.cu becomes a library of the same C ABI that runs on the CPU. Grids and blocks are
+// loops, threads of a block are fibers that take turns at barriers.
 //
-// Built with -DSHIM and -fsanitize=undefined by test_cuda_bodies.py, which compares the results with the CPU build's.
+// Built by g++ with -fsanitize=undefined (cuda_on_cpu.py); tensors "on the device" are those of the host.
+#pragma once
+
 #include <stdint.h>
 #include <stdlib.h>
 #include <ucontext.h>
@@ -40,8 +43,6 @@ static double __shfl_down_sync(unsigned, double value, int distance) {
   return other;
 }
 
-#include "kernels.cuh"
-
 static bool finished[1024];
 
 static void run_fiber() {
@@ -50,7 +51,7 @@ static void run_fiber() {
   yield_thread();
 }
 
-static void launch(unsigned blocks, unsigned threads, std::function<void()> kernel) {
+static void run_grid(unsigned blocks, unsigned threads, std::function<void()> kernel) {
   constexpr size_t kStack = 64 * 1024;
   static std::vector<char> stacks(kStack * 1024);
   gridDim.x = blocks;
@@ -78,30 +79,15 @@ static void launch(unsigned blocks, unsigned threads, std::function<void()> kern
   }
 }
 
-template <int RULE, int DECAY>
-static void flat_or_list(const dsk_tensor *list, const int64_t *chunks, int64_t count, const dsk_call &call) {
-  if (count == 1)
-    launch(3, kThreads, [&] { dsk_flat<RULE, DECAY>(list[0], call); });
-  else
-    launch(3, kThreads, [&] { dsk_list<RULE, DECAY>(list, chunks, count, call); });
-}
+// The kernel's name is an argument of its own, so that its parameters may hold commas.
+#define DSK_LAUNCH(kernel, blocks, threads, stream, ...) run_grid(blocks, threads, [&] { kernel(__VA_ARGS__); })
 
-extern "C" void shim_step(const dsk_tensor *list, const int64_t *chunks, int64_t count, const dsk_args *args,
-                          const dsk_args *on_device, const int32_t *skip) {
-  dsk_call call = {*args, on_device, skip};
-  auto run = args->rule == DSK_ADAGRAD          ? (args->decay_kind == DSK_L2 ? flat_or_list<DSK_ADAGRAD, DSK_L2>
-                                                                              : flat_or_list<DSK_ADAGRAD, DSK_NONE>)
-             : args->decay_kind == DSK_L2        ? flat_or_list<DSK_ADAM, DSK_L2>
-             : args->decay_kind == DSK_DECOUPLED ? flat_or_list<DSK_ADAM, DSK_DECOUPLED>
-                                                 : flat_or_list<DSK_ADAM, DSK_NONE>;
-  run(list, chunks, count, call);
-}
-
-extern "C" double shim_sum_of_squares(const dsk_tensor *list, const int64_t *chunks, int64_t count,
-                                      int32_t *not_finite) {
-  std::vector<double> sums(chunks[count] + 1);
-  double total = 0;
-  launch(3, kThreads, [&] { dsk_squares(list, chunks, count, sums.data()); });
-  launch(1, 1, [&] { dsk_total(sums.data(), chunks[count], &total, not_finite); });
-  return total;
-}
+typedef struct CUstream_st *cudaStream_t;
+typedef int cudaError_t;
+enum { cudaSuccess = 0 };
+struct cudaFuncAttributes {};
+template <class Kernel>
+static int cudaFuncGetAttributes(cudaFuncAttributes *, Kernel kernel) { return kernel ? cudaSuccess : 98; }
+static int cudaGetLastError() { return 0; }
+static int cudaSetDevice(int device) { return device == 0 ? 0 : 101; }
+static const char *cudaGetErrorString(int) { return "invalid device ordinal"; }

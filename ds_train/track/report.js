@@ -1,0 +1,64 @@
+// Hover and touch: the values under the pointer, and the same place on every other chart.
+const data = JSON.parse(document.getElementById("data").textContent);
+const markers = data.markers;
+const ids = Object.keys(data).filter((key) => key !== "markers");
+const charts = ids.map((id) => ({...data[id], area: document.querySelector(`#${id} .area`)}));
+
+function shown(value, unit) {
+  if (unit === "%") return `${(100 * value).toPrecision(3)} %`;
+  if (unit === "MB") return value >= 1024 ? `${(value / 1024).toPrecision(3)} GB` : `${value.toPrecision(3)} MB`;
+  if (unit === "ms") return value >= 1000 ? `${(value / 1000).toPrecision(3)} s` : `${value.toPrecision(3)} ms`;
+  return Math.abs(value) >= 1e4 ? Math.round(value).toLocaleString("en") : String(Number(value.toPrecision(4)));
+}
+
+function nearest(xs, x) {
+  let low = 0, high = xs.length - 1;
+  while (high - low > 1) {
+    const middle = (low + high) >> 1;
+    if (xs[middle] < x) low = middle; else high = middle;
+  }
+  return x - xs[low] < xs[high] - x ? low : high;
+}
+
+function clear() {
+  document.querySelectorAll(".tip").forEach((tip) => tip.remove());
+  charts.forEach(({area}) => { area.querySelector(".cross").style.display = "none"; });
+}
+
+function line(color, name, value) {
+  const row = document.createElement("div"), key = document.createElement("i");
+  key.className = "key";
+  key.style.background = `var(--c${color})`;
+  row.append(key, `${name} `, Object.assign(document.createElement("b"), {textContent: value}));
+  return row;
+}
+
+function show(chart, share) {
+  clear();
+  const at = chart.x[0] + share * (chart.x[1] - chart.x[0]);
+  charts.forEach(({area}) => {
+    Object.assign(area.querySelector(".cross").style, {display: "block", left: `${100 * share}%`});
+  });
+  const tip = document.createElement("div");
+  tip.className = "tip";
+  const axis = chart.area.parentElement.querySelector(".axis").textContent;
+  tip.append(`${axis} ${shown(Math.abs(at) >= 100 ? Math.round(at) : at, "")}`);
+  for (const {name, color, x, y} of chart.curves) {
+    if (x.length) tip.append(line(color, name, shown(y[nearest(x, at)], chart.unit)));
+  }
+  const near = markers.filter((marker) => Math.abs(marker.x - at) < 0.008 * (chart.x[1] - chart.x[0]));
+  for (const text of new Set(near.map((marker) => marker.text))) tip.append(Object.assign(document.createElement("div"), {textContent: text}));
+  chart.area.append(tip);
+  const side = share < 0.5 ? "left" : "right";
+  tip.style[side] = `calc(${100 * (share < 0.5 ? share : 1 - share)}% + 10px)`;
+}
+
+for (const chart of charts) {
+  const move = (event) => {
+    const box = chart.area.getBoundingClientRect();
+    show(chart, Math.min(1, Math.max(0, (event.clientX - box.left) / box.width)));
+  };
+  chart.area.addEventListener("pointermove", move);
+  chart.area.addEventListener("pointerdown", move);
+  chart.area.addEventListener("pointerleave", clear);
+}
