@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RANKS ?= 2
 RECIPE ?= ds_configs/quickstart.yaml
 
-.PHONY: install install-dev train kernels test gpu-test lint format parity reshard health faults cluster families planner bench clean
+.PHONY: install install-dev train kernels test gpu-test lint format parity reshard prune health faults cluster families planner bench clean
 
 # torch comes first and alone: a later install would replace its CPU build by a CUDA one of several GB.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -59,6 +59,10 @@ reshard: install-dev
 # Ranks that are killed, stopped, hung or told to stop, damaged files, full disks (about 40 minutes on 2 cores).
 faults: install-dev
 	$(BIN)/pytest tests/faults -m "faults or not faults"
+
+# Pruning of every family by every score in every layout, and broken anywhere (an hour on 2 cores).
+prune: install-dev
+	$(BIN)/pytest tests/parity/test_prune.py -m "parity or exhaustive"
 
 # Several hosts, as network namespaces of this machine; Debian's packages need root (a quarter of an hour on 2 cores).
 CLUSTER_PACKAGES := openssh-server openssh-client pdsh iproute2

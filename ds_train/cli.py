@@ -280,6 +280,34 @@ def lr_find(
 
 
 @app.command()
+def prune(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    hostfile: Hostfile = None,
+    ranks: Ranks = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="RUN/checkpoints/step-* to prune; the recipe's first weights without it.")
+    ] = None,
+) -> None:
+    """Prune at once, without training: score the recipe's units on `score_steps` steps of its data, cut, and export.
+
+    RUN/pruned is a transformers folder of the smaller model.
+    """
+    run = load(recipe, overrides or [])
+    _start_again_on(hostfile, ranks, run, recipe)
+    from ds_train.engine.prune_once import prune_once
+    from ds_train.engine.ranks import RankInfo, run_to_exit_code
+
+    def body(info: RankInfo) -> None:
+        done = prune_once(run, info, checkpoint)
+        if info.is_main:
+            print(done.summary)
+            print(done.folder.resolve())
+
+    sys.exit(run_to_exit_code(body))
+
+
+@app.command()
 def launch(
     recipe: Recipe,
     overrides: Overrides = None,

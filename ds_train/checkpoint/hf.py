@@ -18,7 +18,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 
 from ds_train.checkpoint.fragments import names_of_whole
-from ds_train.checkpoint.shards import FragmentFiles, write_safetensors
+from ds_train.checkpoint.shards import write_safetensors
+from ds_train.compress.cut import WholeTensors
 from ds_train.compress.distill import PROJECTIONS
 from ds_train.compress.packed import Packing
 from ds_train.models.load import gathered
@@ -61,7 +62,7 @@ def export(
 
 
 def export_fragments(
-    files: FragmentFiles, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, card: str,
+    files: WholeTensors, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, card: str,
     dtype: torch.dtype, file_bytes: int = FILE_BYTES, packing: Packing | None = None,
 ) -> None:  # fmt: skip
     """As `export`, from a checkpoint and an outline of the model, in this process alone.

@@ -38,6 +38,7 @@ from ds_train.checkpoint.manifest import (
     write_text,
 )  # fmt: skip
 from ds_train.checkpoint.shards import FragmentFiles, write_fragments
+from ds_train.compress.cut import Cut, CutSource
 from ds_train.errors import Problem, UserError, first_line, user_error
 from ds_train.parallel.build import Part
 
@@ -52,7 +53,8 @@ Shared = TypeVar("Shared")
 class TrainState:
     """Where a run stands after `step` optimizer steps, and what it was started with.
 
-    `known` is what the engine knows besides tensors (`fragments.scalars`). `skips` (those of the timeline), `health`
+    `known` is what the engine knows besides tensors (`fragments.scalars`), `pruning` what has been measured, chosen or
+    cut of a model that is pruned. `skips` (those of the timeline), `health`
     and `best` are what has been decided on the way, and what the next decisions depend on.
     """
 
@@ -67,6 +69,7 @@ class TrainState:
     skips: list[dict[str, int]] = field(default_factory=list)
     health: dict[str, Any] = field(default_factory=dict)
     best: dict[str, Any] = field(default_factory=dict)
+    pruning: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -306,8 +309,10 @@ def check_resumable(state: TrainState, recipe: Mapping[str, Any], data_fingerpri
         raise UserError(problems)
 
 
-def load(engine: Any, part: Part, checkpoint: Path) -> None:
+def load(engine: Any, part: Part, checkpoint: Path, cut: Cut | None = None) -> None:
     """Give the engine what a whole checkpoint of any layout holds, on all ranks together.
+
+    With `cut`, what the checkpoint of the whole model holds of one without some units.
 
     Raises:
         UserError: the checkpoint is of another model.
@@ -315,7 +320,8 @@ def load(engine: Any, part: Part, checkpoint: Path) -> None:
     try:
         files = open_fragments(checkpoint)
         try:
-            fill(engine, part, files, files.kinds, read_state(checkpoint).known)
+            source = files if cut is None else CutSource(cut, files)
+            fill(engine, part, source, files.kinds, read_state(checkpoint).known)
         finally:
             files.close()
     except (KeyError, ValueError) as error:

@@ -14,6 +14,7 @@ from ds_train.checkpoint.fragments import WEIGHT, Fragment, Shape
 from ds_train.checkpoint.manifest import Written, damage, make_durable, write_manifest
 from ds_train.checkpoint.native import FORMAT, STATE, open_fragments, read_state
 from ds_train.checkpoint.shards import FragmentFiles, write_fragments
+from ds_train.compress.cut import config_after
 from ds_train.compress.packed import Packing
 from ds_train.compress.post_training import quantize_folder, thin_folder
 from ds_train.compress.sparsity import Pattern, Score
@@ -40,7 +41,7 @@ def export(checkpoint: Path, folder: Path, dtype: torch.dtype) -> None:
     card = hf.model_card(run.name, facts, dump(run), run.model.path)
     files = open_fragments(checkpoint)
     try:
-        model = outline(run, load_model_config(run, tokenizer))
+        model = outline(run, config_after(load_model_config(run, tokenizer), state.pruning))
         quantize = run.compress.quantize
         packing = Packing.of(quantize, model) if quantize.bits else None
         hf.export_fragments(files, model, tokenizer, folder, card, dtype, packing=packing)

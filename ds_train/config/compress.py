@@ -2,9 +2,73 @@
 
 from __future__ import annotations
 
+from typing import Annotated, Literal
+
+from pydantic import Field
+
 from ds_train.config.base import Section
 from ds_train.config.distill import DistillSection
+from ds_train.config.parallel import ParallelSection
 from ds_train.config.quantize import QuantizeSection
+
+Part = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+PRUNED_KINDS = ("heads", "ffn", "experts", "hidden", "layers")
+"""What can be pruned, by the keys of `compress.prune`."""
+
+
+class PruneSection(Section):
+    """Structured pruning: units are scored, masked, and cut out of the model and of the optimizer's states in the
+    middle of the run. Every layer loses as many, so that what is exported is a stock model of the smaller size."""
+
+    heads: Part = 0.0
+    """Share of the key/value heads of each layer, with the query heads of each, that goes. Families whose config has no
+    head size of its own (GPT-2, BERT, GPT-NeoX) lose heads with `hidden` alone, the same share of both."""
+
+    ffn: Part = 0.0
+    """Share of the feed-forward channels of each layer that goes."""
+
+    experts: Part = 0.0
+    """Share of the experts of each layer of a mixture that goes."""
+
+    hidden: Part = 0.0
+    """Share of the hidden size that goes: of embeddings, norms, head, and every matrix that reads or writes it."""
+
+    layers: int = Field(default=0, ge=0)
+    """Layers that go: those whose output is most like their input (arXiv 2403.03853), whatever `score` says."""
+
+    parameters: int | None = Field(default=None, ge=1)
+    """Parameters that the model is to have at most. The shares above then say proportions, and all are scaled together
+    until it has so many, or a few less."""
+
+    score: Literal["taylor", "fisher", "activation", "wanda", "magnitude"] = "taylor"
+    """What a unit is worth: the sum over tokens of its output times the loss's gradient of it, `taylor` (arXiv
+    1905.10650), or the sum of its squares, `fisher`; the norm of its output, `activation`, times that of the weights
+    that read it, `wanda` (arXiv 2306.11695); the norm of its weights, `magnitude`."""
+
+    score_steps: int = Field(default=16, ge=1)
+    """Steps before `start` over which scores are summed."""
+
+    start: Part = 0.1
+    """Share of the run after which units are chosen and begin to close."""
+
+    end: Part = 0.5
+    """Share of the run at which all chosen units are closed and are cut out."""
+
+    shape: Literal["cubic", "linear", "steps", "one-shot"] = "cubic"
+    """How units close between start and end, those of least worth first: by 1 - (1 - t)^3 (arXiv 1710.01878), in a
+    line, in four steps, or all at the end. The one that is closing is dimmed in proportion."""
+
+    multiple: int = Field(default=8, ge=1)
+    """Feed-forward channels, and the hidden size, that stay are rounded up to a multiple of this."""
+
+    parallel: ParallelSection | None = None
+    """Layout of the same ranks from the cut on; as before without it."""
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """What is asked to go."""
+        return tuple(kind for kind in PRUNED_KINDS if getattr(self, kind))
 
 
 class CompressSection(Section):
@@ -19,3 +83,5 @@ class CompressSection(Section):
     keep_zeros: bool = False
     """Weights of the blocks' linear layers that start as zero stay zero, so that what `ds-train sparsify` has made is
     trained as it is."""
+    prune: PruneSection = PruneSection()
+    """Structured pruning."""

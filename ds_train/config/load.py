@@ -221,15 +221,11 @@ def _is_section(annotation: Any) -> typing.TypeGuard[type[BaseModel]]:
 
 
 def _unknown_key_reason(location: Sequence[str]) -> str:
-    if location[0] == "compress":
-        return "compression is not available in this version"
     where = f"section `{'.'.join(location[:-1])}`" if len(location) > 1 else "the recipe"
     return f"{where} has no such key"
 
 
 def _unknown_key_fix(location: Sequence[str]) -> str:
-    if location[0] == "compress":
-        return "remove it, and set a smaller `model` to train a smaller model"
     keys = known_keys()
     prefix = ".".join(location[:-1])
     if location[-1] in OTHER_NAMES:

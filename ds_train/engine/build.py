@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ds_kernels import Choice
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ds_train.compress.distill import Distilling
 from ds_train.compress.packed import Packing
@@ -18,11 +19,12 @@ from ds_train.compress.teacher import check_teacher
 from ds_train.config import RunConfig
 from ds_train.data.build import DataBundle, load_data
 from ds_train.engine.distilling import distil
+from ds_train.engine.prune import Prunable, find_prunable
 from ds_train.engine.ranks import RankInfo, on_main_first
 from ds_train.models.cpu_products import fp32_products_are_faster, use_fp32_products
 from ds_train.models.kept_layers import start_from_kept_layers
 from ds_train.models.lean import use_lean_layers
-from ds_train.models.load import load_model_config
+from ds_train.models.load import load_model_config, without_weights
 from ds_train.models.patch import embed_patches
 from ds_train.models.token_drop import repeated_layers
 from ds_train.optim.build import build_optimizer, choose_kernel
@@ -34,6 +36,7 @@ from ds_train.parallel.mesh import Mesh
 from ds_train.parallel.sequence import leave_sequence
 from ds_train.parallel.tensor import gradient_norm
 from ds_train.plan.make import RunPlan, make_plan
+from ds_train.plan.topology import Layout
 from ds_train.track.phases import StepClock, step_clock, time_pipeline
 
 
@@ -43,7 +46,7 @@ class Assembly:
 
     `kernel` is what updates the parameters, `clock` what tells where the time of a step goes. `distilling` is there
     where the recipe has a teacher, on ranks that take the loss; `rounding` and `packing` where weights are rounded: in
-    training, and in the export.
+    training, and in the export. `prunable` is there where the recipe prunes, until the cut.
     """
 
     engine: Any
@@ -54,6 +57,7 @@ class Assembly:
     distilling: Distilling | None = None
     rounding: Rounding | None = None
     packing: Packing | None = None
+    prunable: Prunable | None = None
 
     @property
     def model(self) -> PreTrainedModel:
@@ -61,8 +65,16 @@ class Assembly:
         return self.part.model
 
 
-def assemble(run: RunConfig, plan: RunPlan, info: RankInfo, tokenizer: Any, prepared: Path) -> Assembly:
+def assemble(
+    run: RunConfig, plan: RunPlan, info: RankInfo, tokenizer: Any, prepared: Path, after: Layout | None = None,
+    cut: Callable[[PreTrainedConfig], PreTrainedConfig] | None = None, clock: StepClock | None = None,
+) -> Assembly:  # fmt: skip
     """Build everything on this rank. Collective: every rank calls it with the same recipe and plan.
+
+    Args:
+        after: layout from the cut of a run that prunes on, for what can be cut; the plan's own without it.
+        cut: gives the config of a model that has been cut from the recipe's; its weights come from a checkpoint.
+        clock: goes on with this one.
 
     Raises:
         UserError: whatever the model, its config or the data refuse.
@@ -89,7 +101,13 @@ def assemble(run: RunConfig, plan: RunPlan, info: RankInfo, tokenizer: Any, prep
         whole = run
         run = on_main_first(info, lambda: start_from_kept_layers(whole, tokenizer))
     config = load_model_config(run, tokenizer)
-    if plan.size is None:
+    prunable, taught = None, run
+    if cut is not None:
+        config = cut(config)
+        run = without_weights(run, config)
+    elif run.compress.prune.kinds:
+        prunable = on_main_first(info, lambda: find_prunable(run, config, after or layout))
+    if plan.size is None and cut is None:
         # A hub model's sizes are known only now that its config is on this machine.
         make_plan(run, plan.cluster)
     offloaded = run.parallel.offload_optimizer != "none"
@@ -99,7 +117,7 @@ def assemble(run: RunConfig, plan: RunPlan, info: RankInfo, tokenizer: Any, prep
         check_layout(run, config, layout, mesh, get_accelerator().current_device_name())
     if run.token_drop.kind != "none":
         check_token_dropping(run, config)
-    teacher = check_teacher(run, config, tokenizer) if run.compress.distill.active else None
+    teacher = check_teacher(taught, config, tokenizer) if run.compress.distill.active else None
     part = build_part(run, config, plan, mesh)
     if fp32_products_are_faster(info.device, part.model.dtype):
         use_fp32_products(part.model)
@@ -110,7 +128,7 @@ def assemble(run: RunConfig, plan: RunPlan, info: RankInfo, tokenizer: Any, prep
         keep_zeros(linear_layers(part.model))
     if run.model.lean_activations and not run.model.activation_checkpointing and not run.model.compile:
         use_lean_layers(part.model)
-    distilling = None if teacher is None else distil(run, plan, part, data, teacher)
+    distilling = None if teacher is None else distil(taught, plan, part, data, teacher)
     # DeepSpeed keeps the groups of the last engine of this process.
     deepspeed.utils.groups.mpu = None
     engine, *_ = deepspeed.initialize(
@@ -130,7 +148,7 @@ def assemble(run: RunConfig, plan: RunPlan, info: RankInfo, tokenizer: Any, prep
     if run.model.compile:
         for layer in repeated_layers(part.model):
             layer.compile()
-    clock = step_clock(info.device)
+    clock = clock or step_clock(info.device)
     if part.pipeline is not None:
         time_pipeline(engine, clock)
-    return Assembly(engine, part, data, kernel, clock, distilling, rounding, packing)
+    return Assembly(engine, part, data, kernel, clock, distilling, rounding, packing, prunable)

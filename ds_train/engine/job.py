@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
+import shutil
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ds_train.config import RunConfig, dump, load
 from ds_train.engine.ranks import RankInfo, meet, on_main_first, return_freed_memory, run_to_exit_code, versions
 from ds_train.engine.stop import StopRequest
-from ds_train.errors import STOPPED_CODE, Stopped, first_line, user_error
+from ds_train.errors import STOPPED_CODE, Stopped, UserError, first_line, user_error
 from ds_train.plan.make import RunPlan, make_plan
 from ds_train.plan.search import auto_fields, keep_choice
 from ds_train.plan.topology import Cluster
@@ -26,9 +29,11 @@ if TYPE_CHECKING:
     from ds_train.checkpoint.native import Saved, TrainState
     from ds_train.engine.build import Assembly
     from ds_train.engine.loop import StepResult
+    from ds_train.engine.prune import Pruning
     from ds_train.engine.watch import RunWatch
     from ds_train.engine.watchdog import Watchdog
     from ds_train.schedule.timeline import Timeline
+    from ds_train.track.phases import StepClock
     from ds_train.track.tracker import Tracker
 
 
@@ -49,6 +54,7 @@ def train(run: RunConfig, info: RankInfo, stop_after: int | None = None) -> None
         meet(info)
         run = on_main_first(info, lambda: _settled(run, cluster, folder))
     plan = make_plan(run, cluster)
+    after = after_cut(run, cluster)
     if info.is_main:
         for note in plan.notes:
             print(note, flush=True)
@@ -60,20 +66,21 @@ def train(run: RunConfig, info: RankInfo, stop_after: int | None = None) -> None
     meet(info)
     quiet_libraries()
     with StopRequest(run.faults.grace_seconds) as stop:
-        _train(run, plan, info, folder, stop, stop_after)
+        _train(Placed(run, plan), after, info, folder, stop, stop_after)
 
 
 def _train(
-    run: RunConfig, plan: RunPlan, info: RankInfo, folder: Path, stop: StopRequest, stop_after: int | None
+    before: Placed, after: Placed, info: RankInfo, folder: Path, stop: StopRequest, stop_after: int | None
 ) -> None:
     from ds_train.engine.contract import check_common, check_facts, check_parameters
 
-    recipe = run.model_dump(mode="json")
-    check_common(recipe, plan)
+    run, plan = before.run, before.plan
+    check_common(run.model_dump(mode="json"), plan)
     on_main_first(info, lambda: _check_places(run, folder))
     prepared, tokenizer = _prepare_data(run, info)
 
     from ds_train.checkpoint import hf, native
+    from ds_train.compress.cut import config_after
     from ds_train.data.prepare import read_manifest
     from ds_train.engine.build import assemble
     from ds_train.engine.watch import RunWatch
@@ -83,38 +90,50 @@ def _train(
     from ds_train.track.phases import collectives_timed
     from ds_train.track.tracker import Tracker
 
-    layout = _layout_record(run, plan)
     fingerprint = str(read_manifest(prepared)["content"])
     check_facts({"data": read_manifest(prepared)})
     resumed = _find_checkpoint(run, info, folder, fingerprint)
     # Only now: a run that is refused leaves the folder's records as they were.
     on_main_first(info, lambda: _write_records(folder, run, plan))
-    parts = assemble(run, plan, info, tokenizer, prepared)
+    state = native.read_state(resumed) if resumed is not None else None
+
+    def build(pruning: Mapping[str, Any], clock: StepClock | None = None) -> Assembly:
+        """Everything around the model, as it is after the cut where there was one."""
+        if not pruning.get("cut"):
+            return assemble(run, plan, info, tokenizer, prepared, after.plan.layout)
+        smaller = partial(config_after, record=pruning)
+        return assemble(after.run, after.plan, info, tokenizer, prepared, cut=smaller, clock=clock)
+
+    pruned = state.pruning if state is not None else {}
+    parts = build(pruned)
     timeline = make_timeline(run, parts.data.samples_per_epoch)
     done = 0
-    state: TrainState | None = None
-    if resumed is not None:
+    if resumed is not None and state is not None:
         native.load(parts.engine, parts.part, resumed)
-        state = native.read_state(resumed)
         done = state.step
         _check_clock(timeline, state)
-    check_parameters(parts.part, plan.zero_stage == 3)
+    place = after if pruned.get("cut") else before
+    check_parameters(parts.part, place.plan.zero_stage == 3)
     wandb_id = state.wandb_id if state else None
     known = plan.to_dict() | {"versions": versions()}
     tracker = Tracker(run, known, folder, info.is_main, timeline.steps, done, wandb_id)
     exit_code = 1
     try:
-        _note_start(run, parts, tracker, layout, resumed, state)
+        _note_start(run, parts, tracker, place.record, resumed, state)
         watch = RunWatch(run, info, parts, tracker, folder, timeline, state)
-        session = Session(run, plan, info, parts, tracker, folder, layout, fingerprint, watch, stop)
+        session = Session(place, after, info, parts, build, tracker, folder, fingerprint, watch, stop)
+        clock = parts.clock
+        del parts  # a cut gives others
+        session.prune(pruned)
         with Watchdog(run.faults, info, folder / "faults", session.note_fault) as watchdog:
-            with collectives_timed(parts.clock, info.device):
+            with collectives_timed(clock, info.device):
                 session.train(done, watchdog, stop_after)
             if not stop.agreed:
                 _note_noise_scale(run, folder, tracker, info)
                 if run.checkpoint.export:
                     step = watch.use_best()
-                    card = _model_card(run, plan, folder, step) if info.is_main else ""
+                    card = _model_card(run, session.plan, folder, step) if info.is_main else ""
+                    parts = session.parts
                     hf.export(parts.part, tokenizer, folder / "export", card, packing=parts.packing)
                     tracker.keep(folder / "export", "export", step)
                     _push(run, folder / "export", tracker, info)
@@ -156,56 +175,112 @@ def _note_start(
             tracker.note(f"it was made with {name} {before}, and goes on with {now}: last bits may differ")
 
 
+@dataclass(frozen=True)
+class Placed:
+    """A recipe, and how its ranks share it."""
+
+    run: RunConfig
+    plan: RunPlan
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """How the run's states are spread over ranks, for people and for a word when it changes."""
+        return _layout_record(self.run, self.plan)
+
+
+def after_cut(run: RunConfig, cluster: Cluster) -> Placed:
+    """The recipe from the cut on, where pruning changes its layout.
+
+    Raises:
+        UserError: with everything that is wrong with that layout.
+    """
+    parallel = run.compress.prune.parallel
+    if parallel is None:
+        return Placed(run, make_plan(run, cluster))
+    later = run.model_copy(update={"parallel": parallel})
+    try:
+        return Placed(later, make_plan(later, cluster))
+    except UserError as error:
+        raise UserError(
+            replace(problem, key=f"compress.prune.{problem.key}") if problem.key.startswith("parallel.") else problem
+            for problem in error.problems
+        ) from None
+
+
 class Session:
     """The steps of one run with what happens between them: metrics, evaluation, checkpoints."""
 
     def __init__(
         self,
-        run: RunConfig,
-        plan: RunPlan,
+        place: Placed,
+        after: Placed,
         info: RankInfo,
         parts: Assembly,
+        build: Callable[[Mapping[str, Any], StepClock | None], Assembly],
         tracker: Tracker,
         folder: Path,
-        layout: dict[str, Any],
         fingerprint: str,
         watch: RunWatch,
         stop: StopRequest,
     ) -> None:
+        self.after, self.info, self.build, self.tracker = after, info, build, tracker
+        self.folder, self.fingerprint, self.watch, self.stop = folder, fingerprint, watch, stop
+        self._at: tuple[int, int] | None = None  # step and tokens
+        self._saved_step = 0
+        self.pruning: Pruning | None = None
+        self.pruned: Mapping[str, Any] = {}
+        """What has been cut."""
+        self._go_on_with(place, parts)
+
+    def _go_on_with(self, place: Placed, parts: Assembly) -> None:
+        """Train with this engine."""
         from ds_train.checkpoint.native import Saver
         from ds_train.engine.speed import Speed
 
-        self.stop = stop
-        self._at: tuple[int, int] | None = None  # step and tokens
-        self._saved_step = 0
-        self.run, self.plan, self.info, self.parts, self.tracker = run, plan, info, parts, tracker
-        self.folder, self.layout, self.fingerprint, self.watch = folder, layout, fingerprint, watch
-        self.speed = Speed(run, parts, info)
-        section = run.checkpoint
+        self.run, self.plan, self.layout, self.parts = place.run, place.plan, place.record, parts
+        self.watch.go_on_with(parts)
+        self.speed = Speed(self.run, parts, self.info)
+        section = self.run.checkpoint
         self.saver = Saver(
-            folder / "checkpoints",
+            self.folder / "checkpoints",
             parts.engine,
             parts.part,
             section.keep_last,
             section.keep_every,
-            in_background=saves_in_background(run, info.device),
+            in_background=saves_in_background(self.run, self.info.device),
         )
+
+    def prune(self, state: Mapping[str, Any]) -> None:
+        """Prune as the recipe says, from the state of a checkpoint on."""
+        from ds_train.engine.prune import Pruning, steps_of
+
+        if state.get("cut"):
+            self.pruned = state
+        elif self.parts.prunable is not None:
+            steps = steps_of(self.run, self.watch.timeline)
+            self.pruning = Pruning(self.run, self.parts.prunable, self.parts.engine, self.parts.part, steps)
+            self.pruning.load_state(state)
 
     def train(self, done: int, watchdog: Watchdog | None = None, stop_after: int | None = None) -> None:
         """Steps `done` + 1 to `stop_after`, or the timeline's last, each followed by what is due after it."""
         start = None if self.watch.patience_ended else done
         while start is not None:
+            if self.pruning is not None and start >= self.pruning.steps.cut:
+                self._cut(start)
             start = self._train_from(start, watchdog, stop_after or self.watch.timeline.steps)
         if self.stop.agreed:
             self._save_and_stop(done)
         self._note_saves(self.saver.wait())
 
     def _train_from(self, done: int, watchdog: Watchdog | None, stop_after: int) -> int | None:
-        """Train to the end; or to a step that is rolled back, which gives the one to go on from."""
+        """Train to the end; or to a step that is rolled back or followed by a cut: gives the one to go on from."""
         from ds_train.engine.loop import due, train_steps
 
         run, timeline = self.run, self.watch.timeline
-        steps = train_steps(run, self.plan, self.info, self.parts, timeline, done, stop=self.stop, watchdog=watchdog)
+        steps = train_steps(
+            run, self.plan, self.info, self.parts, timeline, done,
+            stop=self.stop, watchdog=watchdog, pruning=self.pruning,
+        )  # fmt: skip
         with closing(steps):
             for result in self._profiled(steps, done):
                 self._at = result.step, result.tokens
@@ -225,8 +300,50 @@ class Session:
                     self._save(result.step, result.tokens)
                 self._note_saves(self.saver.ended())
                 if last:
-                    break
-        return None
+                    return None
+        return None if self.pruning is None or self.stop.agreed else self.pruning.steps.cut
+
+    def _cut(self, step: int) -> None:
+        """Leave the chosen units behind after `step` steps, and go on with an engine around the smaller model."""
+        from ds_train.checkpoint import native
+        from ds_train.engine.loop import evaluate
+        from ds_train.engine.prune import parameters_of
+
+        assert self.pruning is not None
+        if self.pruning.removed is None:
+            self.pruning.choose()
+        self._note_saves(self.saver.wait())
+        cut = self.pruning.cut()
+        before = parameters_of(self.parts.part)
+        self.pruning.set_masks(1.0)
+        masked = evaluate(self.run, self.parts, step)
+        folder = self.folder / "cut"
+        saver = native.Saver(folder, self.parts.engine, self.parts.part, keep_last=1)
+        (saved,) = saver.save(self._state(step, self.watch.timeline.tokens_after(step)))
+        if saved.error is not None:
+            reason = f"its states could not be written for the cut: {saved.error}"
+            raise user_error("run_root", reason, "make room there, and start the command again", str(folder))
+        self.pruned, clock = {"removed": self.pruning.removed, **cut.record()}, self.parts.clock
+        self.pruning = None
+        self.parts.engine.destroy()
+        # What holds the engine, before another one is built beside it.
+        self.watch.let_go()
+        del saver, self.saver, self.speed, self.parts
+        gc.collect()
+        parts = self.build(self.pruned, clock)
+        native.load(parts.engine, parts.part, saved.path, cut)
+        self._go_on_with(self.after, parts)
+        on_main_first(self.info, lambda: shutil.rmtree(folder, ignore_errors=True))
+        left, sizes = parameters_of(parts.part), cut.sizes | {"layers": len(cut.layers)}
+        record = {"kind": "cut", "step": step, "parameters": left, "parameters_before": before, **sizes}
+        words = ", ".join(f"{kind} {count}" for kind, count in sizes.items())
+        note = f"cut after step {step}: {before:,} parameters, now {left:,} ({words})"
+        found = evaluate(self.run, parts, step)
+        if masked is not None and found is not None:
+            record |= {"masked_loss": masked.loss, "loss": found.loss}
+            note += f"; held-out loss {masked.loss:.4f} with these masked, {found.loss:.4f} without them"
+        self.tracker.log(record, step)
+        self.tracker.note(note)
 
     def _profiled(self, steps: Iterator[StepResult], done: int) -> Iterator[StepResult]:
         """`steps`, of which those that the recipe names are recorded."""
@@ -286,9 +403,15 @@ class Session:
         return better
 
     def _save(self, step: int, tokens: int) -> None:
+        self._saved_step = step
+        self._at = step, tokens
+        self._note_saves(self.saver.save(self._state(step, tokens)))
+
+    def _state(self, step: int, tokens: int) -> TrainState:
+        """What a checkpoint holds besides tensors. Collective."""
         from ds_train.checkpoint.native import TrainState
 
-        state = TrainState(
+        return TrainState(
             step=step,
             tokens=tokens,
             recipe=self.run.model_dump(mode="json"),
@@ -296,11 +419,9 @@ class Session:
             versions=versions(),
             data_fingerprint=self.fingerprint,
             wandb_id=self.tracker.wandb_id,
+            pruning=dict(self.pruned if self.pruning is None else self.pruning.state()),
             **self.watch.decided(),
         )
-        self._saved_step = step
-        self._at = step, tokens
-        self._note_saves(self.saver.save(state))
 
     def _note_saves(self, saves: Iterable[Saved]) -> None:
         for saved in saves:

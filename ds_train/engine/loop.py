@@ -15,6 +15,7 @@ from ds_train.config import RunConfig
 from ds_train.data.batches import count_labels
 from ds_train.engine.build import Assembly
 from ds_train.engine.noise import MicroGradients
+from ds_train.engine.prune import Pruning
 from ds_train.engine.ranks import RankInfo, all_sum, seed_generators
 from ds_train.engine.stop import StopRequest
 from ds_train.engine.watchdog import Watchdog
@@ -80,13 +81,17 @@ def train_steps(
     rates: Sequence[float] | None = None,
     stop: StopRequest | None = None,
     watchdog: Watchdog | None = None,
+    pruning: Pruning | None = None,
 ) -> Generator[StepResult, None, None]:
     """Train steps `first` (counted from 0) to the timeline's last, yielding after each. Collective.
 
     `rates` are the learning rates of all steps from 0, and there are as many steps; without them the recipe's schedule
     says them. Where `stop` of any rank is requested, all ranks end after the same step; `watchdog` times each.
+    `pruning` is of this engine, and looks on: its cut ends the steps too.
     """
     end = timeline.steps if rates is None else len(rates)
+    if pruning is not None:
+        end = min(end, pruning.steps.cut)
     place = plan.layout.coordinates(info.rank)
     steps = parts.data.train.steps(lambda: timeline.shapes(first, end), run.data.workers)
     while True:
@@ -104,6 +109,8 @@ def train_steps(
         else:
             lr = rates[step]
         set_learning_rate(parts.engine.optimizer, lr)
+        if pruning is not None:
+            pruning.before_step(shape, timeline)
         if watchdog is not None:
             watchdog.begin(step + 1, (shape.length, shape.patch), shape.samples * shape.length)
         labels, real_tokens, weight = begin_step(run, parts, timeline, shape, batches, stop)

@@ -37,6 +37,14 @@ class RunWatch:
         self._best = Best(run.checkpoint, state.best if state else None)
         self._write_data()
 
+    def go_on_with(self, parts: Assembly) -> None:
+        """Watch over this engine."""
+        self._parts = parts
+
+    def let_go(self) -> None:
+        """Hold no engine, until there is another one."""
+        del self._parts
+
     def decided(self) -> dict[str, Any]:
         """What a checkpoint's state holds of it."""
         skips = [asdict(skip) for skip in self.timeline.skips]

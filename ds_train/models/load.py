@@ -103,6 +103,12 @@ def build_model(
     return model
 
 
+def without_weights(run: RunConfig, config: PreTrainedConfig) -> RunConfig:
+    """The recipe of a model of this config from scratch."""
+    model = run.model.model_copy(update={"path": None, "arch": config.model_type})
+    return run.model_copy(update={"model": model})
+
+
 def outline(run: RunConfig, config: PreTrainedConfig) -> PreTrainedModel:
     """The whole model without memory for its weights (torch's meta device), its tied weights tied."""
     with torch.device("meta"):

@@ -9,6 +9,9 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from ds_train.config import RunConfig
+from ds_train.models.load import outline, without_weights
+
 # Sizes of a look-alike: those that ranks share, which can be cut by 2, and the others.
 _SHARED = {
     "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 4,
@@ -26,6 +29,7 @@ _SMALL = {
     "index_head_dim": 8, "index_topk": 32, "rotary_dim": 4,
 }  # fmt: skip
 _VOCABULARY = 320  # holds a vocabulary of bytes
+_LARGEST = 50_000_000  # parameters of a look-alike; some have towers for pictures or sound beside their layers
 
 
 def look_alike(config: PreTrainedConfig, layers: int, ranks: int = 1) -> PreTrainedConfig:
@@ -41,7 +45,7 @@ def look_alike(config: PreTrainedConfig, layers: int, ranks: int = 1) -> PreTrai
     for name in ("architectures", "transformers_version", "dtype", "torch_dtype", "model_type"):
         given.pop(name, None)
     chosen = _chosen_layers(given, config.num_hidden_layers, layers)
-    for key, value in _per_layer(given, config.num_hidden_layers).items():
+    for key, value in per_layer(given, config.num_hidden_layers).items():
         given[key] = [value[index] for index in chosen]
     factor = ranks // math.gcd(ranks, 2)
     sizes = {name: size * factor for name, size in _SHARED.items()} | _SMALL | {"num_hidden_layers": layers}
@@ -71,7 +75,30 @@ def look_alike(config: PreTrainedConfig, layers: int, ranks: int = 1) -> PreTrai
         raise ValueError(f"{config.model_type}: no small look-alike can be made ({error})") from error
 
 
-def _per_layer(given: Mapping[str, Any], count: int) -> dict[str, Sequence[Any]]:
+def small_run(
+    run: RunConfig, config: PreTrainedConfig, layers: int, ranks: int = 1
+) -> tuple[RunConfig, PreTrainedConfig]:
+    """Recipe and config of a look-alike from scratch in fp32, without what only the run itself asks for.
+
+    Raises:
+        ValueError: the family can't be made small.
+    """
+    run = without_weights(run, config)
+    model = run.model.model_copy(update={"activation_checkpointing": False})
+    precision = run.precision.model_copy(update={"dtype": "fp32"})
+    parallel = run.parallel.model_copy(update={"stage_layers": None})
+    run = run.model_copy(update={"model": model, "precision": precision, "parallel": parallel})
+    small = look_alike(config, layers, ranks)
+    small.use_cache = False
+    if run.task.kind == "sequence-classification":
+        small.num_labels = int(config.num_labels or 2)
+    parameters = sum(parameter.numel() for parameter in outline(run, small).parameters())
+    if parameters > _LARGEST:
+        raise ValueError(f"no small look-alike can be made, {parameters / 1e6:,.0f} million parameters stay")
+    return run, small
+
+
+def per_layer(given: Mapping[str, Any], count: int) -> dict[str, Sequence[Any]]:
     """The settings that have a value for each of `count` layers."""
     return {
         key: value
@@ -82,7 +109,7 @@ def _per_layer(given: Mapping[str, Any], count: int) -> dict[str, Sequence[Any]]
 
 def _chosen_layers(given: Mapping[str, Any], count: int, wanted: int) -> list[int]:
     """Indices of the layers that a look-alike keeps: one of every kind first, then from the start."""
-    lists = _per_layer(given, count).values()
+    lists = per_layer(given, count).values()
     kinds: dict[str, int] = {}
     for index in range(count):
         kinds.setdefault(str([value[index] for value in lists]), index)

@@ -15,11 +15,12 @@ from ds_train.config import RunConfig
 from ds_train.errors import UserError, first_line, user_error
 from ds_train.models.load import build_model, matrix_parameters, outline, shares_embedding
 from ds_train.models.tasks import TaskLoss
+from ds_train.models.tensor_plan import tensor_plan
 from ds_train.models.token_drop import TokenDropping
 from ds_train.parallel.mesh import Group, Mesh
 from ds_train.parallel.pipeline import Pipeline, Stage, cut_to_stage, find_cut, layer_costs
 from ds_train.parallel.sequence import SequenceParallel
-from ds_train.parallel.tensor import cuts_vocabulary, shard_model, tensor_plan
+from ds_train.parallel.tensor import cuts_vocabulary, shard_model
 from ds_train.plan.make import RunPlan
 from ds_train.plan.stages import balance, stage_bounds
 from ds_train.plan.topology import Layout

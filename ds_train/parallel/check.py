@@ -15,8 +15,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ds_train.config import RunConfig
 from ds_train.errors import UserError, first_line, user_error
-from ds_train.models.load import build_model, outline, shares_embedding
-from ds_train.models.look_alike import look_alike
+from ds_train.models.load import build_model, shares_embedding
+from ds_train.models.look_alike import small_run
 from ds_train.models.loss import IGNORE_INDEX
 from ds_train.models.packing import check_packing
 from ds_train.models.tasks import Batch, TaskLoss
@@ -30,7 +30,6 @@ from ds_train.plan.topology import Layout
 
 _SAMPLES, _LENGTH, _LAYERS = 2, 12, 4
 _SEEDS = 8
-_LARGEST = 50_000_000  # parameters of a look-alike; some have towers for pictures or sound beside their layers
 _FLASH = ("flash_attention_2", "flash_attention_3")  # they compute in 16 bits only
 _TOLERANCE = 1e-4  # fp32; what is computed in another order differs by about 1e-6
 
@@ -147,23 +146,12 @@ def _is_random(task: TaskLoss, model: Any, batch: Batch) -> bool:
 
 
 def _small(run: RunConfig, config: PreTrainedConfig, layout: Layout) -> tuple[RunConfig, PreTrainedConfig]:
-    """Recipe and config of a look-alike in fp32.
+    """Recipe and config of a look-alike in fp32 that `layout` can cut.
 
     Raises:
         ValueError: the family can't be made small.
     """
-    model = run.model.model_copy(update={"path": None, "arch": config.model_type, "activation_checkpointing": False})
-    precision = run.precision.model_copy(update={"dtype": "fp32"})
-    parallel = run.parallel.model_copy(update={"stage_layers": None})
-    run = run.model_copy(update={"model": model, "precision": precision, "parallel": parallel})
-    small = look_alike(config, max(_LAYERS, layout.pipe), layout.tensor * layout.sequence)
-    small.use_cache = False
-    if run.task.kind == "sequence-classification":
-        small.num_labels = int(config.num_labels or 2)
-    parameters = sum(parameter.numel() for parameter in outline(run, small).parameters())
-    if parameters > _LARGEST:
-        raise ValueError(f"no small look-alike can be made, {parameters / 1e6:,.0f} million parameters stay")
-    return run, small
+    return small_run(run, config, max(_LAYERS, layout.pipe), layout.tensor * layout.sequence)
 
 
 def _batch(run: RunConfig, config: PreTrainedConfig) -> Batch:

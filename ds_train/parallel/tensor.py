@@ -6,7 +6,6 @@ Shapes: B batch, T time, D hidden, V vocabulary.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ds_train.models.tasks import plain_head
-from ds_train.plan.families import EXPERT_STYLES, FAMILIES, TENSOR_STYLES
+from ds_train.models.tensor_plan import general_name
 
 Group = Any
 
@@ -48,28 +47,6 @@ class Shard:
         return torch.cat([rank[part] for part in range(self.parts) for rank in pieces], self.dim)
 
 
-def tensor_plan(model: PreTrainedModel) -> dict[str, str]:
-    """Style by module or parameter name (`*` for a layer's number), from the model itself or the table of families.
-
-    Experts are left out: each rank holds them whole. Empty where the family has no plan.
-
-    Raises:
-        ValueError: a style that can't be run.
-    """
-    plan = dict(getattr(model, "_tp_plan", None) or {})
-    family = FAMILIES.get(model.config.model_type)
-    if not model.config.base_model_tp_plan and family is not None:
-        prefix = "" if model.base_model is model else model.base_model_prefix + "."
-        plan |= {prefix + name: style for name, style in family.tensor.items()}
-    experts = {name for name, style in plan.items() if style in EXPERT_STYLES}
-    expert_roots = {_before_experts(name) for name in experts}
-    kept = {name: style for name, style in plan.items() if _before_experts(name) not in expert_roots - {None}}
-    unknown = sorted(set(kept.values()) - TENSOR_STYLES - {"embedding_rowwise", "embedding_colwise"})
-    if unknown:
-        raise ValueError(f"its tensor plan has the style {unknown[0]}, which DeepSpeed's layers don't have")
-    return kept
-
-
 def shard_model(model: PreTrainedModel, plan: dict[str, str], group: Group, vocabulary: bool) -> None:
     """Replace the planned modules of `model` by tensor-parallel ones. Collective over `group`.
 
@@ -83,7 +60,7 @@ def shard_model(model: PreTrainedModel, plan: dict[str, str], group: Group, voca
     autotp.set_autotp_mode(training=True)
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     for name, module in list(model.named_modules()):
-        style = plan.get(_general(name))
+        style = plan.get(general_name(name))
         if style is None or module in (head, embedding) or not any(True for _ in module.parameters(recurse=False)):
             continue
         if style == "mla_kv_a_proj":
@@ -283,7 +260,7 @@ def _shard_vocabulary(model: PreTrainedModel, group: Group) -> None:
 def _shard_bare_parameters(model: PreTrainedModel, plan: dict[str, str], group: Group) -> None:
     """Parameters that are planned by their own name, such as attention sinks: one entry per head, or gradients."""
     for name, parameter in model.named_parameters():
-        style = plan.get(_general(name))
+        style = plan.get(general_name(name))
         if style is None or getattr(parameter, "tensor_shard", None) is not None:
             continue
         if style == "replicated_with_grad_allreduce":
@@ -337,13 +314,3 @@ def _divide_heads(module: nn.Module, ranks: int) -> None:
         value = getattr(module, name, None)
         if isinstance(value, int) and not isinstance(value, bool) and value % ranks == 0:
             setattr(module, name, value // ranks)
-
-
-def _before_experts(name: str) -> str | None:
-    """The mixture's module that an entry of the plan belongs to, up to `experts`."""
-    parts = name.split(".")
-    return ".".join(parts[: parts.index("experts") + 1]) if "experts" in parts else None
-
-
-def _general(name: str) -> str:
-    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from ds_train.config import RunConfig
 from ds_train.schedule.distill import teacher_share
 from ds_train.schedule.learning_rate import learning_rate_factor, plan_length
+from ds_train.schedule.prune import closed_share, prune_steps
 from ds_train.schedule.timeline import cut_timeline
 from ds_train.schedule.token_drop import kept_tokens
 
@@ -54,6 +55,11 @@ def recipe_curves(run: RunConfig, points: int = POINTS) -> Curves:
     if distill.alpha_end is not None:
         before = [timeline.at(step - 1).before for step in steps]
         curves.append(Curve("teacher's share", tuple(teacher_share(distill, place, total) for place in before)))
+    if run.compress.prune.kinds:
+        pruned = prune_steps(run.compress.prune, timeline)
+        closed = [1.0 if step > pruned.cut else closed_share(run.compress.prune, place, total)
+                  for step, place in zip(steps, tokens, strict=True)]  # fmt: skip
+        curves.append(Curve("share of the chosen units that are closed", tuple(closed)))
     places = tuple(float(place) if known else place / total for place in tokens)
     return Curves(places, "tokens" if known else "share of the run", tuple(curves))
 

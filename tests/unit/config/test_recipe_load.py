@@ -83,7 +83,10 @@ def test_every_error_comes_at_once_with_the_nearest_key() -> None:
         ("model.config=3", "model.config=3: should be a mapping of keys. Fix: "),
         ("optimizer.lr=-1", "optimizer.lr=-1: should be greater than 0"),
         ("optimizer.lr=.nan", "optimizer.lr=nan:"),
-        ("compress.sparsity=0.5", "compress.sparsity=0.5: compression is not available in this version"),
+        (
+            "compress.prune.head=0.5",
+            "compress.prune.head=0.5: section `compress.prune` has no such key. Fix: did you mean",
+        ),
         (
             "schedule.tokens=5",
             "schedule: exactly one of steps, tokens and epochs says how long the run is; given: steps, tokens",

@@ -42,7 +42,41 @@ TAUGHT = {"compress.distill.logits": "forward-kl", "compress.distill.teacher": "
 CACHED = TAUGHT | {"compress.distill.cache_top": 8}
 SHORT_TEACHER = str(Path(__file__).with_name("teacher"))
 FLASH = {"model.attention": "flash_attention_2", "batch.micro_samples": 1}
+PRUNE = {"compress.prune.ffn": 0.5}
 CASES = [
+    Broken(
+        "prune-sizes", {"compress.prune.heads": 0.25, "parallel.tensor": 2},
+        "compress.prune.heads=0.25: the 3 heads of 4 that stay can't be shared by 2 ranks. Fix: 0.5 leaves 2",
+    ),
+    Broken("prune-sizes", {"compress.prune.layers": 8}, "compress.prune.layers=8: none of the 8 layers would be left"),
+    Broken(
+        "prune-sizes", {"compress.prune.layers": 6, "compress.prune.parallel": {"pipeline": 4}},
+        "the 2 layers that stay are fewer than the 4 pipeline stages. Fix: prune at most 4",
+    ),
+    Broken("prune-sizes", {"compress.prune.heads": 0.1}, "all of the 4 heads would stay"),
+    Broken("prune-end", PRUNE | {"compress.prune.start": 0.6}, "it is before compress.prune.start=0.6"),
+    Broken("prune-parameters", {"compress.prune.layers": 1, "compress.prune.parameters": 9}, "nothing says what goes"),
+    Broken("prune-compile", PRUNE | {"model.compile": True}, "set model.compile=false"),
+    Broken(
+        "prune-stages", {"compress.prune.layers": 1, "parallel.pipeline": 2, "parallel.stage_layers": [4, 4]},
+        "compress.prune.parallel.stage_layers",
+    ),
+    Broken(
+        "prune-rates", {"compress.prune.layers": 1, "optimizer.lr_factors": {"*layers.3*": 2.0}},
+        "write * for the number",
+    ),
+    Broken("prune-layout-auto", PRUNE | {"compress.prune.parallel": {"tensor": "auto"}}, "as numbers"),
+    Broken("prune-roll-back", PRUNE | {"health.on_spike": "roll-back", "checkpoint.every_steps": 1},
+           "set health.on_spike=note"),
+    Broken("prune-hidden-states", PRUNE | TAUGHT | {"compress.distill.hidden": 0.5}, "compress.distill.logits goes with"),
+    Broken("prune-quantize", PRUNE | {"compress.quantize.weights": "int8"}, "round what it exports"),
+    Broken("prune-zeros", PRUNE | {"compress.keep_zeros": True}, "train what it exports"),
+    Broken(
+        "prune-keep-layers",
+        PRUNE | {"model": {"path": str(Path(SHORT_TEACHER).with_name("taught")), "keep_layers": [0]}},
+        "prune what it exports",
+    ),
+    Broken("prune-best", PRUNE | {"checkpoint.best": "loss", "track.eval_every_steps": 1}, "may lie before the cut"),
     Broken(
         "best-data",
         {"checkpoint.best": "loss", "data.validation_fraction": 0.0, "track.eval_every_steps": None},

@@ -1,0 +1,259 @@
+"""Gates on a model: units' outputs are multiplied by numbers from 0 (as if cut out) to 1, and measured.
+
+Each wraps the forward of one module. Shapes: N tokens, C channels of a module here (its tensor rank's), U units.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from ds_train.compress.coupling import LAYERS, Coupling, Gate, Removed, Structure
+
+Key = tuple[str, int, str]
+"""Kind and number of a coupling, module of a gate."""
+
+Local = Callable[[Gate, nn.Module, Tensor], Tensor]
+
+
+class Gates:
+    """The gates of one model, or of the part of it that is here."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        structure: Structure,
+        score: str | None = None,
+        local: Local = lambda gate, module, whole: whole,
+    ) -> None:
+        """
+        Args:
+            score: what is measured (`compress.prune.score`) while `collecting`; None measures nothing.
+            local: gives of all channels of a gate those that its module has here.
+        """
+        self.collecting = False
+        self.gradient_scale = 1.0
+        """What the loss's gradient has been multiplied by."""
+        self.sums: dict[Key, Tensor] = {}
+        """What was measured: fp64, of the channels that are here; `fisher` and routers, of units; a layer, one."""
+        self.score, self._local = score, local
+        self._gates: dict[tuple[str, int], list[_Gated]] = {}
+        modules = dict(model.named_modules())
+        for coupling in structure.couplings:
+            for gate in coupling.gates:
+                module = modules.get(gate.module)
+                # A stand-in for what another pipeline stage has has no parameters.
+                if module is not None and any(True for _ in module.parameters()):
+                    own = self._gates.setdefault((coupling.kind, coupling.number), [])
+                    own.append(_FORMS[gate.how](self, coupling, gate, module))
+
+    def set(self, kind: str, number: int, values: Sequence[float]) -> None:
+        """Give the units of a coupling their values."""
+        for gated in self._gates.get((kind, number), ()):
+            gated.set(values)
+
+    def set_removed(self, structure: Structure, removed: Removed, value: float = 0.0) -> None:
+        """Give every unit in `removed` the value `value`, and 1 to the others."""
+        for coupling in structure.couplings:
+            gone = set(removed.get(coupling.kind, {}).get(coupling.number, ()))
+            values = [value if unit in gone else 1.0 for unit in range(coupling.units)]
+            self.set(coupling.kind, coupling.number, values)
+
+    def here(self) -> dict[Key, tuple[Gate, nn.Module]]:
+        """The gates that are here, and their modules."""
+        return {gated.key: (gated.gate, gated.module) for own in self._gates.values() for gated in own}
+
+    def local(self, gate: Gate, module: nn.Module, whole: Tensor) -> Tensor:
+        """Of all channels of a gate those that its module has here."""
+        return self._local(gate, module, whole)
+
+    def add(self, key: Key, values: Tensor) -> None:
+        """Sum what was measured."""
+        values = values.double()
+        self.sums[key] = self.sums[key] + values if key in self.sums else values
+
+
+class _Gated:
+    """A module whose `forward` is called through this."""
+
+    def __init__(self, gates: Gates, coupling: Coupling, gate: Gate, module: nn.Module) -> None:
+        self.key: Key = (coupling.kind, coupling.number, gate.module)
+        self.gate, self.module = gate, module
+        self._gates = gates
+        self._forward = module.forward
+        self._mask: Tensor | None = None
+        module.forward = self  # type: ignore[assignment]
+
+    def set(self, values: Sequence[float]) -> None:
+        """Give the units their values."""
+        whole_C = torch.tensor(values, dtype=torch.float32).repeat_interleave(self.gate.each)
+        self._mask = (
+            None if all(value == 1.0 for value in values) else self._gates.local(self.gate, self.module, whole_C)
+        )
+
+    def mask(self, like: Tensor) -> Tensor | None:
+        """The mask on the device of `like`; None where all is 1."""
+        if self._mask is not None and self._mask.device != like.device:
+            self._mask = self._mask.to(like.device)
+        return self._mask
+
+    def watch(self, passing: Tensor, measure: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """Add `measure(passing, gradient)` when the gradient is there, both (N, C) in fp32; gives what goes on.
+
+        That is a view, so that the gradient is this gate's alone: a norm's input passes it by, too, and whether others'
+        gradients come to the same tensor depends on ZeRO's hooks, pipeline stages and recomputation.
+        """
+        if not (self._gates.collecting and passing.requires_grad):
+            return passing
+        passing = passing.view_as(passing)
+        kept, scale = passing.detach(), self._gates.gradient_scale
+
+        def count(gradient: Tensor) -> None:
+            slope_NC = gradient.detach().flatten(0, -2).float() / scale
+            # Where fp16 overflows, the step isn't taken either.
+            self._gates.add(self.key, measure(kept.flatten(0, -2).float(), slope_NC).nan_to_num(0.0, 0.0, 0.0))
+
+        passing.register_hook(count)
+        return passing
+
+    def of_channels(self, passing_NC: Tensor, slope_NC: Tensor) -> Tensor:
+        """What a score sums over tokens. One that the loss doesn't depend on (padding) has no gradient."""
+        score = self._gates.score
+        if score == "taylor":
+            return (passing_NC * slope_NC).sum(0)
+        if score == "fisher":
+            return (passing_NC * slope_NC).unflatten(-1, (-1, self.gate.each)).sum(-1).square().sum(0)
+        return (passing_NC.square() * _alive(slope_NC)).sum(0)
+
+
+class _Input(_Gated):
+    def __call__(self, hidden: Tensor, *arguments: Any, **options: Any) -> Any:
+        if self._gates.score not in (None, "magnitude"):
+            hidden = self.watch(hidden, self.of_channels)
+        mask = self.mask(hidden)
+        return self._forward(hidden if mask is None else hidden * mask.to(hidden.dtype), *arguments, **options)
+
+
+class _Norm(_Gated):
+    """A norm over the channels that are open: with `s` the root of (all channels / open ones), the norm of `s` times
+    the open channels is `s` times what a norm of those alone gives, its epsilon included."""
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        if self._gates.score not in (None, "magnitude"):
+            hidden = self.watch(hidden, self.of_channels)
+        mask = self.mask(hidden)
+        if mask is None:
+            return self._forward(hidden)
+        scale = math.sqrt(mask.numel() / float(mask.sum()))
+        mask = mask.to(hidden.dtype)
+        if not isinstance(self.module, nn.LayerNorm):
+            return self._forward(hidden * mask * scale) / scale
+        mean = (hidden * mask).sum(-1, keepdim=True) * (scale**2 / mask.numel())
+        normal = self._forward((hidden - mean) * mask * scale)
+        bias = self.module.bias
+        return normal / scale if bias is None else (normal - bias) / scale + bias * mask
+
+
+class _Router(_Gated):
+    """The logits of a router, inside of its forward: the logarithm of its value is added to an expert's."""
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        with _Logits(self.module, self.seen):
+            return self._forward(*arguments, **options)
+
+    def seen(self, logits: Tensor) -> Tensor:
+        """The logits that the router goes on with."""
+        if self._gates.score not in (None, "magnitude"):
+            logits = self.watch(logits, self.of_experts)
+        mask = self.mask(logits)
+        return logits if mask is None else logits + mask.log().to(logits.dtype)
+
+    def of_experts(self, logits_NU: Tensor, slope_NU: Tensor) -> Tensor:
+        """As `of_channels`: an expert's probability is what passes, and its derivative by a factor is the logit's."""
+        if self._gates.score == "taylor":
+            return slope_NU.sum(0)
+        if self._gates.score == "fisher":
+            return slope_NU.square().sum(0)
+        return (logits_NU.softmax(-1).square() * _alive(slope_NU)).sum(0)
+
+
+class _Layer(_Gated):
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        output = self._forward(*arguments, **options)
+        before: Tensor = arguments[0] if arguments else options["hidden_states"]
+        after = output[0] if isinstance(output, tuple) else output
+        after = self.watch(after, lambda after_NC, slope_NC: _change(before.detach(), after_NC, slope_NC))
+        mask = self.mask(after)
+        part = 1.0 if mask is None else float(mask)
+        if part < 1.0:
+            after = before + (after - before) * part if part else before
+        return (after, *output[1:]) if isinstance(output, tuple) else after
+
+    def set(self, values: Sequence[float]) -> None:
+        value = values[self.gate.unit]
+        self._mask = None if value == 1.0 else torch.tensor(value)
+
+
+_FORMS: dict[str, type[_Input | _Norm | _Router | _Layer]] = {
+    "input": _Input, "norm": _Norm, "router": _Router, "layer": _Layer,
+}  # fmt: skip
+
+
+class _Logits(TorchFunctionMode):
+    """Shows the product with a module's weight to `seen`, and goes on with what that gives."""
+
+    def __init__(self, module: nn.Module, seen: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self._weight, self._seen = module.weight, seen
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if function is F.linear and len(args) > 1 and args[1] is self._weight:
+            return self._seen(result)
+        return result
+
+
+def worth(coupling: Coupling, score: str, sums: dict[Key, Tensor], weights_U: Tensor | None) -> Tensor:
+    """What each unit is worth: (U,) fp64.
+
+    Args:
+        sums: of all channels of all gates, over all tokens.
+        weights_U: of `magnitude`, the norms of all weights of each unit; of `wanda`, see `weight_worth`.
+    """
+    if coupling.kind == LAYERS:
+        return torch.cat([sums[coupling.kind, 0, gate.module] for gate in coupling.gates])
+    if score == "magnitude":
+        assert weights_U is not None
+        return weights_U
+    total = torch.zeros(coupling.units, dtype=torch.float64)
+    for gate in coupling.gates:
+        found = sums[coupling.kind, coupling.number, gate.module].cpu()
+        if gate.how == "router" or score == "fisher":
+            of_units = found.sqrt() if score in ("activation", "wanda") else found
+        elif score == "taylor":
+            of_units = found.view(coupling.units, -1).sum(-1)
+        else:
+            of_units = found.view(coupling.units, -1).sum(-1).sqrt()
+        total += of_units.abs()
+    return total * weights_U if score == "wanda" and weights_U is not None else total
+
+
+def lowest(values: Tensor, count: int) -> list[int]:
+    """Places of the `count` lowest values, the lowest first, of equal ones the first first."""
+    return sorted(range(len(values)), key=lambda place: (float(values[place]), place))[:count]
+
+
+def _alive(slope_NC: Tensor) -> Tensor:
+    return (slope_NC != 0).any(-1, keepdim=True)
+
+
+def _change(before: Tensor, after_NC: Tensor, slope_NC: Tensor) -> Tensor:
+    """1 - the cosine of a layer's input and output, summed over tokens: (1,)."""
+    change_N = 1.0 - F.cosine_similarity(before.flatten(0, -2).float(), after_NC, dim=-1)
+    return (change_N * _alive(slope_NC)[:, 0]).sum().view(1)

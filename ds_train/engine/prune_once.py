@@ -1,0 +1,127 @@
+"""`ds-train prune`: score, cut and export in one go, without training."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ds_train.config import RunConfig, dump
+from ds_train.engine.job import make_run_folder, quiet_libraries
+from ds_train.engine.ranks import RankInfo, barrier, meet, on_main_first, return_freed_memory
+from ds_train.errors import user_error
+from ds_train.plan.make import make_plan
+from ds_train.plan.topology import Cluster
+from ds_train.schedule.prune import PruneSteps
+from ds_train.schedule.timeline import make_timeline
+
+if TYPE_CHECKING:
+    from ds_train.compress.cut import Cut
+    from ds_train.engine.build import Assembly
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What pruning at once has done. Losses are held-out ones, None where nothing is held out."""
+
+    folder: Path
+    parameters_before: int
+    parameters: int
+    sizes: dict[str, int]
+    loss_before: float | None
+    loss: float | None
+
+    @property
+    def summary(self) -> str:
+        """In a line, for people."""
+        sizes = ", ".join(f"{kind} {count}" for kind, count in self.sizes.items())
+        line = f"{self.parameters_before:,} parameters, now {self.parameters:,} ({sizes})"
+        if self.loss_before is None or self.loss is None:
+            return line
+        return f"{line}; held-out loss {self.loss_before:.4f}, now {self.loss:.4f}"
+
+
+def prune_once(run: RunConfig, info: RankInfo, checkpoint: Path | None = None) -> Pruned:
+    """Prune the recipe's model, or what a checkpoint holds of it, and write RUN/pruned. Collective.
+
+    Raises:
+        UserError: whatever a run of the recipe is refused for; it asks for nothing to go; the checkpoint has been cut.
+    """
+    section = run.compress.prune
+    if not section.kinds:
+        fix = "give shares, such as compress.prune.ffn=0.5; `ds-train schema compress.prune` lists all"
+        raise user_error("compress.prune", "it asks for nothing to go", fix)
+    plan = make_plan(run, Cluster(ranks=info.ranks, ranks_per_host=info.ranks_per_host, device=info.device))
+    if info.device == "cpu":
+        return_freed_memory()
+    meet(info)
+    quiet_libraries()
+    folder = Path(run.run_root).expanduser() / run.name
+    on_main_first(info, lambda: make_run_folder(folder))
+
+    from ds_train.checkpoint import native, offline
+    from ds_train.data.prepare import prepare, prepared_tokenizer
+    from ds_train.engine.build import assemble
+    from ds_train.engine.loop import evaluate, train_steps
+    from ds_train.engine.prune import Pruning, parameters_of
+
+    if checkpoint is not None:
+        on_main_first(info, lambda: offline.check(checkpoint))
+        if native.read_state(checkpoint).pruning.get("cut"):
+            raise user_error("--checkpoint", "its model has been cut already", "give an earlier one", str(checkpoint))
+    prepared = on_main_first(info, lambda: prepare(run, progress=False))
+    tokenizer = prepared_tokenizer(prepared)
+    parts = assemble(run, plan, info, tokenizer, prepared, plan.layout)
+    assert parts.prunable is not None
+    if checkpoint is not None:
+        native.load(parts.engine, parts.part, checkpoint)
+    timeline = make_timeline(run, parts.data.samples_per_epoch)
+    before = evaluate(run, parts, 0)
+    steps = min(section.score_steps, timeline.steps)
+    pruning = Pruning(run, parts.prunable, parts.engine, parts.part, PruneSteps(0, steps, steps))
+    # At a rate of 0 nothing moves.
+    for _ in train_steps(run, plan, info, parts, timeline, rates=[0.0] * steps, pruning=pruning):
+        pass
+    pruning.choose()
+    pruning.set_masks(1.0)
+    after = evaluate(run, parts, 0)
+    cut = pruning.cut()
+    parameters = _export(run, info, parts, cut, tokenizer, folder)
+    return Pruned(
+        folder / "pruned",
+        parameters_of(parts.part),
+        parameters,
+        cut.sizes | {"layers": len(cut.layers)},
+        before.loss if before is not None else None,
+        after.loss if after is not None else None,
+    )
+
+
+def _export(run: RunConfig, info: RankInfo, parts: Assembly, cut: Cut, tokenizer: Any, folder: Path) -> int:
+    """Write what is left as a transformers folder, from a checkpoint that is gone afterwards; its parameters."""
+    from ds_train.checkpoint import hf, native
+    from ds_train.compress.cut import CutSource
+    from ds_train.models.load import DTYPES, outline
+
+    assert parts.prunable is not None
+    place = folder / "cut"
+    versions = {name: version(name) for name in ("ds_train", "torch", "deepspeed", "transformers")}
+    state = native.TrainState(0, 0, run.model_dump(mode="json"), {}, versions, "")
+    (saved,) = native.Saver(place, parts.engine, parts.part, keep_last=1).save(state)
+    if saved.error is not None:
+        raise user_error("run_root", f"nothing could be written there: {saved.error}", "make room", str(place))
+    small = outline(run, cut.config(parts.prunable.config))
+    if info.is_main:
+        files = native.open_fragments(saved.path)
+        try:
+            facts = {"pruned to": str(cut.sizes | {"layers": len(cut.layers)}), "task": run.task.kind, **versions}
+            card = hf.model_card(run.name, facts, dump(run), run.model.path)
+            source = CutSource(cut, files)
+            hf.export_fragments(source, small, tokenizer, folder / "pruned", card, DTYPES[run.precision.dtype])
+        finally:
+            files.close()
+        shutil.rmtree(place, ignore_errors=True)
+    barrier()
+    return sum(parameter.numel() for parameter in small.parameters())

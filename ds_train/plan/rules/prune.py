@@ -1,0 +1,111 @@
+"""Pruning: what stays of a model, and what goes together with it."""
+
+from __future__ import annotations
+
+from ds_train.errors import Problem
+from ds_train.plan.facts import Facts
+from ds_train.plan.prune import problems, units_left
+from ds_train.plan.rules.base import KeyRule, Rule, all_of, at, given
+from ds_train.plan.topology import Layout
+
+
+def _pruning(facts: Facts) -> bool:
+    return bool(facts.run.compress.prune.kinds)
+
+
+def _after_cut(facts: Facts) -> Facts:
+    """From the cut of a run that prunes on."""
+    parallel = facts.run.compress.prune.parallel
+    later = facts.run if parallel is None else facts.run.model_copy(update={"parallel": parallel})
+    return Facts(later, facts.cluster)
+
+
+def _pruning_problems(facts: Facts) -> dict[str, Problem]:
+    """What is wrong with the sizes that pruning leaves, where the recipe alone says them."""
+    section, size, after = facts.run.compress.prune, facts.size, _after_cut(facts)
+    if size is None or section.parameters is not None or _auto_after_cut(facts):
+        return {}
+    known = {
+        "heads": size.num_key_value_heads or size.num_attention_heads, "ffn": size.intermediate_size,
+        "experts": size.num_experts, "hidden": size.hidden_size, "layers": size.num_hidden_layers,
+    }  # fmt: skip
+    sizes = {kind: count for kind, count in known.items() if count and kind in section.kinds}
+    layout = Layout(after.pipeline, 1, after.sequence, after.tensor)
+    left = units_left(section, sizes, "head_dim" not in facts.config_keys)
+    return {problem.key: problem for problem in problems(section, sizes, left, layout)}
+
+
+def _auto_after_cut(facts: Facts) -> bool:
+    """Whether the layout from the cut on has degrees that a planner would have to choose."""
+    parallel, keys = facts.run.compress.prune.parallel, ("pipeline", "tensor", "sequence", "zero_stage")
+    offload = ("offload_optimizer", "offload_params")
+    return parallel is not None and any(getattr(parallel, key) == "auto" for key in (*keys, *offload))
+
+
+def _unpruned_proportions(facts: Facts) -> bool:
+    section = facts.run.compress.prune
+    return section.parameters is not None and not set(section.kinds) - {"layers"}
+
+
+RULES: tuple[Rule | KeyRule, ...] = (
+    KeyRule(
+        "prune-sizes", lambda f: {key: f.value(key) for key in _pruning_problems(f)},
+        lambda f, key: _pruning_problems(f)[key].reason, lambda f, key: _pruning_problems(f)[key].fix,
+    ),
+    Rule(
+        "prune-end", "compress.prune.end",
+        lambda f: _pruning(f) and f.run.compress.prune.end < f.run.compress.prune.start,
+        lambda f: f"it is before compress.prune.start={f.run.compress.prune.start}", "set it later, or start sooner",
+    ),
+    Rule(
+        "prune-parameters", "compress.prune.parameters", _unpruned_proportions,
+        "nothing says what goes", "give shares as proportions, such as compress.prune.ffn=0.5",
+    ),
+    Rule(
+        "prune-compile", "model.compile", all_of(_pruning, at("model.compile", True)),
+        "layers would be compiled again whenever a unit closes", "set model.compile=false",
+    ),
+    Rule(
+        "prune-stages", "parallel.stage_layers",
+        lambda f: f.run.compress.prune.layers and _after_cut(f).run.parallel.stage_layers is not None,
+        "they are those of the model before its layers are pruned",
+        "leave it out, or say those that stay in compress.prune.parallel.stage_layers",
+    ),
+    Rule(
+        "prune-rates", "optimizer.lr_factors",
+        lambda f: f.run.compress.prune.layers
+        and any(character.isdigit() for pattern in f.run.optimizer.lr_factors for character in pattern),
+        "layers have other numbers once some are pruned", "write * for the number of a layer",
+    ),
+    Rule(
+        "prune-layout-auto", "compress.prune.parallel", _auto_after_cut,
+        "the planner doesn't choose for a model that is smaller only later", "write its degrees as numbers",
+    ),
+    Rule(
+        "prune-roll-back", "health.on_spike", all_of(_pruning, at("health.on_spike", "roll-back")),
+        "a checkpoint from before the cut has another size than the model after it", "set health.on_spike=note",
+    ),
+    Rule(
+        "prune-hidden-states", "compress.distill.hidden",
+        lambda f: _pruning(f) and f.run.compress.distill.hidden > 0,
+        "its projections don't shrink with the model", "set it to 0; compress.distill.logits goes with pruning",
+    ),
+    Rule(
+        "prune-quantize", "compress.quantize.weights",
+        lambda f: _pruning(f) and f.run.compress.quantize.weights != "none",
+        "units are scored by weights that aren't rounded", "prune in one run, and round what it exports in the next",
+    ),
+    Rule(
+        "prune-zeros", "compress.keep_zeros", all_of(_pruning, at("compress.keep_zeros", True)),
+        "which weights are zero is found before the cut", "prune in one run, and train what it exports in the next",
+    ),
+    Rule(
+        "prune-keep-layers", "model.keep_layers", all_of(_pruning, given("model.keep_layers")),
+        "what can be cut is found on the whole model", "choose the layers in one run, and prune what it exports",
+    ),
+    Rule(
+        "prune-best", "checkpoint.best", all_of(_pruning, given("checkpoint.best")),
+        "the best step may lie before the cut, and its model isn't the one that is asked for", "leave it out",
+    ),
+)  # fmt: skip
+"""The table of this subject."""
