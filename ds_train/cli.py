@@ -96,6 +96,7 @@ def plan(
     plot_file: Annotated[Path | None, typer.Option(help="The PNG; NAME-curves.png here without it.")] = None,
 ) -> None:
     """What a launch would do, need and reach: layout, memory, step time, or every reason why not. Starts nothing."""
+    from ds_train.engine.job import after_cut
     from ds_train.plan import show
     from ds_train.plan.clusters import cluster_of
     from ds_train.plan.make import make_plan
@@ -123,6 +124,7 @@ def plan(
             show.show_explanation(explained)
         return
     made = make_plan(run, imagined)
+    after_cut(run, imagined)
     if as_json:
         print(json.dumps(made.to_dict(), indent=2, default=str))
     else:

@@ -352,6 +352,7 @@ _FREE = (
     "data.cache_dir",
     "data.workers",
     "optimizer.kernel",
+    "compress.prune.parallel",
 )
 
 
@@ -363,10 +364,12 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[s
     return [
         (key, old_leaves.get(key), new_leaves.get(key))
         for key in sorted(old_leaves.keys() | new_leaves.keys())
-        if old_leaves.get(key) != new_leaves.get(key)
-        and any(key == root or key.startswith(root + ".") for root in _MEANING)
-        and key not in _FREE
+        if old_leaves.get(key) != new_leaves.get(key) and _is_below(key, _MEANING) and not _is_below(key, _FREE)
     ]
+
+
+def _is_below(key: str, roots: Sequence[str]) -> bool:
+    return any(key == root or key.startswith(root + ".") for root in roots)
 
 
 def leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

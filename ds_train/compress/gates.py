@@ -164,6 +164,9 @@ class _Router(_Gated):
     """The logits of a router, inside of its forward: the logarithm of its value is added to an expert's."""
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
+        if isinstance(self.module, nn.Linear):
+            # Its forward may be another one, whose product is of a copy (models/cpu_products.py).
+            return self.seen(self._forward(*arguments, **options))
         with _Logits(self.module, self.seen):
             return self._forward(*arguments, **options)
 

@@ -20,6 +20,7 @@ from ds_train.models.cpu_products import fp32_products_are_faster, use_fp32_prod
 from ds_train.models.load import AUTO_CLASSES, DTYPES
 from ds_train.models.tasks import TOKEN_IDS, Batch, model_inputs, plain_head
 from ds_train.models.token_drop import repeated_layers
+from ds_train.parallel.check import check_documents_apart
 from ds_train.plan.facts import has_tokenizer
 
 KEY = "compress.distill.teacher"
@@ -45,6 +46,10 @@ def check_teacher(run: RunConfig, config: PreTrainedConfig, tokenizer: PreTraine
     if run.task.kind == "sequence-classification":
         if theirs.num_labels != config.num_labels:
             _refuse(run, f"it has {theirs.num_labels} labels, and the model {config.num_labels}", path)
+        # GPT-like classifiers look for the last token that isn't padding: another one in every micro-batch.
+        own_pad, pad = (getattr(one, "pad_token_id", None) for one in (config, theirs))
+        if pad != own_pad:
+            _refuse(run, f"its pad_token_id is {pad}, and the model's {own_pad}", path)
     elif text.vocab_size != ours.vocab_size:
         _refuse(run, f"its vocabulary is {text.vocab_size:,} tokens, and the model's {ours.vocab_size:,}", path)
     positions = getattr(text, "max_position_embeddings", None)
@@ -78,6 +83,8 @@ class Teacher:
         self.model.config.use_cache = False
         if fp32_products_are_faster(device, dtype):
             use_fp32_products(self.model)
+        if run.task.kind == "causal-lm" and run.data.rows_have_documents:
+            _check_documents(run, self.model, path)
         self.layers: list[nn.Module] = repeated_layers(self.model)
         self._head = plain_head(self.model)
         if self._head is not None:
@@ -113,6 +120,15 @@ def paired_layers(pairs: Sequence[tuple[int, int]] | None, ours: int, theirs: in
 def first_tensor(output: Any) -> Tensor:
     """The hidden states among what a layer gives."""
     return output[0] if isinstance(output, tuple) else output
+
+
+def _check_documents(run: RunConfig, teacher: PreTrainedModel, path: str) -> None:
+    """Refuse one that would see the other documents of a row, which the model doesn't."""
+    plain = run.model.model_copy(update={"attention": "auto"})
+    try:
+        check_documents_apart(run.model_copy(update={"model": plain}), teacher.config, teacher)
+    except UserError as error:
+        _refuse(run, error.problems[0].reason, path)
 
 
 def _check_tokens(run: RunConfig, path: str, tokenizer: PreTrainedTokenizerBase) -> None:

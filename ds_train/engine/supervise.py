@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from ds_train.checkpoint.manifest import newest_step
 from ds_train.config import RunConfig
+from ds_train.engine.job import after_cut
 from ds_train.engine.launch import Ended, Launch, World, handled
 from ds_train.errors import EXIT_CODE, STOPPED_CODE, UserError, user_error
 from ds_train.plan.clusters import cluster_of_hosts
@@ -131,8 +132,10 @@ def largest_launch(run: RunConfig, world: World) -> World:
     for count in range(len(world.hosts), 0, -1):
         fewer = replace(world, hosts=world.hosts[:count])
         cluster = cluster_of_hosts([(host.name, len(host.slots)) for host in fewer.hosts])
+        cluster = replace(cluster, device=world.device, here=not world.remote)
         try:
-            make_plan(run, replace(cluster, device=world.device, here=not world.remote))
+            make_plan(run, cluster)
+            after_cut(run, cluster)
         except UserError as error:
             first = first or error
         else:

@@ -49,7 +49,7 @@ def look_alike(config: PreTrainedConfig, layers: int, ranks: int = 1) -> PreTrai
         given[key] = [value[index] for index in chosen]
     factor = ranks // math.gcd(ranks, 2)
     sizes = {name: size * factor for name, size in _SHARED.items()} | _SMALL | {"num_hidden_layers": layers}
-    heads, groups = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
+    heads, groups = (getattr(config, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
     if groups is not None and groups != heads:
         sizes["num_key_value_heads"] //= 2
     even = config.get_text_config().vocab_size % ranks == 0

@@ -41,6 +41,7 @@ def _has_teacher(facts: Facts) -> bool:
 _CACHED = all_of(_has_teacher, _above_zero("compress.distill.cache_top"))
 _HIDDEN = _above_zero("compress.distill.hidden")
 _ROUNDS = is_not(at("compress.quantize.weights", "none"))
+_ROUNDS_LATER = all_of(_ROUNDS, _above_zero("compress.quantize.start"))
 
 
 def _unread(facts: Facts, section: str, *switches: str) -> dict[str, Any]:
@@ -170,6 +171,16 @@ RULES: tuple[Rule | KeyRule, ...] = (
         "layers that are computed again would be compared again", "set model.activation_checkpointing=false",
     ),
     Rule(
+        "distill-hidden-compile", "model.compile", all_of(_HIDDEN, at("model.compile", True)),
+        "layers whose outputs are compared aren't compiled", "set model.compile=false",
+    ),
+    Rule(
+        "distill-revision", _TEACHER,
+        all_of(_has_teacher, is_not(given(_TEACHER)), given("model.keep_layers"), given("model.revision")),
+        "the whole model would be taken as it is now, not of model.revision",
+        "give the folder of that revision", lambda f: "null",
+    ),
+    Rule(
         "distill-hidden-rows", "compress.distill.hidden", all_of(_HIDDEN, at("data.padding_free", True)),
         "a sample's mean isn't taken where samples share a row", "set data.padding_free=false",
     ),
@@ -195,5 +206,19 @@ RULES: tuple[Rule | KeyRule, ...] = (
     Rule(
         "quantize-compile", "model.compile", all_of(_ROUNDS, at("model.compile", True)),
         "layers that round aren't compiled", "set model.compile=false",
+    ),
+    Rule(
+        "quantize-best", "compress.quantize.start", all_of(_ROUNDS_LATER, given("checkpoint.best")),
+        "the best evaluation may be one before it, of weights that aren't the rounded ones that are exported",
+        "set it to 0, or leave out checkpoint.best",
+    ),
+    Rule(
+        "quantize-roll-back", "compress.quantize.start", all_of(_ROUNDS_LATER, at("health.on_spike", "roll-back")),
+        "the loss leaps when rounding begins, which no other samples cure", "set it to 0, or health.on_spike=note",
+    ),
+    Rule(
+        "keep-zeros-start", "compress.keep_zeros",
+        all_of(at("compress.keep_zeros", True), is_not(given("model.path"))),
+        "a model from scratch has no zeros to keep", "give model.path what `ds-train sparsify` has made",
     ),
 )  # fmt: skip

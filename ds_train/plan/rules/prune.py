@@ -5,7 +5,7 @@ from __future__ import annotations
 from ds_train.errors import Problem
 from ds_train.plan.facts import Facts
 from ds_train.plan.prune import problems, units_left
-from ds_train.plan.rules.base import KeyRule, Rule, all_of, at, given
+from ds_train.plan.rules.base import DROPPING, KeyRule, Rule, above_one, all_of, at, given, nvme, size_of
 from ds_train.plan.topology import Layout
 
 
@@ -45,6 +45,21 @@ def _auto_after_cut(facts: Facts) -> bool:
 def _unpruned_proportions(facts: Facts) -> bool:
     section = facts.run.compress.prune
     return section.parameters is not None and not set(section.kinds) - {"layers"}
+
+
+def _layers_left(facts: Facts) -> int | None:
+    layers = size_of(facts, "num_hidden_layers")
+    return layers - facts.run.compress.prune.layers if layers else None
+
+
+def _all_whole(facts: Facts) -> bool:
+    """Whether no layer that is left after the cut drops tokens, though some did before."""
+    left, whole = _layers_left(facts), 2 * facts.run.token_drop.whole_layers
+    return (
+        facts.run.compress.prune.layers > 0
+        and left is not None
+        and 0 < left <= whole < size_of(facts, "num_hidden_layers")
+    )
 
 
 RULES: tuple[Rule | KeyRule, ...] = (
@@ -106,6 +121,21 @@ RULES: tuple[Rule | KeyRule, ...] = (
     Rule(
         "prune-best", "checkpoint.best", all_of(_pruning, given("checkpoint.best")),
         "the best step may lie before the cut, and its model isn't the one that is asked for", "leave it out",
+    ),
+    Rule(
+        "prune-nvme", "parallel.offload_optimizer", all_of(_pruning, nvme),
+        "two engines, before and after the cut, would share the files on the disk", "offload to cpu",
+    ),
+    Rule(
+        "prune-secondary", "parallel.secondary_partition",
+        all_of(_pruning, above_one("parallel.secondary_partition")),
+        "DeepSpeed makes that group once in a process (utils/groups.py:938), and the cut begins a second engine",
+        "set parallel.secondary_partition=1",
+    ),
+    Rule(
+        "prune-token-drop", "token_drop.whole_layers", all_of(DROPPING, _all_whole),
+        lambda f: f"of the {_layers_left(f)} layers after the cut none is left to drop tokens",
+        "set it lower, or token_drop.kind=none",
     ),
 )  # fmt: skip
 """The table of this subject."""

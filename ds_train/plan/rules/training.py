@@ -142,6 +142,11 @@ RULES: tuple[Rule | KeyRule, ...] = (
         "with one evaluation at the end there is nothing to choose from", "set track.eval_every_steps",
     ),
     Rule(
+        "best-nvme", "checkpoint.best", all_of(given("checkpoint.best"), nvme),
+        "states on nvme are read from a checkpoint when a run starts, not to export another step at its end",
+        "leave it out, or offload to cpu",
+    ),
+    Rule(
         "patience-best", "checkpoint.patience", all_of(given("checkpoint.patience"), is_not(given("checkpoint.best"))),
         "no score says which evaluation is better", "set checkpoint.best=loss",
     ),

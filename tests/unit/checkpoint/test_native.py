@@ -262,6 +262,8 @@ def test_what_may_and_what_may_not_change_on_resume() -> None:
     native.check_resumable(saved, recipe | {"track": {"wandb": "online"}}, "abc")
     native.check_resumable(saved, recipe | {"data": {"source": "text", "workers": 4}}, "abc")
     native.check_resumable(saved, recipe | {"optimizer": {"betas": (0.9, 0.95)}}, "abc")
+    later = {"compress": {"prune": {"parallel": {"tensor": 2}}}}
+    native.check_resumable(saved, recipe | later, "abc")
     moved = recipe | {"data": {"source": "text", "workers": 1, "path": "/elsewhere"}}
     native.check_resumable(saved, moved, "abc")
     with pytest.raises(UserError, match=r"data\.path=/elsewhere: the checkpoint was made with None"):

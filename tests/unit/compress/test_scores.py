@@ -16,6 +16,7 @@ from ds_train.compress.structure import find_structure
 from ds_train.config import RunConfig
 from ds_train.engine.prune import find_prunable
 from ds_train.errors import UserError
+from ds_train.models.cpu_products import use_fp32_products
 from ds_train.models.load import build_model, outline
 from ds_train.plan.topology import Layout
 
@@ -189,3 +190,20 @@ def test_heads_that_the_tensor_ranks_cannot_share_are_refused(recipe: Make) -> N
     run = recipe(model=MODEL, compress={"prune": {"heads": 0.25}})
     with pytest.raises(UserError, match=r"the 3 heads of 4 that stay can't be shared by 2 ranks\. Fix: 0\.5 leaves 2"):
         find_prunable(run, config, Layout(1, 1, 1, 2))
+
+
+def test_a_router_that_is_a_linear_layer_of_another_forward() -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 4, bias=False, dtype=torch.bfloat16))
+    hidden = torch.randn(3, 8, dtype=torch.bfloat16)
+    expected = model(hidden)
+    use_fp32_products(model)  # type: ignore[arg-type]
+    coupling = Coupling("experts", 0, 4, (), (Gate("0", "router"),))
+    gates = Gates(model, Structure((coupling,), "", 1), "activation")
+    gates.collecting = True
+    gates.set("experts", 0, [1.0, 0.0, 1.0, 1.0])
+    found = model(hidden)
+    found[:, ::2].float().square().sum().backward()
+    assert torch.equal(found[:, 1], torch.full((3,), -torch.inf, dtype=torch.bfloat16))
+    torch.testing.assert_close(found[:, ::2], expected[:, ::2])
+    assert gates.sums["experts", 0, "0"].shape == (4,)

@@ -8,7 +8,13 @@ from typing import Any
 import pytest
 import torch
 from torch.nn import functional
-from transformers import AutoModelForSequenceClassification, BertConfig, BertForMaskedLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForMaskedLM,
+)
 
 from ds_train.compress.distill import PROJECTIONS, Distilling, add_projections
 from ds_train.compress.teacher import Teacher, check_teacher, paired_layers
@@ -129,3 +135,12 @@ def test_layers_are_paired_by_depth() -> None:
     assert paired_layers(None, 4, 2) == [(0, 0), (1, 0), (2, 1), (3, 1)]
     with pytest.raises(UserError, match="the model has 2 layers"):
         paired_layers([(2, 0)], 2, 4)
+
+
+def test_a_teacher_that_sees_other_documents_is_refused(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 259, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4, "pad_token_id": 0}
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("mamba", **sizes)).save_pretrained(tmp_path / "mamba")
+    run = taught(tmp_path / "mamba", tmp_path / "mamba", "causal-lm")
+    with pytest.raises(UserError, match=r"compress\.distill\.teacher=.*mamba can't train on rows of several documents"):
+        Teacher(run, "cpu")

@@ -68,9 +68,30 @@ CASES = [
     Broken("prune-layout-auto", PRUNE | {"compress.prune.parallel": {"tensor": "auto"}}, "as numbers"),
     Broken("prune-roll-back", PRUNE | {"health.on_spike": "roll-back", "checkpoint.every_steps": 1},
            "set health.on_spike=note"),
-    Broken("prune-hidden-states", PRUNE | TAUGHT | {"compress.distill.hidden": 0.5}, "compress.distill.logits goes with"),
+    Broken(
+        "prune-hidden-states", PRUNE | TAUGHT | {"compress.distill.hidden": 0.5}, "compress.distill.logits goes with",
+    ),
     Broken("prune-quantize", PRUNE | {"compress.quantize.weights": "int8"}, "round what it exports"),
-    Broken("prune-zeros", PRUNE | {"compress.keep_zeros": True}, "train what it exports"),
+    Broken("prune-zeros", PRUNE | {"compress.keep_zeros": True}, "train what it exports", ("keep-zeros-start",)),
+    Broken("keep-zeros-start", {"compress.keep_zeros": True}, "no zeros to keep"),
+    Broken(
+        "prune-nvme", STAGE3 | PRUNE | {"parallel.offload_optimizer": "nvme", "parallel.nvme_path": "/tmp"},
+        "offload to cpu",
+    ),
+    Broken("prune-secondary", STAGE3 | PRUNE | {"parallel.secondary_partition": 2}, "secondary_partition=1"),
+    Broken(
+        "prune-token-drop", DROPPING | {"compress.prune.layers": 4, "token_drop.whole_layers": 2},
+        "of the 4 layers after the cut none",
+    ),
+    Broken(
+        "best-nvme",
+        STAGE3
+        | {
+            "checkpoint.best": "loss", "track.eval_every_steps": 1, "parallel.offload_optimizer": "nvme",
+            "parallel.nvme_path": "/tmp",
+        },
+        "offload to cpu",
+    ),
     Broken(
         "prune-keep-layers",
         PRUNE | {"model": {"path": str(Path(SHORT_TEACHER).with_name("taught")), "keep_layers": [0]}},
@@ -254,6 +275,29 @@ CASES = [
     Broken(
         "distill-hidden-rows",
         TAUGHT | {"compress.distill.hidden": 1.0, "data.packing": False, "data.padding_free": True}, "share a row",
+    ),
+    Broken(
+        "distill-hidden-compile", TAUGHT | {"compress.distill.hidden": 1.0, "model.compile": True}, "compile=false"
+    ),
+    Broken(
+        "distill-revision",
+        {
+            "model": {"path": "some/hub-id", "keep_layers": [0], "revision": "v1"}, "compress.distill.logits": "js",
+            "data.tokenizer": "model",
+        },
+        "the folder of that revision",
+    ),
+    Broken(
+        "quantize-best",
+        {
+            "compress.quantize.weights": "int8", "compress.quantize.start": 0.5, "checkpoint.best": "loss",
+            "track.eval_every_steps": 1,
+        },
+        "of weights that aren't the rounded ones",
+    ),
+    Broken(
+        "quantize-roll-back",
+        ROLL_BACK | {"compress.quantize.weights": "int8", "compress.quantize.start": 0.5}, "health.on_spike=note",
     ),
     Broken("quantize-unread", {"compress.quantize.group": 64}, "nothing reads it"),
     Broken(
