@@ -326,6 +326,7 @@ def launch(
     """
     run = load(recipe, overrides or [])
     from ds_train.engine import survey
+    from ds_train.engine.job import after_cut
     from ds_train.engine.launch import run as run_ranks
     from ds_train.engine.supervise import MARGIN_S
     from ds_train.plan.make import make_plan
@@ -335,6 +336,7 @@ def launch(
     survey.refuse(found.findings())
     world = found.world(master_addr)
     make_plan(run, found.cluster())
+    after_cut(run, found.cluster())
     print(survey.describe(world), flush=True)
     ended = run_ranks(world, ["ds_train.engine", recipe, *(overrides or [])], run.faults.grace_seconds + MARGIN_S)
     # What the user did wrong has been said by the rank that met it.

@@ -18,7 +18,7 @@ from ds_train.compress.sparsity import keep_zeros
 from ds_train.compress.teacher import check_teacher
 from ds_train.config import RunConfig
 from ds_train.data.build import DataBundle, load_data
-from ds_train.engine.distilling import distil
+from ds_train.engine.distilling import check_teacher_shared, distil
 from ds_train.engine.prune import Prunable, find_prunable
 from ds_train.engine.ranks import RankInfo, on_main_first
 from ds_train.models.cpu_products import fp32_products_are_faster, use_fp32_products
@@ -115,9 +115,15 @@ def assemble(
     mesh = Mesh(layout, info.rank)
     if layout.ranks > layout.data:
         check_layout(run, config, layout, mesh, get_accelerator().current_device_name())
+    later = layout if prunable is None or after is None else after
+    if later != layout and later.ranks > later.data:
+        # Not first when the cut is due.
+        check_layout(run, config, later, Mesh(later, info.rank), get_accelerator().current_device_name())
     if run.token_drop.kind != "none":
         check_token_dropping(run, config)
     teacher = check_teacher(taught, config, tokenizer) if run.compress.distill.active else None
+    for sequence in {layout.sequence, later.sequence} - {1} if teacher is not None else ():
+        check_teacher_shared(taught, teacher, sequence, info)
     part = build_part(run, config, plan, mesh)
     if fp32_products_are_faster(info.device, part.model.dtype):
         use_fp32_products(part.model)

@@ -41,17 +41,22 @@ def profiled(
     first, last = run.track.profile_steps
     window: _Window | None = None
     step = done
-    while True:
-        if step + 1 == max(first, done + 1) <= last:
-            window = _Window(info, clock, info.rank in run.track.profile_ranks)
-        result = next(steps, None)
-        if result is None:
-            return
-        step = result.step
-        if window is not None and step == last:
-            _tell(window.end(folder / "profile"), run, plan, info, folder / "profile", note)
-            window = None
-        yield result
+    try:
+        while True:
+            if step + 1 == max(first, done + 1) <= last:
+                window = _Window(info, clock, info.rank in run.track.profile_ranks)
+            result = next(steps, None)
+            if result is None:
+                return
+            step = result.step
+            if window is not None and step == last:
+                _tell(window.end(folder / "profile"), run, plan, info, folder / "profile", note)
+                window = None
+            yield result
+    finally:
+        # A stop, a roll-back or a cut in the middle of it.
+        if window is not None:
+            window.give_up()
 
 
 class _Window:
@@ -66,6 +71,11 @@ class _Window:
                 activities.append(getattr(ProfilerActivity, info.device.upper()))
             self._profile = torch_profile(activities=activities, profile_memory=True, acc_events=True)
             self._profile.start()
+
+    def give_up(self) -> None:
+        """Stop, and keep nothing."""
+        if self._profile is not None:
+            self._profile.stop()
 
     def end(self, folder: Path) -> RankProfile:
         """Stop, write this rank's trace, and say what it saw."""
