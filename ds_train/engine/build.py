@@ -122,8 +122,9 @@ def assemble(
     if run.token_drop.kind != "none":
         check_token_dropping(run, config)
     teacher = check_teacher(taught, config, tokenizer) if run.compress.distill.active else None
-    for sequence in {layout.sequence, later.sequence} - {1} if teacher is not None else ():
-        check_teacher_shared(taught, teacher, sequence, info)
+    for sequence in {layout.sequence, later.sequence} - {1}:
+        if teacher is not None:
+            check_teacher_shared(taught, teacher, sequence, info)
     part = build_part(run, config, plan, mesh)
     if fp32_products_are_faster(info.device, part.model.dtype):
         use_fp32_products(part.model)
