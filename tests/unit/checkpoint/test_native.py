@@ -133,7 +133,7 @@ def test_every_bit_of_the_manifest_counts(tmp_path: Path) -> None:
 
 @contextmanager
 def small_disk() -> Iterator[None]:
-    """No file may grow beyond 100 bytes, as on a disk that is full; pytest's own output, where it is a file, neither."""
+    """No file may grow beyond 100 bytes, as on a full disk; nor may pytest's output, where it is a file."""
     before, heard = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
     try:
