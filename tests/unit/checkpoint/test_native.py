@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import resource
-import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -130,25 +130,24 @@ def test_every_bit_of_the_manifest_counts(tmp_path: Path) -> None:
         assert damage(path.parent) is not None, place
 
 
-@pytest.fixture
+@contextmanager
 def small_disk() -> Iterator[None]:
-    """No file may grow beyond 100 bytes, as on a disk that is full."""
-    before, heard = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    """No file may grow beyond 100 bytes, as on a disk that is full; nor what pytest itself is written to."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    signal.signal(signal.SIGXFSZ, heard)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("in_background", [False, True])
-def test_a_failed_save_leaves_the_older_checkpoint(
-    tmp_path: Path, request: pytest.FixtureRequest, in_background: bool
-) -> None:
+def test_a_failed_save_leaves_the_older_checkpoint(tmp_path: Path, in_background: bool) -> None:
     save(tmp_path, 5)
     trained = Trained(1)
     saver = trained.saver(tmp_path, in_background=in_background)
-    request.getfixturevalue("small_disk")
-    (saved,) = [*saver.save(state(10)), *saver.wait()]
+    with small_disk():
+        (saved,) = [*saver.save(state(10)), *saver.wait()]
     assert saved.error is not None
     assert "File too large" in saved.error
     assert not list(tmp_path.glob("*.partial")), "the leftovers of the failed save must go"
