@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -132,13 +133,14 @@ def test_every_bit_of_the_manifest_counts(tmp_path: Path) -> None:
 
 @contextmanager
 def small_disk() -> Iterator[None]:
-    """No file may grow beyond 100 bytes, as on a disk that is full; nor what pytest itself is written to."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    """No file may grow beyond 100 bytes, as on a full disk; nor may pytest's output, where it is a file."""
+    before, heard = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, heard)
 
 
 @pytest.mark.parametrize("in_background", [False, True])
