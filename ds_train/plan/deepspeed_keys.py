@@ -145,12 +145,6 @@ def known_key(path: str) -> bool:
 
 
 @cache
-def top_level_keys() -> frozenset[str]:
-    """Keys that DeepSpeed looks up at the top level of its JSON."""
-    return frozenset(section_fields("") or ())
-
-
-@cache
 def section_fields(section: str) -> Mapping[str, Field] | None:
     """Keys of a section ("" for the top level) as JSON writes them; None where they can't be read from the source."""
     if section in _SECTION_MODELS:

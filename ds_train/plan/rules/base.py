@@ -107,6 +107,7 @@ def divisors(number: int | None) -> str:
     return "one of " + ", ".join(str(value) for value in range(1, (number or 1) + 1) if (number or 1) % value == 0)
 
 
+HEAD_COUNTS = ("num_attention_heads", "num_key_value_heads")
 BELOW_3 = at("parallel.zero_stage", 0, 1, 2)
 FLASH = at("model.attention", "flash_attention_2", "flash_attention_3")
 CLASSIFYING = "sequence-classification"

@@ -9,6 +9,7 @@ from ds_train.plan.model_size import model_size, read_config
 from ds_train.plan.rules.base import (
     CLASSIFYING,
     CURRICULUM,
+    HEAD_COUNTS,
     PATCHES,
     PIPELINE,
     SEQUENCE,
@@ -23,8 +24,6 @@ from ds_train.plan.rules.base import (
     is_not,
     size_of,
 )
-
-_HEADS = ("num_attention_heads", "num_key_value_heads")
 
 
 def _above_zero(key: str) -> Predicate:
@@ -66,7 +65,7 @@ def _teacher_differs(facts: Facts) -> str | None:
     if config is None:
         return None
     positions, vocabulary = config.get("max_position_embeddings"), config.get("vocab_size")
-    heads = [config.get(name) for name in _HEADS]
+    heads = [config.get(name) for name in HEAD_COUNTS]
     if not run.compress.distill.cache_top and any(count and count % facts.sequence for count in heads):
         return f"parallel.sequence={facts.sequence} doesn't divide its {next(count for count in heads if count)} heads"
     if positions and positions < run.data.sequence_length:

@@ -6,6 +6,7 @@ import math
 
 from ds_train.plan.facts import Facts
 from ds_train.plan.rules.base import (
+    HEAD_COUNTS,
     PIPELINE,
     SEQUENCE,
     TENSOR,
@@ -22,8 +23,7 @@ from ds_train.plan.rules.base import (
     size_of,
 )
 
-_HEADS = ("num_attention_heads", "num_key_value_heads")
-_CUT_BY_TENSOR = (*_HEADS, "hidden_size", "intermediate_size")
+_CUT_BY_TENSOR = (*HEAD_COUNTS, "hidden_size", "intermediate_size")
 
 
 def _degree_does_not_divide(degree: str, *sizes: str) -> Predicate:
@@ -163,11 +163,11 @@ RULES: tuple[Rule | KeyRule, ...] = (
     Rule(
         "sequence-heads", "parallel.sequence",
         lambda f: SEQUENCE(f) and any(
-            (size_of(f, name) or 0) % (f.sequence * f.tensor) for name in _HEADS
+            (size_of(f, name) or 0) % (f.sequence * f.tensor) for name in HEAD_COUNTS
         ),
         lambda f: f"{'with the tensor ranks it' if TENSOR(f) else 'it'} doesn't divide "
-        + _not_divided(f, f.sequence * f.tensor, _HEADS),
-        lambda f: f"{'tensor x sequence ' if TENSOR(f) else ''}{_common_divisors(f, _HEADS)}",
+        + _not_divided(f, f.sequence * f.tensor, HEAD_COUNTS),
+        lambda f: f"{'tensor x sequence ' if TENSOR(f) else ''}{_common_divisors(f, HEAD_COUNTS)}",
     ),
     Rule(
         "sequence-length", "data.sequence_length",

@@ -90,7 +90,7 @@ def test_what_the_family_refuses_is_one_line(overrides: tuple[str, ...], message
 
 
 def test_an_unreachable_hub_id_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     run = parse("model: {path: nobody/no-such-model}\nschedule: {steps: 1}")
     with pytest.raises(
         UserError, match=r"model.path=nobody/no-such-model: no model can be loaded.*local folder"
