@@ -7,6 +7,7 @@ import resource
 import shutil
 import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -133,25 +134,25 @@ def test_every_bit_of_the_manifest_counts(tmp_path: Path) -> None:
         assert damage(path.parent) is not None, place
 
 
-@pytest.fixture
+@contextmanager
 def small_disk() -> Iterator[None]:
-    """No file may grow beyond 100 bytes, as on a disk that is full."""
+    """No file may grow beyond 100 bytes, as on a full disk; nor may pytest's output, where it is a file."""
     before, heard = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    signal.signal(signal.SIGXFSZ, heard)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, heard)
 
 
 @pytest.mark.parametrize("in_background", [False, True])
-def test_a_failed_save_leaves_the_older_checkpoint(
-    tmp_path: Path, request: pytest.FixtureRequest, in_background: bool
-) -> None:
+def test_a_failed_save_leaves_the_older_checkpoint(tmp_path: Path, in_background: bool) -> None:
     save(tmp_path, 5)
     trained = Trained(1)
     saver = trained.saver(tmp_path, in_background=in_background)
-    request.getfixturevalue("small_disk")
-    (saved,) = [*saver.save(state(10)), *saver.wait()]
+    with small_disk():
+        (saved,) = [*saver.save(state(10)), *saver.wait()]
     assert saved.error is not None
     assert saved.error.startswith("File too large")
     assert not list(tmp_path.glob("*.partial")), "the leftovers of the failed save must go"

@@ -68,7 +68,7 @@ CASES = [
     Broken("prune-layout-auto", PRUNE | {"compress.prune.parallel": {"tensor": "auto"}}, "as numbers"),
     Broken("prune-roll-back", PRUNE | {"health.on_spike": "roll-back", "checkpoint.every_steps": 1},
            "set health.on_spike=note"),
-    Broken("prune-hidden-states", PRUNE | TAUGHT | {"compress.distill.hidden": 0.5}, "compress.distill.logits goes with"),
+    Broken("prune-hidden-states", PRUNE | TAUGHT | {"compress.distill.hidden": 0.5}, "distill.logits goes with"),
     Broken("prune-quantize", PRUNE | {"compress.quantize.weights": "int8"}, "round what it exports"),
     Broken("prune-zeros", PRUNE | {"compress.keep_zeros": True}, "train what it exports"),
     Broken(
