@@ -320,3 +320,17 @@ def test_a_run_broken_anywhere_prunes_to_the_same(folder: Path) -> None:
 @pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "zero3"])
 def test_every_layout_broken_anywhere_prunes_to_the_same(folder: Path, layout: str) -> None:
     check_resume(folder, layout)
+
+
+@pytest.mark.exhaustive
+def test_a_teacher_goes_on_beside_the_labels_after_the_cut(folder: Path) -> None:
+    train(folder, "plain", ("one-rank",), PRUNE)
+    teacher = {"teacher": str(folder / "plain" / "one-rank" / "export"), "logits": "forward-kl", "temperature": 2.0}
+    layouts = ("one-rank", "zero3", "pipeline", "tensor")
+    train(folder, "taught", layouts, PRUNE, compress={"prune": PRUNE, "distill": teacher})
+    expected = losses(folder, "taught", "one-rank")
+    for layout in layouts[1:]:
+        torch.testing.assert_close(losses(folder, "taught", layout), expected, rtol=1e-5, atol=0.0, msg=layout)
+        assert records(folder, "taught", layout, "cut")[0].items() >= {"step": CUT, "layers": 3}.items(), layout
+    labels_alone = losses(folder, "plain", "one-rank")
+    assert ((expected - labels_alone)[:, 0].abs() > 0.01).all(), "each step's loss is also the teacher's"

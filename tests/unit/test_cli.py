@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 PROBE = """
 import sys, time
-started = time.perf_counter()
+started = time.process_time()
 sys.argv = ["ds-train", *{arguments!r}]
 from ds_train.cli import main
 try:
@@ -22,7 +22,7 @@ except SystemExit as end:
     assert not end.code, end.code
 heavy = {{"torch", "deepspeed", "transformers", "datasets"}} & set(sys.modules)
 assert not heavy, heavy
-print(time.perf_counter() - started, file=sys.stderr)
+print(time.process_time() - started, file=sys.stderr)
 """
 
 
@@ -49,7 +49,7 @@ def test_answers_without_torch_in_under_a_second(arguments: list[str], tmp_path:
     arguments = [text.replace("METRICS", str(tmp_path / "metrics.jsonl")) for text in arguments]
     command = [sys.executable, "-c", PROBE.format(arguments=arguments)]
     seconds = []
-    for _ in range(3):  # the machine may be busy; the code is as fast as its fastest run
+    for _ in range(3):  # processor time: other work on the machine counts little, and least in the fastest run
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60)
         assert done.returncode == 0, done.stderr
         seconds.append(float(done.stderr.strip().splitlines()[-1]))

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -98,12 +99,22 @@ def test_in_a_terminal_it_follows_the_file_until_it_is_ended(tmp_path: Path) -> 
             file.write(json.dumps(record(11)) + "\n")
         seen += read_until(ours, b"step 11 of 100")
         process.send_signal(signal.SIGINT)
+        seen += read_to_end(ours)
         assert process.wait(timeout=20) == 0
         assert b"\x1b[?1049h" in seen, "the terminal's other screen: what was on it comes back"
     finally:
         process.kill()
         process.wait()
         os.close(ours)
+
+
+def read_to_end(descriptor: int) -> bytes:
+    """What is written until nobody has the other end any more; unread, it would hold up whoever writes it."""
+    seen = b""
+    with suppress(OSError):
+        while piece := os.read(descriptor, 65536):
+            seen += piece
+    return seen
 
 
 def read_until(descriptor: int, words: bytes) -> bytes:
