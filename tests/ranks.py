@@ -162,16 +162,17 @@ def _become(command: list[str], env: dict[str, str], output: str) -> None:
 
 
 def run_ranks(
-    ranks: int, command: Sequence[str], timeout_s: float = 300, env: Mapping[str, str] | None = None
-) -> Ended:
-    """Run `python COMMAND` as `ranks` ranks to their end. When one fails, the others are ended soon."""
+    ranks: int, command: Sequence[str], timeout_s: float = 300, env: Mapping[str, str] | None = None,
+    settle_s: float = 30,
+) -> Ended:  # fmt: skip
+    """Run `python COMMAND` as `ranks` ranks to their end. When one fails, the others are ended `settle_s` later."""
     with tempfile.TemporaryDirectory() as folder:
         processes = start_ranks(ranks, command, env, Path(folder))
         try:
             deadline = time.monotonic() + timeout_s
             while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
                 if any(process.poll() for process in processes):
-                    deadline = min(deadline, time.monotonic() + 30)
+                    deadline = min(deadline, time.monotonic() + settle_s)
                 time.sleep(0.05)
         finally:
             stop(processes)

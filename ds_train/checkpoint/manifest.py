@@ -73,7 +73,8 @@ def damage(folder: Path, first: int = 0, every: int = 1) -> str | None:
     """
     manifest = read_manifest(folder)
     if manifest is None:
-        return f"{MANIFEST} is missing or unreadable"
+        there = (folder / MANIFEST).is_file()
+        return f"{MANIFEST} has other content than was saved" if there else f"{MANIFEST} is missing"
     for name, expected in islice(manifest["files"].items(), first, None, every):
         path = folder / name
         if not path.is_file():

@@ -1,7 +1,7 @@
 """Save and resume: every rank's fragments in files of its own, made whole by a manifest and an atomic rename.
 
 RUN/checkpoints/step-00000100/   one whole checkpoint: rank-*.safetensors, state.json, manifest.json
-RUN/checkpoints/*.partial/       a save that did not end; removed by the next one
+RUN/checkpoints/*.partial/       a save or a removal that did not end; removed by the next save
 RUN/checkpoints/*.old/           what a later save of the same step is about to replace
 RUN/checkpoints/latest           name of the newest whole checkpoint, replaced atomically, written last
 
@@ -18,6 +18,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -148,12 +149,13 @@ class Saver:
         return self._first_error(self._on_main(lambda: self._forget_after(step)))
 
     def _forget_after(self, step: int) -> None:
+        self._remove_leftovers()
         kept = [path for path in _whole(self._folder) if _step(path) <= step]
         if kept:
             write_text(self._folder / LATEST, kept[0].name)
-        for path in _whole(self._folder):
+        for path in _checkpoints(self._folder):
             if _step(path) > step:
-                shutil.rmtree(path)
+                _remove(path)
 
     def _copy(self, batches: Iterable[list[Fragment]]) -> list[list[Fragment]]:
         """The fragments in memory of the host that is kept from one save to the next."""
@@ -189,9 +191,12 @@ class Saver:
         return Saved(state.step, final, size, time.monotonic() - started, 0.0, error)
 
     def _prepare(self, partial: Path) -> None:
+        self._remove_leftovers()
+        partial.mkdir(parents=True)
+
+    def _remove_leftovers(self) -> None:
         for leftover in self._folder.glob("*.partial"):
             shutil.rmtree(leftover, ignore_errors=True)
-        partial.mkdir(parents=True)
 
     def _write_own(self, partial: Path, batches: Iterable[list[Fragment]]) -> Iterable[Written]:
         rank = dist.get_rank()
@@ -211,11 +216,17 @@ class Saver:
         partial.rename(final)
         make_durable(self._folder)
         write_text(self._folder / LATEST, final.name)
-        shutil.rmtree(old, ignore_errors=True)
-        for path in _whole(self._folder)[self._keep_last :]:
-            kept = _step(path) == state.best.get("step")
-            if not kept and (self._keep_every is None or _step(path) % self._keep_every):
-                shutil.rmtree(path, ignore_errors=True)
+        with suppress(OSError):  # the new one is whole, whatever becomes of the older ones
+            if old.exists():
+                _remove(old)
+            self._remove_older(state.best.get("step"))
+
+    def _remove_older(self, best: int | None) -> None:
+        first_kept = _step(_whole(self._folder)[: self._keep_last][-1])
+        for path in _checkpoints(self._folder):
+            step = _step(path)
+            if step < first_kept and step != best and (self._keep_every is None or step % self._keep_every):
+                _remove(path)
 
     def _on_main(self, work: Callable[[], None]) -> str | None:
         return _attempt(work) if dist.get_rank() == 0 else None
@@ -245,7 +256,7 @@ def find(folder: Path, resume: str, note: Callable[[str], None]) -> Path | None:
         if reason:
             raise user_error("checkpoint.resume", reason, "give the folder of a whole checkpoint, or auto", resume)
         return path
-    candidates = _from_main(_whole(folder))
+    candidates = _from_main(_checkpoints(folder))
     if not candidates:
         return None
     if resume == "never":
@@ -264,7 +275,7 @@ def find(folder: Path, resume: str, note: Callable[[str], None]) -> Path | None:
 
 def newest_whole(folder: Path, note: Callable[[str], None], before: int | None = None) -> Path | None:
     """The newest checkpoint without damage, of a step below `before`; those passed over are noted. Collective."""
-    for candidate in _from_main(_whole(folder)):
+    for candidate in _from_main(_checkpoints(folder)):
         if before is not None and _step(candidate) >= before:
             continue
         reason = damage_of(candidate)
@@ -386,10 +397,22 @@ def leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 _NAME = re.compile(r"step-(\d+)(\.old)?")
 
 
-def _whole(folder: Path) -> list[Path]:
-    """Checkpoints that have a manifest, newest first; one that was about to be replaced comes after its successor."""
-    found = [path for path in folder.glob("step-*") if _NAME.fullmatch(path.name) and (path / MANIFEST).is_file()]
+def _checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints, newest first; one that was about to be replaced comes after its successor."""
+    found = [path for path in folder.glob("step-*") if _NAME.fullmatch(path.name)]
     return sorted(found, key=lambda path: (_step(path), path.suffix == ""), reverse=True)
+
+
+def _whole(folder: Path) -> list[Path]:
+    """Those of them that have a manifest."""
+    return [path for path in _checkpoints(folder) if (path / MANIFEST).is_file()]
+
+
+def _remove(path: Path) -> None:
+    """Remove a checkpoint; what a kill leaves of it isn't one that has been damaged."""
+    leftover = path.with_name(f"{path.name}.partial")
+    path.rename(leftover)
+    shutil.rmtree(leftover)
 
 
 def _step(path: Path) -> int:
@@ -419,7 +442,8 @@ def _attempt(work: Callable[[], Any]) -> str | None:
     try:
         work()
     except OSError as error:
-        return f"{error.strerror or error} ({error.filename})" if error.filename else str(error)
+        reason = str(error.strerror or error)
+        return f"{reason} ({error.filename})" if error.filename else reason
     except Exception as error:
         return f"{type(error).__name__}: {first_line(error)}"
     return None

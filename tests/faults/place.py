@@ -1,12 +1,24 @@
-"""Where the tests of faults have their recipes and runs."""
+"""Where the tests of faults have their recipes and runs, and how they start and strike them."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
+from ranks import Ended, run_ranks
+
+STRUCK = Path(__file__).with_name("struck.py")
+
+Act = dict[str, Any]
+
+
+def act(rank: int, at: str, do: str = "SIGKILL", when: str = "before", call: int = 1, delay: float = 0.0) -> Act:
+    """What strikes `rank` before, during (`delay` seconds later) or after call number `call` of the function `at`: a
+    signal, `hang`, or `spoil` a weight of what the function gave."""
+    return {"rank": rank, "at": at, "do": do, "when": when, "call": call, "delay": delay}
 
 
 class Place:
@@ -43,6 +55,21 @@ class Place:
         path = self.folder / f"{name}.yaml"
         path.write_text(yaml.safe_dump(recipe))
         return path
+
+    def train(
+        self, recipe: Path, acts: Sequence[Act] = (), settle_s: float = 20, ordinary: bool = False,
+        own_overrides: Mapping[int, list[str]] | None = None,
+    ) -> Ended:  # fmt: skip
+        """Train `recipe` by two ranks; after one has ended badly, the other gets `settle_s`.
+
+        Args:
+            ordinary: they ask for the modes of files, as root doesn't.
+            own_overrides: overrides of single ranks.
+        """
+        launch = {
+            "recipe": str(recipe), "acts": list(acts), "ordinary": ordinary, "own_overrides": dict(own_overrides or {}),
+        }  # fmt: skip
+        return run_ranks(2, [str(STRUCK), json.dumps(launch)], settle_s=settle_s)
 
     def run(self, name: str) -> Path:
         """The run's folder."""

@@ -6,8 +6,7 @@ import random
 from typing import Any
 
 import pytest
-from forked import Act, Zygote, act
-from place import Place
+from place import Act, Place, act
 
 pytestmark = pytest.mark.parity
 
@@ -56,39 +55,39 @@ def kills(chance: random.Random, first: bool) -> list[Act]:
     return [act(rank, POINTS[phase], when="during", call=call, delay=chance.uniform(0, longest)) for rank in ranks]
 
 
-def check_killed_often(place: Place, zygote: Zygote, layout: str, strikes: list[list[Act]], steps: int) -> None:
+def check_killed_often(place: Place, layout: str, strikes: list[list[Act]], steps: int) -> None:
     """Strike one launch of a run after the other; then let it end, and compare it with a run that nothing struck."""
     parallel, dtype = LAYOUTS[layout]
-    zygote.run(place.recipe("whole", steps, parallel, dtype)).check()
+    place.train(place.recipe("whole", steps, parallel, dtype)).check()
     recipe = place.recipe("broken", steps, parallel, dtype)
     for acts in strikes:
-        ended = zygote.run(recipe, acts=acts)
+        ended = place.train(recipe, acts=acts)
         struck = [ended.codes[one["rank"]] for one in acts]
         assert -9 in struck, f"{acts}: {ended.codes}\n{ended.outputs[0][-3000:]}\n{ended.outputs[1][-3000:]}"
-    zygote.run(recipe).check()
+    place.train(recipe).check()
     assert place.history("broken") == place.history("whole")
     assert place.steps("broken") == place.steps("whole")
     names = {path.name for path in (place.run("broken") / "checkpoints").iterdir()}
     assert names == {"latest", *(f"step-{step:08d}" for step in place.steps("whole"))}, "leftovers are removed"
 
 
-def test_killed_in_a_step_in_a_save_and_in_resume(place: Place, zygote: Zygote) -> None:
+def test_killed_in_a_step_in_a_save_and_in_resume(place: Place) -> None:
     strikes = [
         [act(1, POINTS["step"], when="during", call=5)],
         [act(0, POINTS["resume"], when="during", delay=0.01)],
         [act(0, "ds_train.checkpoint.native:write_manifest"), act(1, POINTS["save"], when="during", delay=0.01)],
     ]
-    check_killed_often(place, zygote, "zero2", strikes, steps=12)
+    check_killed_often(place, "zero2", strikes, steps=12)
 
 
 @pytest.mark.faults
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_killed_at_random_points(place: Place, zygote: Zygote, layout: str) -> None:
+def test_killed_at_random_points(place: Place, layout: str) -> None:
     chance = random.Random(f"killed {layout}")
-    check_killed_often(place, zygote, layout, [kills(chance, first=not index) for index in range(KILLS)], STEPS)
+    check_killed_often(place, layout, [kills(chance, first=not index) for index in range(KILLS)], STEPS)
 
 
 @pytest.mark.faults
 @pytest.mark.parametrize("layout", ["zero3", "pipeline"])
-def test_killed_in_each_phase_of_a_save(place: Place, zygote: Zygote, layout: str) -> None:
-    check_killed_often(place, zygote, layout, [[phase] for phase in SAVE_PHASES], steps=40)
+def test_killed_in_each_phase_of_a_save(place: Place, layout: str) -> None:
+    check_killed_often(place, layout, [[phase] for phase in SAVE_PHASES], steps=40)

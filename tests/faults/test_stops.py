@@ -11,8 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from forked import Zygote, act
-from place import Place
+from place import Place, act
 from ranks import ROOT, clean_environment, stop
 
 from ds_train.engine.port import free_port
@@ -23,29 +22,29 @@ BIN = Path(sys.executable).parent
 MANY = 600
 
 
-def test_a_signal_to_one_rank_saves_and_stops_all(place: Place, zygote: Zygote) -> None:
-    zygote.run(place.recipe("whole", 12, {"zero_stage": 2})).check()
+def test_a_signal_to_one_rank_saves_and_stops_all(place: Place) -> None:
+    place.train(place.recipe("whole", 12, {"zero_stage": 2})).check()
     recipe = place.recipe("stopped", 12, {"zero_stage": 2}, checkpoint={"every_steps": None})
     for rank, name, call in ((1, "SIGUSR1", 3), (0, "SIGTERM", 2), (1, "SIGINT", 2)):
-        ended = zygote.run(recipe, acts=[act(rank, "ds_train.engine.loop:update", name, call=call)])
+        ended = place.train(recipe, acts=[act(rank, "ds_train.engine.loop:update", name, call=call)])
         assert ended.codes == [75, 75], ended.outputs
     assert [line["step"] for line in place.records("stopped", "stop")] == [3, 5, 7]
     assert [line["reason"] for line in place.records("stopped", "stop")] == [None, "SIGTERM", None]
     assert place.steps("stopped") == [3, 5, 7]
-    zygote.run(recipe).check()
+    place.train(recipe).check()
     assert place.history("stopped") == place.history("whole")
 
 
 @pytest.mark.faults
-def test_a_save_that_outlasts_the_grace_time_is_left(place: Place, zygote: Zygote) -> None:
+def test_a_save_that_outlasts_the_grace_time_is_left(place: Place) -> None:
     recipe = place.recipe("slow", 12, {"zero_stage": 2}, faults={"grace_seconds": 2})
     slow = act(1, "ds_train.checkpoint.native:write_fragments", "hang", call=2)
     told = act(0, "ds_train.engine.loop:update", "SIGTERM", call=3)
-    ended = zygote.run(recipe, acts=[told, slow], settle_s=5)
+    ended = place.train(recipe, acts=[told, slow], settle_s=5)
     assert ended.codes[0] == 75
     assert "SIGTERM was 2 s ago" in ended.outputs[0]
     assert place.steps("slow") == [2]
-    zygote.run(recipe).check()
+    place.train(recipe).check()
 
 
 class Run:
@@ -143,8 +142,8 @@ def check_stopped(place: Place, run: Run, tell: object, code: int | None) -> Non
 
 
 @pytest.mark.faults
-def test_a_killed_rank_is_supervised_to_the_end(place: Place, zygote: Zygote) -> None:
-    zygote.run(place.recipe("whole", 60, {"zero_stage": 2})).check()
+def test_a_killed_rank_is_supervised_to_the_end(place: Place) -> None:
+    place.train(place.recipe("whole", 60, {"zero_stage": 2})).check()
     recipe = place.recipe("run", 60, {"zero_stage": 2})
     run = Run(place, [str(BIN / "ds-train"), "supervise", "--ranks", "2", "--pause", "1"], recipe)
     try:

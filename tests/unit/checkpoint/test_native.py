@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -117,6 +118,8 @@ def test_every_harm_to_every_file_is_noticed(tmp_path: Path, file: str, harm: st
     found = native.find(tmp_path, "auto", notes.append)
     assert found is not None
     assert found.name == "step-00000005"
+    assert len(notes) == 1
+    assert notes[0].startswith(f"checkpoint step-00000010 is passed over: {file} ")
 
 
 def test_every_bit_of_the_manifest_counts(tmp_path: Path) -> None:
@@ -151,7 +154,7 @@ def test_a_failed_save_leaves_the_older_checkpoint(tmp_path: Path, in_background
     with small_disk():
         (saved,) = [*saver.save(state(10)), *saver.wait()]
     assert saved.error is not None
-    assert "File too large" in saved.error
+    assert saved.error.startswith("File too large")
     assert not list(tmp_path.glob("*.partial")), "the leftovers of the failed save must go"
     found = native.find(tmp_path, "auto", pytest.fail)
     assert found is not None
@@ -194,8 +197,40 @@ def test_a_step_that_is_saved_again_is_never_gone(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(Path, "rename", watched)
     assert save(tmp_path, 5, Trained(2)).path == first
-    assert [path.name for path in seen if path is not None] == ["step-00000005.old", "step-00000005"]
+    names = ["step-00000005.old", "step-00000005", "step-00000005"]  # moved away, replaced, removed
+    assert [path.name for path in seen if path is not None] == names
     assert [path.name for path in tmp_path.glob("step-*")] == ["step-00000005"]
+
+
+def test_a_removal_that_is_killed_leaves_nothing_that_looks_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, 5)
+    save(tmp_path, 10)
+
+    def killed(path: Path, **_: Any) -> None:
+        (path / MANIFEST).unlink()
+        raise SystemExit(-9)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(SystemExit):
+            save(tmp_path, 15)
+    found = native.find(tmp_path, "auto", pytest.fail)
+    assert found is not None
+    assert found.name == "step-00000015"
+    save(tmp_path, 20)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000015", "step-00000020"]
+
+
+def test_checkpoints_without_manifest_do_not_count_as_kept(tmp_path: Path) -> None:
+    for step in (5, 10):
+        save(tmp_path, step)
+    (save(tmp_path, 15).path / MANIFEST).unlink()
+    save(tmp_path, 20)
+    assert sorted(path.name[-2:] for path in tmp_path.glob("step-*")) == ["10", "15", "20"]
+    save(tmp_path, 25)
+    assert sorted(path.name[-2:] for path in tmp_path.glob("step-*")) == ["20", "25"]
 
 
 @pytest.mark.parametrize("in_background", [False, True])
@@ -231,9 +266,10 @@ def test_old_and_round_steps_are_kept(tmp_path: Path) -> None:
     assert sorted(path.name[-2:] for path in tmp_path.glob("step-*")) == ["10", "20", "25"]
 
 
-def test_no_checkpoint_is_a_fresh_start_but_only_damaged_ones_are_an_error(tmp_path: Path) -> None:
+@pytest.mark.parametrize("gone", [SHARD, MANIFEST])
+def test_no_checkpoint_is_a_fresh_start_but_only_damaged_ones_are_an_error(tmp_path: Path, gone: str) -> None:
     assert native.find(tmp_path, "auto", pytest.fail) is None
-    (save(tmp_path, 5).path / SHARD).unlink()
+    (save(tmp_path, 5).path / gone).unlink()
     with pytest.raises(UserError, match="no complete checkpoint"):
         native.find(tmp_path, "auto", lambda text: None)
 
