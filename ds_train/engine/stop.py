@@ -68,7 +68,9 @@ class StopRequest:
     ) -> None:
         _hearing.remove(self)
         for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+            # A launcher tells ranks that were told already; while one ends, that must not become its exit code.
+            ending = self.agreed and number != signal.SIGINT
+            signal.signal(number, signal.SIG_IGN if ending else handler)
         signal.set_wakeup_fd(self._wakeup_before)
         os.close(self._writer)
         self._thread.join()

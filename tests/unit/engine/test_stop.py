@@ -45,6 +45,20 @@ def test_the_first_signal_is_the_reason() -> None:
         assert request.reason == "SIGUSR1"
 
 
+@pytest.mark.parametrize("agreed", [True, False])
+def test_after_an_agreed_stop_the_launchers_word_changes_no_exit_code(agreed: bool) -> None:
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        with StopRequest(grace_s=60) as request:
+            request.agreed = agreed
+        after = {number: signal.getsignal(number) for number in SIGNALS}
+        ignored = dict.fromkeys((signal.SIGTERM, signal.SIGUSR1), signal.SIG_IGN) if agreed else {}
+        assert after == before | ignored
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def test_a_child_that_is_ended_stops_no_run() -> None:
     with StopRequest(grace_s=60) as request:
         child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
