@@ -73,6 +73,8 @@ class Lab:
         self._ip(LOGIN, "link", "set", host, "master", "br0", "up")
         self._ip(host, "addr", "add", f"{self.address(host)}/24", "dev", "eth0")
         self._ip(host, "link", "set", "eth0", "up")
+        for other in (LOGIN, *self.hosts):  # which may remember a former interface of this address
+            self._ip(other, "neigh", "flush", "all")
         config = self.folder / f"{host}.sshd"
         config.write_text(
             f"HostKey {self.folder}/host\nAuthorizedKeysFile {self.folder}/{key}\nStrictModes no\nUsePAM no\n"
