@@ -57,7 +57,7 @@ def write_chains(folder: Path, count: int, seed: int) -> Path:
 
 
 class Runs:
-    """Recipes on data with and without two poisoned documents, which come in steps `SPIKES`."""
+    """Recipes on data with two poisoned documents, which come in steps `SPIKES`, or harmless ones in their place."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.weights = folder, write_weights(folder / "llama", "llama")
@@ -68,6 +68,8 @@ class Runs:
         for name in ("0003a", "0083a"):
             (self.poisoned / f"{name}.txt").write_text(f"{chr(HUGE)} be " * 6)
             (self.nonfinite / f"{name}.txt").write_text(f"{chr(NAN)} be " * 6)
+            # As long, so that all else lies in the same windows, in the same order: another order alone ends 3 % off.
+            (self.clean / f"{name}.txt").write_text("alpha " * 5)
 
     def recipe(self, name: str, layout: str, steps: int, corpus: Path, **sections: Any) -> str:
         parallel, dtype = LAYOUTS[layout]
@@ -76,7 +78,7 @@ class Runs:
             "batch": {"micro_samples": 4, "global_samples": 16},
             "precision": {"dtype": dtype},
             "optimizer": {"lr": 1.2e-2},
-            "schedule": {"steps": steps, "kind": "wsd", "warmup_fraction": 0.1},
+            "schedule": {"steps": steps, "kind": "cosine", "warmup_fraction": 0.1},
             "health": {"on_spike": "roll-back", "spike_window": 10},
             "checkpoint": {"every_steps": EVERY, "keep_last": 100},
             "track": {"eval_samples": 300, "progress": False, "peak_tflops": 1.0},
@@ -133,7 +135,7 @@ def check_best(runs: Runs) -> None:
     assert (end["event"], end["step"], end["best_step"], end["best"]) == ("stopped-early", last, best, scores[best])
     folder = runs.folder / "runs" / "best"
     kept = sorted(path.name for path in (folder / "checkpoints").glob("step-*"))
-    assert kept == [f"step-{step:08d}" for step in (best, last)]
+    assert kept == [f"step-{step:08d}" for step in (best, last - last % 10)]
     # What is exported is the best model: it scores as it did, and says what it said.
     model = AutoModelForCausalLM.from_pretrained(folder / "export", dtype=torch.float32)
     weights = open_fragments(folder / "checkpoints" / kept[0])
@@ -147,6 +149,11 @@ def check_best(runs: Runs) -> None:
     assert said.encode() == bytes(token for token in given.tolist() if token < 256)
 
 
+def is_poisoned(portion: dict[str, Any]) -> bool:
+    """Whether this part of a document has the label; the rest of it may lie in another window."""
+    return HUGE in Path(portion["source"]).read_bytes()[portion["start"] : portion["stop"]]
+
+
 def check_end(runs: Runs) -> None:
     ends = {name: runs.of_kind(name, "eval")[-1]["loss"] for name in ("clean", "back", "skipped")}
     lines = runs.of_kind("back", "health")
@@ -156,13 +163,13 @@ def check_end(runs: Runs) -> None:
     # The second one comes two steps later where the first one rolled nothing back.
     assert [line["step"] for line in runs.of_kind("skipped", "health")] == [SPIKES[0], SPIKES[1] + 2]
     assert not runs.of_kind("clean", "health")
-    # The poisoned documents are among what the spikes had, and in no step any more.
+    # The poison is among what the spikes had, and in no step any more.
     folder = runs.folder / "runs" / "back"
     for number, spike in enumerate(SPIKES):
         had = explain_step(folder, spike, rollbacks=number)["documents"]
-        assert any("a.txt" in portion["source"] for portion in had)
+        assert any(map(is_poisoned, had))
     for step in range(1, STEPS + 1):
-        assert not any("a.txt" in portion["source"] for portion in explain_step(folder, step)["documents"])
+        assert not any(map(is_poisoned, explain_step(folder, step)["documents"]))
     dropped = [json.loads(line) for line in (folder / "rolled-back.jsonl").read_text().splitlines()]
     assert [line["step"] for line in dropped if line["kind"] == "train"] == [13, 14, 77, 78, 79]
 
