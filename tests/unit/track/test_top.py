@@ -90,8 +90,10 @@ def test_in_a_terminal_it_follows_the_file_until_it_is_ended(tmp_path: Path) -> 
     command = [sys.executable, "-m", "ds_train.cli", "top", str(folder), "--every", "0.1"]
     env = os.environ | {"TERM": "xterm", "COLUMNS": "80", "LINES": "30"}
     process = subprocess.Popen(
-        command, stdin=theirs, stdout=theirs, stderr=theirs, env=env, cwd=Path(__file__).parents[3]
-    )
+        command, stdin=theirs, stdout=theirs, stderr=theirs, env=env, cwd=Path(__file__).parents[3],
+        # A shell starts what runs in the background deaf to it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     os.close(theirs)
     try:
         seen = read_until(ours, b"step 10 of 100")
@@ -110,9 +112,10 @@ def test_in_a_terminal_it_follows_the_file_until_it_is_ended(tmp_path: Path) -> 
 
 def read_to_end(descriptor: int) -> bytes:
     """What is written until nobody has the other end any more; unread, it would hold up whoever writes it."""
-    seen = b""
+    seen, deadline = b"", time.monotonic() + 30
     with suppress(OSError):
         while piece := os.read(descriptor, 65536):
+            assert time.monotonic() < deadline, seen[-2000:]
             seen += piece
     return seen
 
