@@ -99,7 +99,7 @@ def plan(
     plot_file: Annotated[Path | None, typer.Option(help="The PNG; NAME-curves.png here without it.")] = None,
 ) -> None:
     """What a launch would do, need and reach: layout, memory, step time, or every reason why not. Starts nothing."""
-    from ds_train.engine.job import after_cut
+    from ds_train.engine.session import Placed, after_cut
     from ds_train.plan import show
     from ds_train.plan.clusters import cluster_of
     from ds_train.plan.make import make_plan
@@ -127,7 +127,7 @@ def plan(
             show.show_explanation(explained)
         return
     made = make_plan(run, imagined)
-    after_cut(run, imagined)
+    after_cut(Placed(run, made), imagined)
     if as_json:
         print(json.dumps(made.to_dict(), indent=2, default=str))
     else:
@@ -329,8 +329,8 @@ def launch(
     """
     run = load(recipe, overrides or [])
     from ds_train.engine import survey
-    from ds_train.engine.job import after_cut
     from ds_train.engine.launch import run as run_ranks
+    from ds_train.engine.session import Placed, after_cut
     from ds_train.engine.supervise import MARGIN_S
     from ds_train.plan.make import make_plan
 
@@ -338,8 +338,7 @@ def launch(
     found = survey.survey(hosts, master_port, run, recipe)
     survey.refuse(found.findings())
     world = found.world(master_addr)
-    make_plan(run, found.cluster())
-    after_cut(run, found.cluster())
+    after_cut(Placed(run, make_plan(run, found.cluster())), found.cluster())
     print(survey.describe(world), flush=True)
     ended = run_ranks(world, ["ds_train.engine", recipe, *(overrides or [])], run.faults.grace_seconds + MARGIN_S)
     _exit_as(ended)

@@ -47,7 +47,8 @@ def train(run: RunConfig, info: RankInfo, stop_after: int | None = None) -> None
         meet(info)
         run = on_main_first(info, lambda: _settled(run, cluster, folder))
     plan = make_plan(run, cluster)
-    after = after_cut(run, cluster)
+    before = Placed(run, plan)
+    after = after_cut(before, cluster)
     if info.is_main:
         for note in plan.notes:
             print(note, flush=True)
@@ -59,7 +60,7 @@ def train(run: RunConfig, info: RankInfo, stop_after: int | None = None) -> None
     meet(info)
     quiet_libraries()
     with StopRequest(run.faults.grace_seconds) as stop:
-        _train(Placed(run, plan), after, info, folder, stop, stop_after)
+        _train(before, after, info, folder, stop, stop_after)
 
 
 def _train(

@@ -41,16 +41,16 @@ class Placed:
         return layout_record(self.run, self.plan)
 
 
-def after_cut(run: RunConfig, cluster: Cluster) -> Placed:
-    """The recipe from the cut on, where pruning changes its layout.
+def after_cut(before: Placed, cluster: Cluster) -> Placed:
+    """The recipe from the cut on: as before, but where pruning changes its layout.
 
     Raises:
         UserError: with everything that is wrong with that layout.
     """
-    parallel = run.compress.prune.parallel
+    parallel = before.run.compress.prune.parallel
     if parallel is None:
-        return Placed(run, make_plan(run, cluster))
-    later = run.model_copy(update={"parallel": parallel})
+        return before
+    later = before.run.model_copy(update={"parallel": parallel})
     try:
         return Placed(later, make_plan(later, cluster))
     except UserError as error:
