@@ -21,6 +21,7 @@ from ds_train.data.build import DataBundle, load_data
 from ds_train.engine.distilling import check_teacher_shared, distil
 from ds_train.engine.prune import Prunable, find_prunable
 from ds_train.engine.ranks import RankInfo, on_main_first
+from ds_train.models.cpu_attention import tiles_are_faster, use_tiled_attention
 from ds_train.models.cpu_products import fp32_products_are_faster, use_fp32_products
 from ds_train.models.kept_layers import start_from_kept_layers
 from ds_train.models.lean import use_lean_layers
@@ -128,6 +129,8 @@ def assemble(
     part = build_part(run, config, plan, mesh)
     if fp32_products_are_faster(info.device, part.model.dtype):
         use_fp32_products(part.model)
+    elif run.model.attention == "auto" and not run.model.compile and tiles_are_faster(info.device, part.model.dtype):
+        use_tiled_attention()
     quantize = run.compress.quantize
     packing = Packing.of(quantize, part.outline) if quantize.bits else None
     rounding = Rounding(run, part.model, mesh.tensor) if quantize.bits else None

@@ -69,7 +69,7 @@ def rank_info() -> RankInfo:
 
 
 def meet(info: RankInfo, timeout: timedelta = MEETING_TIMEOUT) -> None:
-    """Initialise torch.distributed through DeepSpeed, quietly and without compiling anything."""
+    """Initialise torch.distributed through DeepSpeed, quietly, and without compiling anything that takes long."""
     os.environ["DS_ACCELERATOR"] = info.device
     for key, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(key, value)
@@ -88,12 +88,17 @@ def meet(info: RankInfo, timeout: timedelta = MEETING_TIMEOUT) -> None:
     # Before the first collective: groups of NCCL belong to a device.
     get_accelerator().set_device(info.local_rank)
     deepspeed.init_distributed(timeout=timeout, verbose=False)
+    if info.device == "cpu":
+        from ds_kernels.memory import reuse_memory
+
+        reuse_memory()
 
 
 def return_freed_memory() -> None:
     """Let the C library give large freed blocks back to the system at once, on Linux CPUs.
 
-    glibc otherwise raises its threshold for own mappings to 32 MB, and tensors below it fragment the heap.
+    glibc otherwise raises its threshold for own mappings to 32 MB, and what lies below it fragments the heap. Blocks of
+    tensors as large as that are another allocator's (ds_kernels/memory.py), where there is a compiler.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
