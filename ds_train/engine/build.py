@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -156,6 +157,8 @@ def assemble(
         check_documents_apart(run, config, engine)
         engine.train()
     if run.model.compile:
+        # Compiled code outlives this process, as the machine's other caches do.
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path("~/.cache/ds_train/compiled").expanduser()))
         for layer in repeated_layers(part.model):
             layer.compile()
     clock = clock or step_clock(info.device)

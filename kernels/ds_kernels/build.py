@@ -19,6 +19,9 @@ SOURCES = Path(__file__).parent / "csrc"
 CACHE_VARIABLE = "DS_KERNELS_CACHE"
 """Environment variable with the folder that built libraries are kept in; ~/.cache/ds_kernels without it."""
 
+WITHOUT_VARIABLE = "DS_KERNELS_WITHOUT"
+"""Environment variable with names of libraries, by commas, that are to be left out: cpu, attention, memory, cuda."""
+
 _CPU_BODIES = ("cpu_body.cpp", "cpu_layers.cpp")
 _CPU_SOURCES = ("opt_math.h", "cpu_body.h", "cpu_layers.h", "cpu.cpp", *_CPU_BODIES)
 # No contraction and no fast maths: the bits are those that opt_math.h says.
@@ -113,6 +116,8 @@ def find_nvcc() -> str | None:
 
 def _once(folder: str, name: str, compiler: str | None, compile_to: Callable[[str, Path], None]) -> Path:
     """The library of `folder` in the cache by this compiler; by any other where this one isn't there."""
+    if folder.partition("-")[0] in os.environ.get(WITHOUT_VARIABLE, "").split(","):
+        raise BuildError(f"{WITHOUT_VARIABLE} leaves it out")
     place = _cache() / folder
     if compiler is None:
         built = sorted(place.glob("*/library.so"))

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
+import torch.distributed as dist
+
 from ds_train.config import load
 from ds_train.data.prepare import prepare, prepared_tokenizer
 from ds_train.engine import ranks
@@ -49,7 +51,9 @@ def counting(function: Callable[..., Any], place: int, kind: str) -> Callable[..
     @wraps(function)
     def call(*arguments: Any, **named: Any) -> Any:
         message = arguments[place] if place < len(arguments) else next(iter(named.values()))
-        if size_of(message) > NUMBERS:
+        groups = [value for value in (*arguments, *named.values()) if isinstance(value, dist.ProcessGroup)]
+        alone = dist.get_world_size(groups[0] if groups else None) == 1
+        if size_of(message) > NUMBERS and not alone:
             counted[kind] += size_of(message)
         return function(*arguments, **named)
 
@@ -57,8 +61,6 @@ def counting(function: Callable[..., Any], place: int, kind: str) -> Callable[..
 
 
 def main() -> int:
-    import torch.distributed as dist
-
     # Before DeepSpeed chooses among them.
     for name, (place, kind) in WHOLE.items():
         setattr(dist, name, counting(getattr(dist, name), place, kind))
@@ -76,8 +78,7 @@ def main() -> int:
                 counted.clear()
                 next(steps)
                 volumes.append(dict(counted))
-            stage = plan.layout.coordinates(info.rank).pipe
-            print("BYTES " + json.dumps({"recipe": run.name, "stage": stage, "steps": volumes}), flush=True)
+            print("BYTES " + json.dumps({"recipe": run.name, "steps": volumes}), flush=True)
             parts.engine.destroy()
 
     return ranks.run_to_exit_code(body)
