@@ -150,7 +150,11 @@ def _note_start(
     state: TrainState | None,
 ) -> None:  # fmt: skip
     """Say what a run begins with, and what it goes on from."""
+    from ds_kernels.memory import memory_library
+
     tracker.note(f"optimizer kernel: {parts.kernel}")
+    if parts.engine.device.type == "cpu" and isinstance(memory_library(), Exception):
+        tracker.note(f"large freed blocks go back to the system: {first_line(memory_library())}")
     if parts.part.stage_layers:
         tracker.note(f"layers of the pipeline's stages: {', '.join(map(str, parts.part.stage_layers))}")
     if parts.data.packing_efficiency is not None:

@@ -27,7 +27,7 @@ class MemoryCounts:
 
 def reuse_memory() -> Exception | None:
     """Let tensors on the CPU take large blocks that others have left, from now on. Why not, where it can't be."""
-    library = _library()
+    library = memory_library()
     if isinstance(library, Exception):
         return library
     library.dsk_reuse_memory()
@@ -37,14 +37,15 @@ def reuse_memory() -> Exception | None:
 def memory_counts() -> MemoryCounts:
     """What the allocator has done; nothing where it isn't there."""
     counts = (ctypes.c_uint64 * 4)()
-    library = _library()
+    library = memory_library()
     if not isinstance(library, Exception):
         library.dsk_memory_counts(counts)
     return MemoryCounts(*counts)
 
 
 @cache
-def _library() -> Any:
+def memory_library() -> Any:
+    """The library, or the exception that says why there is none here; tried once a process."""
     if sys.platform != "linux":
         return BuildError("it is written for Linux")
     try:

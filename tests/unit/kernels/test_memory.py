@@ -9,11 +9,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from ds_kernels.memory import _library, memory_counts, reuse_memory
+from ds_kernels.memory import memory_counts, memory_library, reuse_memory
 
 MB = 2**20
 
-pytestmark = pytest.mark.skipif(isinstance(_library(), Exception), reason="no Linux, or no compiler, on this machine")
+pytestmark = pytest.mark.skipif(
+    isinstance(memory_library(), Exception), reason="no Linux, or no compiler, on this machine"
+)
 
 
 def in_a_fork(check: Callable[[], None]) -> None:
