@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from ds_kernels.memory import memory_counts, memory_library, reuse_memory
+from ds_kernels.memory import MemoryCounts, memory_counts, memory_library, reuse_memory
 
 MB = 2**20
 
@@ -40,25 +40,27 @@ def block(size: int, value: int = 0) -> torch.Tensor:
 
 def test_freed_pages_serve_again_and_idle_ones_go_before_the_process_grows() -> None:
     def check() -> None:
-        first, second, third = block(4 * MB), block(2 * MB), block(6 * MB)
+        most = block(16 * MB)
+        del most
+        # 16 MB were most in use at once, and a sixteenth less is kept.
+        first, second, third = block(5 * MB), block(2 * MB), block(8 * MB)
         place = first.data_ptr()
         small = torch.zeros(1000)
-        assert (memory_counts().live, memory_counts().fresh) == (12 * MB, 12 * MB)
+        assert memory_counts() == MemoryCounts(live=15 * MB, idle=0, most_live=16 * MB, fresh=16 * MB)
         del first, small
-        assert (memory_counts().live, memory_counts().idle) == (8 * MB, 4 * MB)
+        assert (memory_counts().live, memory_counts().idle) == (10 * MB, 5 * MB)
         half = block(2 * MB - 5000, 1)
         assert half.data_ptr() == place
         del second
         # What is left of the first one, and the second beside it.
-        joined = block(3 * MB, 2)
-        assert memory_counts().fresh == 12 * MB
+        joined = block(4 * MB, 2)
+        assert memory_counts().fresh == 16 * MB
         assert (int(half.min()), int(half.max())) == (1, 1)
         assert (int(joined.min()), int(joined.max())) == (2, 2)
-        # No piece has room for it, and 12 MB were most in use at once.
+        # No piece has room for it.
         del half
         numbers = torch.arange(3 * MB // 8)
-        assert memory_counts().fresh == 15 * MB
-        assert memory_counts().live + memory_counts().idle == memory_counts().most_live == 12 * MB
+        assert memory_counts() == MemoryCounts(live=15 * MB, idle=0, most_live=16 * MB, fresh=19 * MB)
         assert int(numbers.sum()) == len(numbers) * (len(numbers) - 1) // 2
         assert int(third.max()) == 0
         storage = numbers.untyped_storage()
