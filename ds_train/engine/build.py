@@ -19,12 +19,12 @@ from ds_train.compress.teacher import check_teacher
 from ds_train.config import RunConfig
 from ds_train.data.build import DataBundle, load_data
 from ds_train.engine.distilling import check_teacher_shared, distil
-from ds_train.engine.prune import Prunable, find_prunable
+from ds_train.engine.prunable import Prunable, find_prunable
 from ds_train.engine.ranks import RankInfo, on_main_first
 from ds_train.models.cpu_products import fp32_products_are_faster, use_fp32_products
 from ds_train.models.kept_layers import start_from_kept_layers
 from ds_train.models.lean import use_lean_layers
-from ds_train.models.load import load_model_config, without_weights
+from ds_train.models.load import keep_generation_config, load_model_config, without_weights
 from ds_train.models.patch import embed_patches
 from ds_train.models.token_drop import repeated_layers
 from ds_train.optim.build import build_optimizer, choose_kernel
@@ -101,7 +101,7 @@ def assemble(
         whole = run
         run = on_main_first(info, lambda: start_from_kept_layers(whole, tokenizer))
     config = load_model_config(run, tokenizer)
-    prunable, taught = None, run
+    prunable, taught = None, run  # as the recipe says, with the weights that it starts from
     if cut is not None:
         config = cut(config)
         run = without_weights(run, config)
@@ -126,6 +126,8 @@ def assemble(
         if teacher is not None:
             check_teacher_shared(taught, teacher, sequence, info)
     part = build_part(run, config, plan, mesh)
+    if cut is not None:
+        keep_generation_config(taught, part.model)
     if fp32_products_are_faster(info.device, part.model.dtype):
         use_fp32_products(part.model)
     quantize = run.compress.quantize

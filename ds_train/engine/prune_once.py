@@ -102,7 +102,7 @@ def _export(run: RunConfig, info: RankInfo, parts: Assembly, cut: Cut, tokenizer
     """Write what is left as a transformers folder, from a checkpoint that is gone afterwards; its parameters."""
     from ds_train.checkpoint import hf, native
     from ds_train.compress.cut import CutSource
-    from ds_train.models.load import DTYPES, outline
+    from ds_train.models.load import DTYPES, keep_generation_config, outline
 
     assert parts.prunable is not None
     place = folder / "cut"
@@ -111,6 +111,7 @@ def _export(run: RunConfig, info: RankInfo, parts: Assembly, cut: Cut, tokenizer
     if saved.error is not None:
         raise user_error("run_root", f"nothing could be written there: {saved.error}", "make room", str(place))
     small = outline(run, cut.config(parts.prunable.config))
+    keep_generation_config(run, small)
     if info.is_main:
         files = native.open_fragments(saved.path)
         try:

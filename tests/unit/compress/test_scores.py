@@ -14,7 +14,7 @@ from ds_train.compress.coupling import Coupling, Gate, Structure
 from ds_train.compress.gates import Gates, lowest, worth
 from ds_train.compress.structure import find_structure
 from ds_train.config import RunConfig
-from ds_train.engine.prune import find_prunable
+from ds_train.engine.prunable import find_prunable
 from ds_train.errors import UserError
 from ds_train.models.cpu_products import use_fp32_products
 from ds_train.models.load import build_model, outline
