@@ -16,6 +16,8 @@ Part = Annotated[float, Field(ge=0.0, lt=1.0)]
 PRUNED_KINDS = ("heads", "ffn", "experts", "hidden", "layers")
 """What can be pruned, by the keys of `compress.prune`."""
 
+PRUNE_TARGETS = ("parameters", "latency", "latency_ms")
+
 
 class PruneSection(Section):
     """Structured pruning: units are scored, masked, and cut out of the model and of the optimizer's states in the
@@ -40,6 +42,20 @@ class PruneSection(Section):
     parameters: int | None = Field(default=None, ge=1)
     """Parameters that the model is to have at most. The shares above then say proportions, and all are scaled together
     until it has so many, or a few less."""
+
+    latency: float | None = Field(default=None, gt=0.0, lt=1.0)
+    """Time that the model's forward pass is to take at most, as a share of what it takes before anything goes. As with
+    `parameters`, the shares above are scaled together. Times are measured before training on rank 0's device, on models
+    of random weights in the run's number format."""
+
+    latency_ms: float | None = Field(default=None, gt=0.0)
+    """The same in milliseconds."""
+
+    latency_samples: int = Field(default=1, ge=1)
+    """Samples of the forward pass that is measured."""
+
+    latency_length: int | None = Field(default=None, ge=1)
+    """Tokens of each of them; left out, data.sequence_length."""
 
     score: Literal["taylor", "fisher", "activation", "wanda", "magnitude", "gates"] = "taylor"
     """What a unit is worth: the sum over tokens of its output times the loss's gradient of it, `taylor` (arXiv
@@ -71,6 +87,11 @@ class PruneSection(Section):
     def kinds(self) -> tuple[str, ...]:
         """What is asked to go."""
         return tuple(kind for kind in PRUNED_KINDS if getattr(self, kind))
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The keys that ask for a size or a time, to which shares are scaled."""
+        return tuple(key for key in PRUNE_TARGETS if getattr(self, key) is not None)
 
 
 class CompressSection(Section):

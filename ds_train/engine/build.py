@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -68,6 +68,7 @@ class Assembly:
 def assemble(
     run: RunConfig, plan: RunPlan, info: RankInfo, tokenizer: Any, prepared: Path, after: Layout | None = None,
     cut: Callable[[PreTrainedConfig], PreTrainedConfig] | None = None, clock: StepClock | None = None,
+    left: Mapping[str, int] | None = None,
 ) -> Assembly:  # fmt: skip
     """Build everything on this rank. Collective: every rank calls it with the same recipe and plan.
 
@@ -75,6 +76,7 @@ def assemble(
         after: layout from the cut of a run that prunes on, for what can be cut; the plan's own without it.
         cut: gives the config of a model that has been cut from the recipe's; its weights come from a checkpoint.
         clock: goes on with this one.
+        left: units that stay of a model that will be cut, where the run has chosen before.
 
     Raises:
         UserError: whatever the model, its config or the data refuse.
@@ -106,7 +108,8 @@ def assemble(
         config = cut(config)
         run = without_weights(run, config)
     elif run.compress.prune.kinds:
-        prunable = on_main_first(info, lambda: find_prunable(run, config, after or layout))
+        device = get_accelerator().current_device_name()
+        prunable = on_main_first(info, lambda: find_prunable(run, config, after or layout, device, left))
     if plan.size is None and cut is None:
         # A hub model's sizes are known only now that its config is on this machine.
         make_plan(run, plan.cluster)

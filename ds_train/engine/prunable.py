@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 from transformers import PreTrainedConfig
 
@@ -13,9 +15,10 @@ from ds_train.compress.cut import Cut, heads_tie_hidden, resized, size_of
 from ds_train.compress.structure import find_structure
 from ds_train.config import RunConfig
 from ds_train.config.compress import PruneSection
+from ds_train.engine.latency import forward_seconds, left_for_latency
 from ds_train.errors import UserError, first_line, user_error
 from ds_train.models.load import outline
-from ds_train.plan.prune import problems, units_left
+from ds_train.plan.prune import problems, shared_by, units_left
 from ds_train.plan.topology import Layout
 
 _HALVINGS = 40
@@ -23,32 +26,49 @@ _HALVINGS = 40
 
 @dataclass(frozen=True)
 class Prunable:
-    """What of a model goes: its structure, proved, and how many units of each coupling of a kind stay."""
+    """What of a model goes: its structure, proved, and how many units of each coupling of a kind stay.
+
+    `note` says what those numbers were chosen by, where it was a measurement.
+    """
 
     config: PreTrainedConfig
     structure: Structure
-    left: dict[str, int]
+    left: Mapping[str, int]
+    note: str | None = None
 
 
-def find_prunable(run: RunConfig, config: PreTrainedConfig, after: Layout) -> Prunable:
-    """What the recipe asks to go of a model of this config. `after` is the layout from the cut on.
+def find_prunable(
+    run: RunConfig, config: PreTrainedConfig, after: Layout, device: Any = "cpu", left: Mapping[str, int] | None = None
+) -> Prunable:
+    """What the recipe asks to go of a model of this config.
+
+    Args:
+        after: the layout from the cut on.
+        device: where a time that is asked for is measured.
+        left: units that stay, where the run has chosen before.
 
     Raises:
-        UserError: the family can't be cut so, a layer would be left empty, or the ranks can't share what is left.
+        UserError: the family can't be cut so, a layer would be left empty, the ranks can't share what is left, or a
+            size or a time that is asked for can't be reached.
     """
-    section = run.compress.prune
+    section, note = run.compress.prune, None
     try:
         sizes = {kind: size_of(config, kind) for kind in section.kinds}
-        left = _left(section, config, sizes)
-        _check(section, sizes, left, after)
-        structure = find_structure(run, config, section.kinds)
-        if section.parameters is not None:
-            left = _left_for(run, config, structure, sizes)
+        if left is None and not section.targets:
+            left = _left(section, config, sizes)
             _check(section, sizes, left, after)
+        structure = find_structure(run, config, section.kinds)
+        if left is None:
+            scaled = partial(_scaled, section, config, sizes, shared_by(after))
+            if section.parameters is not None:
+                left = _left_for(run, config, structure, scaled)
+            else:
+                left, note = _left_in_time(run, config, scaled, device)
+        _check(section, sizes, left, after)
         resized(config, _widths(left))
     except ValueError as error:
         raise _refusal(section, config, first_line(error)) from error
-    return Prunable(config, structure, left)
+    return Prunable(config, structure, left, note)
 
 
 def _widths(left: Mapping[str, int]) -> dict[str, int]:
@@ -62,19 +82,24 @@ def _check(section: PruneSection, sizes: Mapping[str, int], left: Mapping[str, i
 
 
 def _left(
-    section: PruneSection, config: PreTrainedConfig, sizes: Mapping[str, int], scale: float | None = None
-) -> dict[str, int]:
+    section: PruneSection, config: PreTrainedConfig, sizes: Mapping[str, int], scale: float | None = None,
+    ranks: Mapping[str, int] | None = None,
+) -> dict[str, int]:  # fmt: skip
     """`units_left`, with the next larger numbers of heads and hidden size that the family's config takes.
 
     All of a kind stay only if shares are scaled; otherwise the config is left to say why it takes no fewer.
     """
     more_than_all = 0 if scale is None else 1
-    scale = 1.0 if scale is None else scale
-    left = units_left(section, sizes, heads_tie_hidden(config), scale)
+    scale, ranks = 1.0 if scale is None else scale, ranks or {}
+    left = units_left(section, sizes, heads_tie_hidden(config), scale, ranks)
     choices: dict[str, list[int | None]] = {kind: [left.get(kind)] for kind in (HEADS, HIDDEN)}
     if not (heads_tie_hidden(config) and HEADS in left and HIDDEN in left):
         # Its hidden size may have to be a multiple of the number of heads.
-        choices |= {kind: [*range(left[kind], sizes[kind] + more_than_all)] for kind in choices if kind in left}
+        choices |= {
+            kind: [*range(left[kind], sizes[kind] + more_than_all, ranks.get(kind, 1))]
+            for kind in choices
+            if kind in left
+        }
     for more, wider in itertools.product(choices[HEADS], choices[HIDDEN]):
         tried = left | {kind: count for kind, count in ((HEADS, more), (HIDDEN, wider)) if count is not None}
         try:
@@ -85,29 +110,48 @@ def _left(
     return left
 
 
-def _left_for(
-    run: RunConfig, config: PreTrainedConfig, structure: Structure, sizes: Mapping[str, int]
+def _scaled(
+    section: PruneSection, config: PreTrainedConfig, sizes: Mapping[str, int], ranks: Mapping[str, int], part: float
 ) -> dict[str, int]:
-    """Units that stay so that the model has at most as many parameters as the recipe says: the shares are scaled."""
-    section = run.compress.prune
-    assert section.parameters is not None
+    """Units that stay at a part, from 0 to 1, of the way to where none would."""
+    largest = max(getattr(section, kind) for kind in section.kinds if kind != LAYERS)
+    return _left(section, config, sizes, part * (1.0 - 1e-6) / largest, ranks)
+
+
+def _left_for(
+    run: RunConfig, config: PreTrainedConfig, structure: Structure, left_at: Callable[[float], dict[str, int]]
+) -> dict[str, int]:
+    """Units that stay so that the model has at most as many parameters as the recipe says."""
+    target = run.compress.prune.parameters
+    assert target is not None
     shapes = {name: tuple(parameter.shape) for name, parameter in outline(run, config).named_parameters()}
 
-    def parameters(scale: float) -> int:
-        left = _left(section, config, sizes, scale)
+    def parameters(part: float) -> int:
+        left = left_at(part)
         removed: dict[str, dict[int, range]] = {}
         for coupling in structure.couplings:
             removed.setdefault(coupling.kind, {})[coupling.number] = range(left[coupling.kind], coupling.units)
         return Cut(structure, removed).parameters(shapes)
 
-    largest = max(getattr(section, kind) for kind in section.kinds if kind != LAYERS)
-    low, high = 0.0, (1.0 - 1e-6) / largest
-    if parameters(high) > section.parameters:
+    low, high = 0.0, 1.0
+    if parameters(high) > target:
         raise ValueError(f"with all but the last of these gone it would have {parameters(high):,} parameters")
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
-        low, high = (low, middle) if parameters(middle) <= section.parameters else (middle, high)
-    return _left(section, config, sizes, high)
+        low, high = (low, middle) if parameters(middle) <= target else (middle, high)
+    return left_at(high)
+
+
+def _left_in_time(
+    run: RunConfig, config: PreTrainedConfig, left_at: Callable[[float], dict[str, int]], device: Any
+) -> tuple[Mapping[str, int], str]:
+    """Units that stay so that a forward pass takes as long as the recipe says; and what has been measured."""
+
+    def seconds(left: Mapping[str, int]) -> float:
+        layers = range(left[LAYERS]) if LAYERS in left else None
+        return forward_seconds(run, resized(config, _widths(left), layers), device)
+
+    return left_for_latency(run.compress.prune, forward_seconds(run, config, device), left_at, seconds)
 
 
 def _refusal(section: PruneSection, config: PreTrainedConfig, reason: str) -> UserError:

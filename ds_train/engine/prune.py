@@ -108,16 +108,17 @@ class Pruning:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint has to hold, as plain values. Collective."""
+        chosen = {"left": dict(self.prunable.left)} if self._section.targets else {}
         if self.removed is not None:
-            return {"removed": self.removed}
+            return chosen | {"removed": self.removed}
         if not self._scored:
-            return {}
+            return chosen
         self._learn()
         all_sums = self._all_sums(self._gates.sums)
         if self._learned is None:
-            return {"scored": self._scored, "sums": [[*key, sums.tolist()] for key, sums in all_sums.items()]}
+            return chosen | {"scored": self._scored, "sums": [[*key, sums.tolist()] for key, sums in all_sums.items()]}
         of_layers = [[*key, sums.tolist()] for key, sums in all_sums.items() if key[0] == LAYERS]
-        return {"scored": self._scored, "sums": of_layers, "gates": self._learned.state()}
+        return chosen | {"scored": self._scored, "sums": of_layers, "gates": self._learned.state()}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state` gave."""

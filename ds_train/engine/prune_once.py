@@ -31,15 +31,16 @@ class Pruned:
     sizes: dict[str, int]
     loss_before: float | None
     loss: float | None
+    note: str | None = None
 
     @property
     def summary(self) -> str:
-        """In a line, for people."""
+        """In a line or two, for people."""
         sizes = ", ".join(f"{kind} {count}" for kind, count in self.sizes.items())
         line = f"{self.parameters_before:,} parameters, now {self.parameters:,} ({sizes})"
-        if self.loss_before is None or self.loss is None:
-            return line
-        return f"{line}; held-out loss {self.loss_before:.4f}, now {self.loss:.4f}"
+        if self.loss_before is not None and self.loss is not None:
+            line += f"; held-out loss {self.loss_before:.4f}, now {self.loss:.4f}"
+        return line if self.note is None else f"{self.note}\n{line}"
 
 
 def prune_once(run: RunConfig, info: RankInfo, checkpoint: Path | None = None) -> Pruned:
@@ -95,6 +96,7 @@ def prune_once(run: RunConfig, info: RankInfo, checkpoint: Path | None = None) -
         cut.sizes | {"layers": len(cut.layers)},
         before.loss if before is not None else None,
         after.loss if after is not None else None,
+        parts.prunable.note,
     )
 
 

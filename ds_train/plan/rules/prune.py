@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ds_train.errors import Problem
 from ds_train.plan.facts import Facts
 from ds_train.plan.prune import problems, units_left
@@ -23,7 +25,7 @@ def _after_cut(facts: Facts) -> Facts:
 def _pruning_problems(facts: Facts) -> dict[str, Problem]:
     """What is wrong with the sizes that pruning leaves, where the recipe alone says them."""
     section, size, after = facts.run.compress.prune, facts.size, _after_cut(facts)
-    if size is None or section.parameters is not None or _auto_after_cut(facts):
+    if size is None or section.targets or _auto_after_cut(facts):
         return {}
     known = {
         "heads": size.num_key_value_heads or size.num_attention_heads, "ffn": size.intermediate_size,
@@ -42,9 +44,28 @@ def _auto_after_cut(facts: Facts) -> bool:
     return parallel is not None and any(getattr(parallel, key) == "auto" for key in (*keys, *offload))
 
 
-def _unpruned_proportions(facts: Facts) -> bool:
+def _unpruned_proportions(facts: Facts) -> dict[str, Any]:
     section = facts.run.compress.prune
-    return section.parameters is not None and not set(section.kinds) - {"layers"}
+    return {} if set(section.kinds) - {"layers"} else _targets(facts)
+
+
+def _targets(facts: Facts) -> dict[str, Any]:
+    """The keys that ask for a size or a time, and their values."""
+    return {key: facts.value(key) for key in (f"compress.prune.{name}" for name in facts.run.compress.prune.targets)}
+
+
+def _unread_latency(facts: Facts) -> dict[str, Any]:
+    section = facts.run.compress.prune
+    if not {"latency", "latency_ms"}.isdisjoint(section.targets):
+        return {}
+    defaults = {"latency_samples": 1, "latency_length": None}
+    given = {key: getattr(section, key) for key in defaults}
+    return {f"compress.prune.{key}": value for key, value in given.items() if value != defaults[key]}
+
+
+def _too_long(facts: Facts) -> bool:
+    length, positions = facts.run.compress.prune.latency_length, size_of(facts, "positions")
+    return length is not None and positions is not None and length > positions
 
 
 def _layers_left(facts: Facts) -> int | None:
@@ -72,9 +93,21 @@ RULES: tuple[Rule | KeyRule, ...] = (
         lambda f: _pruning(f) and f.run.compress.prune.end < f.run.compress.prune.start,
         lambda f: f"it is before compress.prune.start={f.run.compress.prune.start}", "set it later, or start sooner",
     ),
-    Rule(
-        "prune-parameters", "compress.prune.parameters", _unpruned_proportions,
+    KeyRule(
+        "prune-target", _unpruned_proportions,
         "nothing says what goes", "give shares as proportions, such as compress.prune.ffn=0.5",
+    ),
+    KeyRule(
+        "prune-targets", lambda f: dict(list(_targets(f).items())[1:]),
+        lambda f, _: f"shares are scaled to {next(iter(_targets(f)))} already", "leave one of them out",
+    ),
+    KeyRule(
+        "prune-latency-unread", _unread_latency,
+        "nothing reads it: no time is asked for", "set compress.prune.latency, such as 0.5, or leave it out",
+    ),
+    Rule(
+        "prune-latency-length", "compress.prune.latency_length", _too_long,
+        lambda f: f"the model takes samples of {size_of(f, 'positions')} tokens", "lower it, or leave it out",
     ),
     Rule(
         "prune-compile", "model.compile", all_of(_pruning, at("model.compile", True)),

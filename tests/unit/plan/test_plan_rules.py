@@ -55,7 +55,17 @@ CASES = [
     ),
     Broken("prune-sizes", {"compress.prune.heads": 0.1}, "all of the 4 heads would stay"),
     Broken("prune-end", PRUNE | {"compress.prune.start": 0.6}, "it is before compress.prune.start=0.6"),
-    Broken("prune-parameters", {"compress.prune.layers": 1, "compress.prune.parameters": 9}, "nothing says what goes"),
+    Broken("prune-target", {"compress.prune.layers": 1, "compress.prune.parameters": 9}, "nothing says what goes"),
+    Broken("prune-target", {"compress.prune.latency": 0.5}, "compress.prune.latency=0.5: nothing says what goes"),
+    Broken(
+        "prune-targets", PRUNE | {"compress.prune.parameters": 9, "compress.prune.latency": 0.5},
+        "compress.prune.latency=0.5: shares are scaled to compress.prune.parameters already. Fix: leave one",
+    ),
+    Broken("prune-latency-unread", PRUNE | {"compress.prune.latency_samples": 4}, "no time is asked for"),
+    Broken(
+        "prune-latency-length", PRUNE | {"compress.prune.latency_ms": 5.0, "compress.prune.latency_length": 2048},
+        "compress.prune.latency_length=2048: the model takes samples of 1024 tokens",
+    ),
     Broken("prune-compile", PRUNE | {"model.compile": True}, "set model.compile=false"),
     Broken(
         "prune-stages", {"compress.prune.layers": 1, "parallel.pipeline": 2, "parallel.stage_layers": [4, 4]},
