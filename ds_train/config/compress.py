@@ -12,6 +12,7 @@ from ds_train.config.parallel import ParallelSection
 from ds_train.config.quantize import QuantizeSection
 
 Part = Annotated[float, Field(ge=0.0, lt=1.0)]
+Layer = Annotated[int, Field(ge=0)]
 
 PRUNED_KINDS = ("heads", "ffn", "experts", "hidden", "layers")
 """What can be pruned, by the keys of `compress.prune`."""
@@ -21,14 +22,22 @@ PRUNE_TARGETS = ("parameters", "latency", "latency_ms")
 
 class PruneSection(Section):
     """Structured pruning: units are scored, masked, and cut out of the model and of the optimizer's states in the
-    middle of the run. Every layer loses as many, so that what is exported is a stock model of the smaller size."""
+    middle of the run. What is exported is a stock model of the smaller size."""
 
     heads: Part = 0.0
     """Share of the key/value heads of each layer, with the query heads of each, that goes. Families whose config has no
     head size of its own (GPT-2, BERT, GPT-NeoX) lose heads with `hidden` alone, the same share of both."""
 
-    ffn: Part = 0.0
-    """Share of the feed-forward channels of each layer that goes."""
+    ffn: Part | Annotated[list[Part], Field(min_length=1)] | dict[Layer, Part] = 0.0
+    """Share of the feed-forward channels of each layer that goes. With `budget: per-layer` a list, a share for each,
+    or a mapping of layers, from 0, to theirs; other layers keep all."""
+
+    budget: Literal["uniform", "per-layer", "global"] = "uniform"
+    """How feed-forward channels go from the layers: from each as many, `uniform`; from each its own share, `per-layer`;
+    as many in all as with `uniform`, but those of least worth in the whole model, by scores over their layer's norm
+    (arXiv 1611.06440), `global`: a layer keeps at least `multiple`. The last two are for families whose config has a
+    feed-forward size for each layer; of others every layer loses as many of whatever goes, since their config has one
+    number for all."""
 
     experts: Part = 0.0
     """Share of the experts of each layer of a mixture that goes."""
@@ -86,7 +95,20 @@ class PruneSection(Section):
     @property
     def kinds(self) -> tuple[str, ...]:
         """What is asked to go."""
-        return tuple(kind for kind in PRUNED_KINDS if getattr(self, kind))
+        return tuple(kind for kind in PRUNED_KINDS if self.share(kind))
+
+    def share(self, kind: str) -> float:
+        """Share of the units of a kind that goes (layers: their number), the largest of any layer."""
+        value = getattr(self, kind)
+        if isinstance(value, dict):
+            value = list(value.values())
+        return float(max(value, default=0.0) if isinstance(value, list) else value)
+
+    def share_in(self, layer: int) -> float:
+        """Share of the feed-forward channels of layer `layer` that goes."""
+        if isinstance(self.ffn, dict):
+            return self.ffn.get(layer, 0.0)
+        return self.ffn[layer] if isinstance(self.ffn, list) else self.ffn
 
     @property
     def targets(self) -> tuple[str, ...]:

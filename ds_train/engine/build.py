@@ -36,6 +36,7 @@ from ds_train.parallel.mesh import Mesh
 from ds_train.parallel.sequence import leave_sequence
 from ds_train.parallel.tensor import gradient_norm
 from ds_train.plan.make import RunPlan, make_plan
+from ds_train.plan.prune import Count
 from ds_train.plan.topology import Layout
 from ds_train.track.phases import StepClock, step_clock, time_pipeline
 
@@ -68,7 +69,7 @@ class Assembly:
 def assemble(
     run: RunConfig, plan: RunPlan, info: RankInfo, tokenizer: Any, prepared: Path, after: Layout | None = None,
     cut: Callable[[PreTrainedConfig], PreTrainedConfig] | None = None, clock: StepClock | None = None,
-    left: Mapping[str, int] | None = None,
+    left: Mapping[str, Count] | None = None,
 ) -> Assembly:  # fmt: skip
     """Build everything on this rank. Collective: every rank calls it with the same recipe and plan.
 

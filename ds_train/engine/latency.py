@@ -16,8 +16,9 @@ from ds_train.config import RunConfig
 from ds_train.config.compress import PruneSection
 from ds_train.errors import first_line, user_error
 from ds_train.models.load import initialize_weights, outline, without_weights
+from ds_train.plan.prune import Count
 
-Left = Mapping[str, int]
+Left = Mapping[str, Count]
 
 _SCALES = 256  # between nothing and all but the last: a time is met within this share of the way
 _WARM_UP, _LEAST_PASSES, _MOST_PASSES, _ENOUGH_S = 3, 9, 50, 1.0
@@ -79,7 +80,7 @@ def left_for_latency(
     target = whole * section.latency if section.latency is not None else (section.latency_ms or 0.0) / 1e3
 
     @cache
-    def taken(sizes: tuple[tuple[str, int], ...]) -> float:
+    def taken(sizes: tuple[tuple[str, Count], ...]) -> float:
         return seconds(dict(sizes))
 
     def time_at(index: int) -> float:

@@ -12,10 +12,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ds_train.compress.coupling import LAYERS, OF_MODEL, Coupling, Gate
+from ds_train.compress.budget import compete, relative
+from ds_train.compress.coupling import FFN, LAYERS, OF_MODEL, Coupling, Gate
 from ds_train.compress.cut import Cut
 from ds_train.compress.gates import Gates, Key, lowest, worth
-from ds_train.compress.learned import LearnedGates, Shared, units_of
+from ds_train.compress.learned import LearnedGates, Shared, open_probability, units_of
 from ds_train.config import RunConfig
 from ds_train.engine.prunable import Prunable
 from ds_train.engine.ranks import all_sum
@@ -23,6 +24,7 @@ from ds_train.errors import first_line, user_error
 from ds_train.models.load import gathered
 from ds_train.parallel.build import Part
 from ds_train.parallel.tensor import Shard, gather_whole
+from ds_train.plan.prune import of_layer
 from ds_train.schedule.prune import PruneSteps, closed_share, prune_steps, unit_values
 from ds_train.schedule.timeline import StepShape, Timeline
 
@@ -154,16 +156,29 @@ class Pruning:
     def _least(
         self, sums: dict[Key, Tensor], weights: dict[tuple[str, int], Tensor]
     ) -> dict[str, dict[int, list[int]]]:
+        """The units that go, by what all of them are worth."""
+        worths = {
+            (coupling.kind, coupling.number): self._worth(coupling, sums, weights)
+            for coupling in self.prunable.structure.couplings
+        }
         removed: dict[str, dict[int, list[int]]] = {}
         for coupling in self.prunable.structure.couplings:
-            place = coupling.kind, coupling.number
-            if self._learned is not None and place in self._learned.log_alpha:
-                values = self._learned.log_alpha[place]
-            else:
-                values = worth(coupling, self._section.score, sums, weights.get(place))
-            count = coupling.units - self.prunable.left[coupling.kind]
+            count = coupling.units - of_layer(self.prunable.left[coupling.kind], coupling.number)
+            values = worths[coupling.kind, coupling.number]
             removed.setdefault(coupling.kind, {})[coupling.number] = lowest(values, count)
+        if self._section.budget == "global" and FFN in removed:
+            gone = removed.get(LAYERS, {}).get(0, [])
+            stay = {layer: worths[FFN, layer] for layer in removed[FFN] if layer not in gone}
+            asked = sum(len(removed[FFN][layer]) for layer in stay)
+            removed[FFN] |= compete(stay if self._learned else relative(stay), asked, self.prunable.step)
         return removed
+
+    def _worth(self, coupling: Coupling, sums: dict[Key, Tensor], weights: dict[tuple[str, int], Tensor]) -> Tensor:
+        """What each unit is worth: (U,) fp64."""
+        place = coupling.kind, coupling.number
+        if self._learned is not None and place in self._learned.log_alpha:
+            return open_probability(self._learned.log_alpha[place])
+        return worth(coupling, self._section.score, sums, weights.get(place))
 
     def _local(self, gate: Gate, module: nn.Module, values_C: Tensor) -> Tensor:
         """Of all channels of a gate those of this tensor rank."""
@@ -215,11 +230,16 @@ class Pruning:
 
 def _learned(run: RunConfig, prunable: Prunable, steps: PruneSteps) -> LearnedGates:
     """The gates of all units but layers."""
-    couplings = [coupling for coupling in prunable.structure.couplings if coupling.kind != LAYERS]
-    shared = (
-        Shared({(coupling.kind, coupling.number): coupling.units}, prunable.left[coupling.kind])
-        for coupling in couplings
-    )
+    shared: list[Shared] = []
+    together: dict[tuple[str, int], int] = {}
+    for coupling in prunable.structure.couplings:
+        place, left = (coupling.kind, coupling.number), prunable.left[coupling.kind]
+        if coupling.kind == FFN and run.compress.prune.budget == "global":
+            together[place] = coupling.units
+        elif coupling.kind != LAYERS:
+            shared.append(Shared({place: coupling.units}, of_layer(left, coupling.number)))
+    if together:
+        shared.append(Shared(together, sum(of_layer(prunable.left[FFN], layer) for _, layer in together)))
     return LearnedGates(shared, steps.chosen - steps.scored, run.seed)
 
 

@@ -28,7 +28,7 @@ class Pruned:
     folder: Path
     parameters_before: int
     parameters: int
-    sizes: dict[str, int]
+    sizes: dict[str, Any]
     loss_before: float | None
     loss: float | None
     note: str | None = None

@@ -187,8 +187,8 @@ class Session:
         native.load(parts.engine, parts.part, saved.path, cut)
         self._go_on_with(self.after, parts)
         on_main_first(self.info, lambda: shutil.rmtree(folder, ignore_errors=True))
-        left, sizes = parameters_of(parts.part), cut.sizes | {"layers": len(cut.layers)}
-        record = {"kind": "cut", "step": step, "parameters": left, "parameters_before": before, **sizes}
+        left, sizes = parameters_of(parts.part), {**cut.sizes, "layers": len(cut.layers)}
+        record: dict[str, Any] = {"kind": "cut", "step": step, "parameters": left, "parameters_before": before, **sizes}
         words = ", ".join(f"{kind} {count}" for kind, count in sizes.items())
         note = f"cut after step {step}: {before:,} parameters, now {left:,} ({words})"
         found = evaluate(self.run, parts, step)
