@@ -103,10 +103,10 @@ def test_an_unreachable_hub_id_is_one_line(monkeypatch: pytest.MonkeyPatch) -> N
 def test_generation_settings_are_those_of_the_pretrained_model(tmp_path: Path) -> None:
     run = recipe()
     config = load_model_config(run, load_tokenizer(run))
-    GenerationConfig(top_k=7, eos_token_id=[2, 5]).save_pretrained(tmp_path)
+    GenerationConfig(do_sample=True, top_k=7, eos_token_id=[2, 5]).save_pretrained(tmp_path)
     (tmp_path / "none").mkdir()
     for path, top_k in ((tmp_path, 7), (tmp_path / "none", None), (None, None)):
         model = outline(run, config)
         source = run.model_copy(update={"model": run.model.model_copy(update={"path": path and str(path)})})
         keep_generation_config(source, model)
-        assert model.generation_config.top_k == top_k  # type: ignore[union-attr]
+        assert model.generation_config.top_k == top_k
