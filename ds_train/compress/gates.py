@@ -5,14 +5,14 @@ Each wraps the forward of one module. Shapes: N tokens, C channels of a module h
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 from ds_train.compress.coupling import LAYERS, Coupling, Gate, Removed, Structure
 
@@ -205,7 +205,7 @@ class _Router(_Gated):
         if isinstance(self.module, nn.Linear):
             # Its forward may be another one, whose product is of a copy (models/cpu_products.py).
             return self.seen(self._forward(*arguments, **options))
-        with _Logits(self.module, self.seen):
+        with _product_seen(self.module.weight, self.seen):  # type: ignore[arg-type]
             return self._forward(*arguments, **options)
 
     def seen(self, logits: Tensor) -> Tensor:
@@ -249,18 +249,23 @@ _FORMS: dict[str, type[_Input | _Norm | _Router | _Layer]] = {
 }  # fmt: skip
 
 
-class _Logits(TorchFunctionMode):
-    """Shows the product with a module's weight to `seen`, and goes on with what that gives."""
+@contextlib.contextmanager
+def _product_seen(weight: Tensor, seen: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Inside, the product with `weight` is shown to `seen`, and what that gives is gone on with.
 
-    def __init__(self, module: nn.Module, seen: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self._weight, self._seen = module.weight, seen
+    `F.linear` itself is replaced: what ZeRO-3 has put in its place (zero/linear.py) passes torch's function modes by.
+    """
+    linear = F.linear
 
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        if function is F.linear and len(args) > 1 and args[1] is self._weight:
-            return self._seen(result)
-        return result
+    def shown(hidden: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
+        product = linear(hidden, matrix, bias)
+        return seen(product) if matrix is weight else product
+
+    F.linear = shown  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        F.linear = linear
 
 
 def worth(coupling: Coupling, score: str, sums: dict[Key, Tensor], weights_U: Tensor | None) -> Tensor:

@@ -23,7 +23,7 @@ Place = tuple[str, int]
 """Kind and number of a coupling."""
 
 _BETA, _LOW, _HIGH = 2 / 3, -0.1, 1.1  # temperature, and what the concrete distribution is stretched to
-_FIRST_OPEN = 0.95  # share of gates that are open before anything is learned
+_FIRST_OPEN, _FIRST_SPREAD = 0.95, 0.03  # share of open gates, and range of log alpha, before anything is learned
 _RATE = 2.0  # a log alpha's usual step, times the root of the number of steps
 _HALVINGS = 80
 
@@ -51,19 +51,24 @@ class LearnedGates:
         """Steps so far."""
         self.log_alpha: dict[Place, Tensor] = {}
         for own in self._shared:
-            self._hold(own, {place: torch.zeros(units, dtype=torch.float64) for place, units in own.units.items()})
+            # Not all alike: units that hardly learn would have an order by rounding.
+            first = {place: _FIRST_SPREAD * self._noise(-1, place, units) for place, units in own.units.items()}
+            self._hold(own, first)
 
     def draw(self, step: int) -> dict[Place, Tensor]:
         """The gates of step `step` of the run: (U,) fp64 of each coupling that loses units."""
-        return {place: hard_concrete(values, self._noise(step, place))[0] for place, values in self.log_alpha.items()}
+        return {
+            place: hard_concrete(values, self._noise(step, place, len(values)))[0]
+            for place, values in self.log_alpha.items()
+        }
 
     def learn(self, step: int, gradients: Mapping[Place, Tensor]) -> None:
         """Go on by the loss's gradient by the gates that step `step` had. What isn't finite teaches nothing."""
         self.learned += 1
         for own in self._shared:
             slopes = {
-                place: gradients[place] * hard_concrete(self.log_alpha[place], self._noise(step, place))[1]
-                for place in own.units
+                place: gradients[place] * hard_concrete(self.log_alpha[place], self._noise(step, place, units))[1]
+                for place, units in own.units.items()
             }
             # By their root mean square, and not each by its own: what the loss hardly sees must not move as far.
             size = float(torch.cat([*slopes.values()]).square().mean().sqrt())
@@ -95,11 +100,10 @@ class LearnedGates:
         held = with_open(torch.cat([log_alpha[place] for place in places]), first + (own.left - first) * done)
         self.log_alpha |= dict(zip(places, held.split([own.units[place] for place in places]), strict=True))
 
-    def _noise(self, step: int, place: Place) -> Tensor:
+    def _noise(self, step: int, place: Place, units: int) -> Tensor:
         """Uniform from 0 to 1 by a counter-based generator: a function of seed, step, coupling and unit."""
-        key = fold_seed(self._seed, "gates", step, *place)
-        draw = np.random.Generator(np.random.Philox(key=key))
-        return torch.from_numpy(draw.random(len(self.log_alpha[place])))
+        draw = np.random.Generator(np.random.Philox(key=fold_seed(self._seed, "gates", step, *place)))
+        return torch.from_numpy(draw.random(units))
 
 
 def hard_concrete(log_alpha_U: Tensor, noise_U: Tensor) -> tuple[Tensor, Tensor]:
