@@ -18,6 +18,7 @@ PRUNED_KINDS = ("heads", "ffn", "experts", "hidden", "layers")
 """What can be pruned, by the keys of `compress.prune`."""
 
 PRUNE_TARGETS = ("parameters", "latency", "latency_ms")
+"""Its keys that ask for a size or a time."""
 
 
 class PruneSection(Section):
@@ -33,11 +34,10 @@ class PruneSection(Section):
     or a mapping of layers, from 0, to theirs; other layers keep all."""
 
     budget: Literal["uniform", "per-layer", "global"] = "uniform"
-    """How feed-forward channels go from the layers: from each as many, `uniform`; from each its own share, `per-layer`;
-    as many in all as with `uniform`, but those of least worth in the whole model, by scores over their layer's norm
-    (arXiv 1611.06440), `global`: a layer keeps at least `multiple`. The last two are for families whose config has a
-    feed-forward size for each layer; of others every layer loses as many of whatever goes, since their config has one
-    number for all."""
+    """How the feed-forward channels that go are spread over layers: as many from each, `uniform`; from each its own
+    share, `per-layer`; as many in all as with `uniform`, but those of least worth in the model, `global`, where worth is
+    the score over its layer's norm (arXiv 1611.06440) and a layer keeps at least `multiple`. The last two need a family
+    whose config has a feed-forward size for each layer."""
 
     experts: Part = 0.0
     """Share of the experts of each layer of a mixture that goes."""
