@@ -35,8 +35,8 @@ class PruneSection(Section):
 
     budget: Literal["uniform", "per-layer", "global"] = "uniform"
     """How the feed-forward channels that go are spread over layers: as many from each, `uniform`; from each its own
-    share, `per-layer`; as many in all as with `uniform`, but those of least worth in the model, `global`, where worth is
-    the score over its layer's norm (arXiv 1611.06440) and a layer keeps at least `multiple`. The last two need a family
+    share, `per-layer`; as many in all as with `uniform`, but those of least worth in the model, `global`. Worth is then
+    the score over its layer's norm (arXiv 1611.06440), and a layer keeps at least `multiple`. Both need a family
     whose config has a feed-forward size for each layer."""
 
     experts: Part = 0.0
