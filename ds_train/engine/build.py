@@ -104,6 +104,9 @@ def assemble(
         whole = run
         run = on_main_first(info, lambda: start_from_kept_layers(whole, tokenizer))
     config = load_model_config(run, tokenizer)
+    if plan.size is None and cut is None:
+        # A hub model's sizes are known only now that its config is on this machine.
+        make_plan(run, plan.cluster)
     prunable, taught = None, run  # as the recipe says, with the weights that it starts from
     if cut is not None:
         config = cut(config)
@@ -111,9 +114,6 @@ def assemble(
     elif run.compress.prune.kinds:
         device = get_accelerator().current_device_name()
         prunable = on_main_first(info, lambda: find_prunable(run, config, after or layout, device, left))
-    if plan.size is None and cut is None:
-        # A hub model's sizes are known only now that its config is on this machine.
-        make_plan(run, plan.cluster)
     offloaded = run.parallel.offload_optimizer != "none"
     kernel = choose_kernel(run.optimizer, "cpu" if offloaded else info.device)
     mesh = Mesh(layout, info.rank)

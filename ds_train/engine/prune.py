@@ -61,7 +61,7 @@ class Pruning:
         self._drawn: int | None = None  # the step whose gates haven't been learned from yet
 
     def before_step(self, shape: StepShape, timeline: Timeline) -> None:
-        """Do what is due before a step: score, choose, or set the masks. Collective at the step of the choice."""
+        """Do what is due before a step: score, choose, or set the masks. Collective."""
         self._learn()
         if self.removed is None and shape.step >= self.steps.chosen:
             self.choose()
