@@ -91,10 +91,13 @@ def meet(info: RankInfo, timeout: timedelta = MEETING_TIMEOUT) -> None:
 
 
 def return_freed_memory() -> None:
-    """Let the C library give large freed blocks back to the system at once, on Linux CPUs.
+    """Let large freed blocks go back to the system at once, on Linux CPUs; call it before the first tensor is made.
 
-    glibc otherwise raises its threshold for own mappings to 32 MB, and tensors below it fragment the heap.
+    glibc otherwise raises its threshold for own mappings to 32 MB, and tensors below it fragment the heap. What is
+    given back has to be mapped again, 4 KiB at a time, which took a tenth of a step: so torch asks for huge pages for
+    blocks of 2 MB and more (c10/core/impl/alloc_cpu.cpp).
     """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, _LARGE_BLOCK_BYTES)
