@@ -281,11 +281,12 @@ def _prepare_data(run: RunConfig, info: RankInfo) -> tuple[Path, Any]:
 
 def _find_checkpoint(run: RunConfig, info: RankInfo, folder: Path, fingerprint: str) -> Path | None:
     from ds_train.checkpoint import native
+    from ds_train.checkpoint.same_run import check_resumable
 
     path = native.find(folder / "checkpoints", run.checkpoint.resume, lambda text: print(text, flush=True))
     if path is not None:
         recipe = run.model_dump(mode="json")
-        on_main_first(info, lambda: native.check_resumable(native.read_state(path), recipe, fingerprint))
+        on_main_first(info, lambda: check_resumable(native.read_state(path), recipe, fingerprint))
     return path
 
 
