@@ -170,12 +170,12 @@ def _note_start(
 
 
 def _note_noise_scale(run: RunConfig, folder: Path, tracker: Tracker, info: RankInfo) -> None:
-    from ds_train.engine.noise import noise_scale
+    from ds_train.engine.noise import noise_scale, steps_of_this_model
     from ds_train.track.metrics import read_metrics
 
     if run.track.noise_scale_every_steps is None or not info.is_main:
         return
-    records = [record for record in read_metrics(folder / "metrics.jsonl") if record["kind"] == "train"]
+    records = steps_of_this_model(read_metrics(folder / "metrics.jsonl"))
     scale = noise_scale(records)
     if scale is None:
         tracker.note("gradient noise scale: too few measurements, or micro-batches, to tell it from noise")
