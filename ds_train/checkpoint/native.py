@@ -219,10 +219,12 @@ class Saver:
         with suppress(OSError):  # the new one is whole, whatever becomes of the older ones
             if old.exists():
                 _remove(old)
-            self._remove_older(state.best.get("step"))
+            self._remove_older(state.step, state.best.get("step"))
 
-    def _remove_older(self, best: int | None) -> None:
-        first_kept = _step(_whole(self._folder)[: self._keep_last][-1])
+    def _remove_older(self, newest: int, best: int | None) -> None:
+        # Later ones are damaged, or the run wouldn't have come here: none of them stands for one that is kept.
+        whole = [path for path in _whole(self._folder) if _step(path) <= newest]
+        first_kept = _step(whole[: self._keep_last][-1])
         for path in _checkpoints(self._folder):
             step = _step(path)
             if step < first_kept and step != best and (self._keep_every is None or step % self._keep_every):
@@ -247,14 +249,15 @@ def find(folder: Path, resume: str, note: Callable[[str], None]) -> Path | None:
     Collective: each rank reads its share of the files. `note` is rank 0's.
 
     Raises:
-        UserError: a named checkpoint that is not there or not whole; `never` in a folder that has checkpoints;
-            `auto` in a folder where every checkpoint is damaged.
+        UserError: a named checkpoint that is not there, not whole, or older than the folder's own; `never` in a folder
+            that has checkpoints; `auto` in a folder where every checkpoint is damaged.
     """
     if resume not in ("auto", "never"):
         path = Path(resume).expanduser()
         reason = damage_of(path)
         if reason:
             raise user_error("checkpoint.resume", reason, "give the folder of a whole checkpoint, or auto", resume)
+        _check_nothing_later(_from_main(_whole(folder)), read_state(path).step, resume)
         return path
     candidates = _from_main(_checkpoints(folder))
     if not candidates:
@@ -271,6 +274,15 @@ def find(folder: Path, resume: str, note: Callable[[str], None]) -> Path | None:
         reason = f"no complete checkpoint in {folder}"
         raise user_error("checkpoint.resume", reason, "set another `name` to start anew", resume)
     return newest
+
+
+def _check_nothing_later(own: Sequence[Path], step: int, resume: str) -> None:
+    """Refuse to come again to steps of which the run's folder has checkpoints: the next `auto` would take those."""
+    later = [path.name for path in own if _step(path) > step]
+    if later:
+        reason = f"it is of step {step}, and the run's folder has later ones: {', '.join(reversed(later))}"
+        fix = "set auto to continue the last of them, or another `name` to leave them alone, or remove them"
+        raise user_error("checkpoint.resume", reason, fix, resume)
 
 
 def newest_whole(folder: Path, note: Callable[[str], None], before: int | None = None) -> Path | None:

@@ -82,6 +82,20 @@ def test_the_best_one_is_kept_however_old(tmp_path: Path) -> None:
         assert kept == sorted({best, step})
 
 
+def test_a_later_one_that_is_damaged_takes_no_place(tmp_path: Path) -> None:
+    save(tmp_path, 5)
+    (save(tmp_path, 20).path / SHARD).unlink()
+    saver = Trained(0).saver(tmp_path, keep=1)
+    for step in (10, 15):
+        saver.save(state(step))
+        found = native.find(tmp_path, "auto", lambda text: None)
+        assert found is not None
+        assert found.name == f"step-{step:08d}"
+    saver.save(state(20))
+    assert [path.name for path in tmp_path.glob("step-*")] == ["step-00000020"]
+    assert native.find(tmp_path, "auto", pytest.fail) is not None
+
+
 def test_a_run_that_goes_back_forgets_what_came_later(tmp_path: Path) -> None:
     trained = Trained(0)
     saver = trained.saver(tmp_path, keep=9)
@@ -285,6 +299,11 @@ def test_a_named_checkpoint_must_be_whole(tmp_path: Path) -> None:
     assert native.find(tmp_path, str(path), pytest.fail) == path
     with pytest.raises(UserError, match=r"manifest\.json is missing"):
         native.find(tmp_path, str(tmp_path / "nowhere"), pytest.fail)
+    later = save(tmp_path, 10).path
+    assert native.find(tmp_path, str(later), pytest.fail) == later
+    assert native.find(tmp_path / "other", str(path), pytest.fail) == path
+    with pytest.raises(UserError, match="it is of step 5, and the run's folder has later ones: step-00000010"):
+        native.find(tmp_path, str(path), pytest.fail)
 
 
 def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
