@@ -87,6 +87,8 @@ REFUSED: dict[str, tuple[str, str]] = {
     "bf16.bf16_master_weights_and_grads": _MASTER,
     "bf16.bf16_optimizer_states": _MASTER,
     "fp16.fp16_master_weights_and_grads": _MASTER,
+    "data_types.buffer_dtype": ("in 16 bits, rotary frequencies would lose positions", "leave it out"),
+    "weight_quantization": ("its rounded weights never learn", "leave it out; see `compress.quantize` of the recipe"),
     "zero_optimization.zenflow": _OWN_OPTIMIZER,
     "zero_optimization.offload_optimizer.ratio": _OWN_OPTIMIZER,
     "zero_optimization.offload_optimizer.super_offload": _OWN_OPTIMIZER,

@@ -412,6 +412,7 @@ CASES = [
     Broken("raw-section", {"deepspeed.fp16.hysteresis": 4}, "deepspeed.fp16"),
     Broken("raw-communication", {"deepspeed.communication_data_type": "float32"}, "fp32, fp16 or bf16"),
     Broken("raw-communication", {"deepspeed.communication_data_type": 32}, "fp32, fp16 or bf16"),
+    Broken("raw-communication-fp16", {"deepspeed.communication_data_type": "FP16"}, "gradients below 6e-8"),
     Broken(
         "raw-gds",
         STAGE3 | {"parallel.offload_params": "nvme", "parallel.nvme_path": "/tmp", "deepspeed.aio.use_gds": True},
