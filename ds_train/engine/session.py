@@ -294,7 +294,7 @@ def _has_cut(folder: Path, step: int) -> bool:
     from ds_train.track.metrics import read_metrics
 
     found = read_metrics(folder / "metrics.jsonl")
-    return any(record["kind"] == "cut" and record.get("step") == step for record in found)
+    return any(record.get("kind") == "cut" and record.get("step") == step for record in found)
 
 
 def layout_record(run: RunConfig, plan: RunPlan) -> dict[str, Any]:
