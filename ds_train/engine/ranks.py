@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import os
 import platform
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from ds_train.engine.network import interface_to
 from ds_train.engine.schedulers import scheduler_place
@@ -95,11 +97,14 @@ def meet(info: RankInfo, timeout: timedelta = MEETING_TIMEOUT) -> None:
 
 
 def return_freed_memory() -> None:
-    """Let the C library give large freed blocks back to the system at once, on Linux CPUs.
+    """Let large freed blocks go back to the system at once, on Linux CPUs; call it before the first tensor is made.
 
-    glibc otherwise raises its threshold for own mappings to 32 MB, and what lies below it fragments the heap. Blocks of
-    tensors as large as that are another allocator's (ds_kernels/memory.py), where there is a compiler.
+    glibc otherwise raises its threshold for own mappings to 32 MB, and what lies below it fragments the heap. Tensors
+    of that size are another allocator's (ds_kernels/memory.py). Where that isn't there, what is given back has to be
+    mapped again, 4 KiB at a time, so torch asks for huge pages for blocks of 2 MB and more
+    (c10/core/impl/alloc_cpu.cpp).
     """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, _LARGE_BLOCK_BYTES)
@@ -117,6 +122,19 @@ def leave() -> None:
 
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def end(code: int) -> NoReturn:
+    """End this rank's process: Python's threads and exit functions come to their end, the interpreter isn't taken down.
+
+    Groups that DeepSpeed still holds outlive `leave`; one of their threads that wants the interpreter's lock while it
+    is taken down aborts the process of a run that ended well ("terminate called without an active exception").
+    """
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def barrier() -> None:
