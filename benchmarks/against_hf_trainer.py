@@ -2,7 +2,7 @@
 
 Both are started by the deepspeed launcher, in turn, several rounds; step times are medians within a run and over runs.
 One table: placements of ranks and threads, vocabularies, and torch_compile on the rival's side; then the share of the
-machine's own bf16 products that a step of ours reaches at hidden size 1024. `--docs` puts it into docs/performance.md.
+machine's own bf16 products that a step of ours reaches at hidden size 1024.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--share", action="store_true", help="the share of the machine's products at hidden size 1024")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--docs", action="store_true", help="put the table into docs/performance.md")
+    parser.add_argument("--docs", metavar="MARK", help="put the table where docs/performance.md has this mark")
     options = parser.parse_args()
     places = [tuple(map(int, place.split("x"))) for place in options.placements]
     settings = [
@@ -91,7 +91,7 @@ def main() -> None:
         notes.append(share)
     show(notes, headings, rows)
     if options.docs:
-        put_into_docs("against_hf_trainer", notes, headings, rows)
+        put_into_docs(options.docs, notes, headings, rows)
 
 
 def write_corpus(folder: Path) -> Path:
