@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_kernels import Choice
+from ds_kernels.memory import hand_back_memory
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ds_train.compress.distill import Distilling
@@ -167,6 +168,8 @@ def assemble(
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path("~/.cache/ds_train/compiled").expanduser()))
         for layer in repeated_layers(part.model):
             layer.compile()
+    # What building a model takes isn't what steps need.
+    hand_back_memory()
     clock = clock or step_clock(info.device)
     if part.pipeline is not None:
         time_pipeline(engine, clock)

@@ -184,20 +184,17 @@ class TimeModel:
             once = _all_reduce(messages["all_reduce"] / choice.accumulation, ranks, link) + buckets * link.latency_s
             reduced = self._visible(once * choice.accumulation, backward, choice)
             return reduced + gathered / link.bytes_per_second + buckets * link.latency_s
-        weights = gathered * (_NEAREST_INT8 if run.parallel.quantized_weights else 1.0)
+        shrunk = _NEAREST_INT8 if run.parallel.quantized_weights else 1.0
+        forward = shrunk * sent * share.elements * self._width * choice.accumulation
+        backward_again = shrunk * gathered - forward
         gradients = sent * messages["reduce_scatter"] * (_NEAREST_INT8 / 2 if run.parallel.quantized_gradients else 1.0)
         second = run.parallel.secondary_partition
         near = self._link(choice.layout.tensor, min(second, ranks)) if second > 1 else link
         # A gather per module with weights of its own, in the forward and in the backward pass.
         modules = sum(count for piece, count in share.pieces if piece.matrix)
         latency = modules * link.latency_s * (math.log2(ranks) + 1)
-        forward = sent * share.elements * self._width * (weights / gathered)
-        exchange = (
-            forward * choice.accumulation / link.bytes_per_second
-            + (weights - forward * choice.accumulation) / near.bytes_per_second
-            + gradients / link.bytes_per_second
-            + 3 * latency * choice.accumulation
-        )
+        exchange = (forward + gradients) / link.bytes_per_second + backward_again / near.bytes_per_second
+        exchange += 3 * latency * choice.accumulation
         if self._hardware.device == "cpu":  # nothing runs beside DeepSpeed's own hooks
             exchange += 3 * modules * _OPERATIONS_OF_HOOKS * self._hardware.kernel_s * choice.accumulation
         return self._visible(exchange, backward * 1.5, choice)

@@ -14,6 +14,8 @@ from typing import Any
 
 from ds_kernels.build import BuildError, build_memory_library
 
+_in_use: list[bool] = []
+
 
 @dataclass(frozen=True)
 class MemoryCounts:
@@ -31,7 +33,15 @@ def reuse_memory() -> Exception | None:
     if isinstance(library, Exception):
         return library
     library.dsk_reuse_memory()
+    _in_use.append(True)
     return None
+
+
+def hand_back_memory() -> None:
+    """Give all idle pages to the system, as when something is over that needed more than what follows it."""
+    library = memory_library() if _in_use else None
+    if library is not None:
+        library.dsk_hand_back_memory()
 
 
 def memory_counts() -> MemoryCounts:

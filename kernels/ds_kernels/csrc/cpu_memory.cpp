@@ -123,6 +123,13 @@ class Blocks {
     return true;
   }
 
+  // All idle pages; what was most in use is forgotten.
+  void hand_back_idle() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    while (counts_.idle) hand_back(counts_.idle);
+    counts_.most_live = counts_.live;
+  }
+
   Counts counts() {
     std::lock_guard<std::mutex> lock(mutex_);
     return counts_;
@@ -186,6 +193,8 @@ void dsk_reuse_memory(void) {
   torchs = c10::GetCPUAllocator();
   c10::SetCPUAllocator(reusing, 255);
 }
+
+void dsk_hand_back_memory(void) { blocks().hand_back_idle(); }
 
 void dsk_memory_counts(uint64_t *four) {
   Counts counts = blocks().counts();

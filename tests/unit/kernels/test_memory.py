@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from ds_kernels.memory import MemoryCounts, memory_counts, memory_library, reuse_memory
+from ds_kernels.memory import MemoryCounts, hand_back_memory, memory_counts, memory_library, reuse_memory
 
 MB = 2**20
 
@@ -63,6 +63,9 @@ def test_freed_pages_serve_again_and_idle_ones_go_before_the_process_grows() -> 
         assert memory_counts() == MemoryCounts(live=15 * MB, idle=0, most_live=16 * MB, fresh=19 * MB)
         assert int(numbers.sum()) == len(numbers) * (len(numbers) - 1) // 2
         assert int(third.max()) == 0
+        del joined
+        hand_back_memory()
+        assert memory_counts() == MemoryCounts(live=11 * MB, idle=0, most_live=11 * MB, fresh=19 * MB)
         storage = numbers.untyped_storage()
         storage.resize_(16 * MB)
         assert storage.nbytes() == 16 * MB
