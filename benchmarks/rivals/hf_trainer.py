@@ -58,6 +58,7 @@ def main() -> None:
             max_steps=job["steps"],
             per_device_train_batch_size=job["micro"],
             learning_rate=job["lr"],
+            lr_scheduler_type="constant",
             max_grad_norm=1.0,
             bf16=True,
             use_cpu=True,
