@@ -16,7 +16,7 @@ DOCS = Path(__file__).resolve().parent.parent / "docs" / "performance.md"
 
 
 def machine() -> str:
-    """Processor, its bf16 units, cores, and versions of what decides on speed."""
+    """Processor, its bf16 units, cores, how busy they were (15 minutes), and versions of what decides on speed."""
     cpu = platform.processor() or platform.machine()
     flags = ""
     info = Path("/proc/cpuinfo")
@@ -26,7 +26,8 @@ def machine() -> str:
         units = [unit for unit in ("avx512f", "avx512_bf16", "amx_bf16") if re.search(rf"\b{unit}\b", text)]
         flags = f" ({', '.join(units)})"
     names = ", ".join(f"{name} {version(name)}" for name in ("torch", "deepspeed", "transformers"))
-    return f"{cpu}{flags}, {len(os.sched_getaffinity(0))} cores; {names}; Python {platform.python_version()}"
+    cores, load = len(os.sched_getaffinity(0)), os.getloadavg()[2]
+    return f"{cpu}{flags}, {cores} cores, load {load:.1f}; {names}; Python {platform.python_version()}"
 
 
 def show(notes: Sequence[str], headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
