@@ -47,7 +47,7 @@ def put_into_docs(name: str, notes: Sequence[str], headings: Sequence[str], rows
     """Replace what docs/performance.md has between the marks of `name`."""
     lines = [f"| {' | '.join(row)} |" for row in (headings, ["---"] + ["---:"] * (len(headings) - 1), *rows)]
     block = "\n".join([*(f"{note[0].upper()}{note[1:]}.\n" for note in notes), *lines])
-    begin, end = f"<!-- {name} -->\n", "\n<!-- end -->"
+    begin, end = f"<!-- {name} -->\n", "<!-- end -->"
     text = DOCS.read_text(encoding="utf-8")
     at = text.index(begin) + len(begin)
-    DOCS.write_text(text[:at] + block + text[text.index(end, at) :], encoding="utf-8")
+    DOCS.write_text(f"{text[:at]}{block}\n{text[text.index(end, at) :]}", encoding="utf-8")
