@@ -136,6 +136,13 @@ class Saver:
         saved = running.result()
         return [replace(saved, stall_seconds=self._stalled + time.monotonic() - started)]
 
+    def close(self) -> list[Saved]:
+        """As `wait`; there is nothing more to save, and no thread stays."""
+        ended = self.wait()
+        if self._pool is not None:
+            self._pool.shutdown()
+        return ended
+
     def ended(self) -> list[Saved]:
         """As `wait`, for a save that has ended already. Each rank by itself."""
         return self.wait() if self._running is not None and self._running.done() else []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -33,7 +32,7 @@ def lr_find(
     run = load(recipe, overrides or [])
     start_again_on(hostfile, ranks, run, recipe)
     from ds_train.engine.lr_find import RangeTest, find
-    from ds_train.engine.ranks import RankInfo, run_to_exit_code
+    from ds_train.engine.ranks import RankInfo, end, run_to_exit_code
 
     test = RangeTest(lowest, highest, steps, probe_steps, safety, proxy_width)
 
@@ -47,7 +46,7 @@ def lr_find(
                 print(f"optimizer.lr_factors={factors}")
             print(f"{record['seconds']:.0f} s; {Path(run.run_root).expanduser() / run.name}/lr-find.json and .png")
 
-    sys.exit(run_to_exit_code(body))
+    end(run_to_exit_code(body))
 
 
 def prune(
@@ -66,7 +65,7 @@ def prune(
     run = load(recipe, overrides or [])
     start_again_on(hostfile, ranks, run, recipe)
     from ds_train.engine.prune_once import prune_once
-    from ds_train.engine.ranks import RankInfo, run_to_exit_code
+    from ds_train.engine.ranks import RankInfo, end, run_to_exit_code
 
     def body(info: RankInfo) -> None:
         done = prune_once(run, info, checkpoint)
@@ -74,7 +73,7 @@ def prune(
             print(done.summary)
             print(done.folder.resolve())
 
-    sys.exit(run_to_exit_code(body))
+    end(run_to_exit_code(body))
 
 
 def profile(
@@ -102,6 +101,6 @@ def profile(
     run = load(recipe, [*(overrides or []), *changes, f"name={name}-profile"])
     start_again_on(hostfile, ranks, run, recipe)
     from ds_train.engine.job import train
-    from ds_train.engine.ranks import run_to_exit_code
+    from ds_train.engine.ranks import end, run_to_exit_code
 
-    sys.exit(run_to_exit_code(lambda info: train(run, info, stop_after=last)))
+    end(run_to_exit_code(lambda info: train(run, info, stop_after=last)))

@@ -95,7 +95,7 @@ def _train(
     def build(pruning: Mapping[str, Any], clock: StepClock | None = None) -> Assembly:
         """Everything around the model, as it is after the cut where there was one."""
         if not pruning.get("cut"):
-            return assemble(run, plan, info, tokenizer, prepared, after.plan.layout)
+            return assemble(run, plan, info, tokenizer, prepared, after.plan.layout, left=pruning.get("left"))
         smaller = partial(config_after, record=pruning)
         return assemble(after.run, after.plan, info, tokenizer, prepared, cut=smaller, clock=clock)
 
@@ -152,6 +152,8 @@ def _note_start(
 ) -> None:  # fmt: skip
     """Say what a run begins with, and what it goes on from."""
     tracker.note(f"optimizer kernel: {parts.kernel}")
+    if parts.prunable is not None and parts.prunable.note is not None:
+        tracker.note(parts.prunable.note)
     if parts.part.stage_layers:
         tracker.note(f"layers of the pipeline's stages: {', '.join(map(str, parts.part.stage_layers))}")
     if parts.data.packing_efficiency is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import shutil
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -261,6 +262,19 @@ def test_what_is_loaded_is_what_was_there_when_it_was_saved(tmp_path: Path, in_b
     for own, other in zip(again.model.parameters(), trained.model.parameters(), strict=True):
         for kind, value in trained.optimizer.state[other].items():
             assert torch.equal(again.optimizer.state[own][kind], value)
+
+
+def test_a_saver_that_is_closed_has_saved_and_leaves_no_thread(tmp_path: Path) -> None:
+    def writing() -> list[threading.Thread]:
+        return [thread for thread in threading.enumerate() if thread.name.startswith("checkpoint")]
+
+    before = writing()
+    saver = Trained(1).saver(tmp_path, in_background=True)
+    assert saver.save(state(1)) == []
+    assert len(writing()) == len(before) + 1
+    (saved,) = saver.close()
+    assert (saved.error, damage(saved.path)) == (None, None)
+    assert writing() == before
 
 
 def test_another_model_is_refused(tmp_path: Path) -> None:
