@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_kernels import Choice
+from ds_kernels.memory import hand_back_memory
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ds_train.compress.distill import Distilling
@@ -21,6 +23,7 @@ from ds_train.data.build import DataBundle, load_data
 from ds_train.engine.distilling import check_teacher_shared, distil
 from ds_train.engine.prunable import Prunable, find_prunable
 from ds_train.engine.ranks import RankInfo, on_main_first
+from ds_train.models.cpu_attention import tiles_are_faster, use_tiled_attention
 from ds_train.models.cpu_products import fp32_products_are_faster, use_fp32_products
 from ds_train.models.kept_layers import start_from_kept_layers
 from ds_train.models.lean import use_lean_layers
@@ -134,6 +137,8 @@ def assemble(
         keep_generation_config(taught, part.model)
     if fp32_products_are_faster(info.device, part.model.dtype):
         use_fp32_products(part.model)
+    elif run.model.attention == "auto" and not run.model.compile and tiles_are_faster(info.device, part.model.dtype):
+        use_tiled_attention()
     quantize = run.compress.quantize
     packing = Packing.of(quantize, part.outline) if quantize.bits else None
     rounding = Rounding(run, part.model, mesh.tensor) if quantize.bits else None
@@ -159,8 +164,12 @@ def assemble(
         check_documents_apart(run, config, engine)
         engine.train()
     if run.model.compile:
+        # Compiled code outlives this process, as the machine's other caches do.
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path("~/.cache/ds_train/compiled").expanduser()))
         for layer in repeated_layers(part.model):
             layer.compile()
+    # What building a model takes isn't what steps need.
+    hand_back_memory()
     clock = clock or step_clock(info.device)
     if part.pipeline is not None:
         time_pipeline(engine, clock)

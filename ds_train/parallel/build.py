@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 import torch.distributed as dist
+from ds_kernels.memory import hand_back_memory
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -164,6 +165,7 @@ def _in_turn(plan: RunPlan, build: Callable[[], Built]) -> Built:
     for _ in range(own):
         dist.barrier()
     built = build()
+    hand_back_memory()
     for _ in range(own + 1, turns):
         dist.barrier()
     return built
