@@ -5,6 +5,7 @@ Shapes: B samples, T tokens, N = B x T, D the teacher's hidden, V vocabulary.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -86,22 +87,47 @@ class Teacher:
         if run.task.kind == "causal-lm" and run.data.rows_have_documents:
             _check_documents(run, self.model, path)
         self.layers: list[nn.Module] = repeated_layers(self.model)
+        """Its repeated blocks."""
         self._head = plain_head(self.model)
         if self._head is not None:
             self._head.forward = lambda hidden: hidden  # type: ignore[method-assign, assignment]
 
+    def stop_after(self, layer: int) -> None:
+        """Let `run` end with that layer."""
+
+        def end(*_: Any) -> None:
+            raise _Enough
+
+        self.layers[layer].register_forward_hook(end)
+
+    @torch.no_grad()
+    def run(self, batch: Batch) -> None:
+        """Let the hooks on its layers see the micro-batch."""
+        with contextlib.suppress(_Enough):
+            self.model(**_inputs(batch))
+
     @torch.no_grad()
     def targets(self, batch: Batch) -> Targets:
         """What it says about the micro-batch's tokens, in the order of the flattened labels."""
-        inputs = model_inputs(batch)
-        if TOKEN_IDS in batch:  # in a pipeline `input_ids` are what the stage before has made of them
-            inputs["input_ids"] = batch[TOKEN_IDS]
-        output = self.model(**inputs).logits
+        output = self.model(**_inputs(batch)).logits
         flat = output.reshape(-1, output.shape[-1])
         return TeacherLogits(flat) if self._head is None else TeacherHead(flat, self._head.weight, self._head.bias)
 
 
-def paired_layers(pairs: Sequence[tuple[int, int]] | None, ours: int, theirs: int) -> list[tuple[int, int]]:
+class _Enough(Exception):
+    """Ends a forward pass whose rest nobody looks at."""
+
+
+def _inputs(batch: Batch) -> dict[str, Tensor]:
+    inputs = model_inputs(batch)
+    if TOKEN_IDS in batch:  # in a pipeline `input_ids` are what the stage before has made of them
+        inputs["input_ids"] = batch[TOKEN_IDS]
+    return inputs
+
+
+def paired_layers(
+    pairs: Sequence[tuple[int, int]] | None, ours: int, theirs: int, key: str = "hidden_layers"
+) -> list[tuple[int, int]]:
     """(layer of the model, layer of the teacher), as given or each at the same share of the depth.
 
     Raises:
@@ -113,7 +139,7 @@ def paired_layers(pairs: Sequence[tuple[int, int]] | None, ours: int, theirs: in
     for own, other in pairs:
         if own >= ours or other >= theirs:
             reason = f"the model has {ours} layers and the teacher {theirs}, counted from 0"
-            raise user_error("compress.distill.hidden_layers", reason, "give layers that are there", [own, other])
+            raise user_error(f"compress.distill.{key}", reason, "give layers that are there", [own, other])
     return list(pairs)
 
 

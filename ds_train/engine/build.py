@@ -11,11 +11,12 @@ from typing import Any
 from ds_kernels import Choice
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ds_train.compress.compared import check_relations
 from ds_train.compress.distill import Distilling
 from ds_train.compress.packed import Packing
 from ds_train.compress.qat import Rounding, linear_layers
 from ds_train.compress.sparsity import keep_zeros
-from ds_train.compress.teacher import check_teacher
+from ds_train.compress.teacher import check_teacher, teacher_path
 from ds_train.config import RunConfig
 from ds_train.data.build import DataBundle, load_data
 from ds_train.engine.distilling import check_teacher_shared, distil
@@ -122,6 +123,12 @@ def assemble(
     if run.token_drop.kind != "none":
         check_token_dropping(run, config)
     teacher = check_teacher(taught, config, tokenizer) if run.compress.distill.active else None
+    if teacher is not None and not Path(teacher_path(taught)).expanduser().is_dir():
+        # As for the model: the sizes of a hub teacher are known only now.
+        make_plan(taught, plan.cluster)
+    if teacher is not None and run.compress.distill.relations > 0:
+        check_relations(run, config, "model")
+        check_relations(run, teacher, "compress.distill.teacher")
     for sequence in {layout.sequence, later.sequence} - {1}:
         if teacher is not None:
             check_teacher_shared(taught, teacher, sequence, info)

@@ -40,6 +40,9 @@ DROPPING = {"token_drop.kind": "random-ltd"}
 ROLL_BACK = {"health.on_spike": "roll-back", "checkpoint.every_steps": 10}
 TAUGHT = {"compress.distill.logits": "forward-kl", "compress.distill.teacher": "some/hub-id"}
 CACHED = TAUGHT | {"compress.distill.cache_top": 8}
+RELATED = TAUGHT | {"compress.distill.relations": 1.0}
+BYTES = {"data.tokenizer": "bytes", "model.vocab_size": 300}
+TEACHER = str(Path(__file__).with_name("taught"))
 SHORT_TEACHER = str(Path(__file__).with_name("teacher"))
 FLASH = {"model.attention": "flash_attention_2", "batch.micro_samples": 1}
 PRUNE = {"compress.prune.ffn": 0.5}
@@ -68,7 +71,7 @@ CASES = [
     Broken("prune-layout-auto", PRUNE | {"compress.prune.parallel": {"tensor": "auto"}}, "as numbers"),
     Broken("prune-roll-back", PRUNE | {"health.on_spike": "roll-back", "checkpoint.every_steps": 1},
            "set health.on_spike=note"),
-    Broken("prune-hidden-states", PRUNE | TAUGHT | {"compress.distill.hidden": 0.5}, "distill.logits goes with"),
+    Broken("prune-compared-layers", PRUNE | TAUGHT | {"compress.distill.hidden": 0.5}, "distill.logits goes with"),
     Broken("prune-quantize", PRUNE | {"compress.quantize.weights": "int8"}, "round what it exports"),
     Broken("prune-zeros", PRUNE | {"compress.keep_zeros": True}, "train what it exports", ("keep-zeros-start",)),
     Broken("keep-zeros-start", {"compress.keep_zeros": True}, "no zeros to keep"),
@@ -265,17 +268,42 @@ CASES = [
     Broken("distill-cache-logits", CACHED | {"compress.distill.hidden": 1.0}, "only logits"),
     Broken("distill-cache-samples", CACHED | CURRICULUM, "cache_top=0"),
     Broken("distill-cache-sequence", CACHED | {"parallel.sequence": 2}, "whole samples"),
-    Broken("distill-hidden-layout", TAUGHT | {"compress.distill.hidden": 1.0, "parallel.pipeline": 2}, "other ranks"),
+    Broken("distill-cache-logits", CACHED | {"compress.distill.relations": 1.0}, "relations=0"),
     Broken(
-        "distill-hidden-recomputed", TAUGHT | {"compress.distill.hidden": 1.0, "model.activation_checkpointing": True},
+        "distill-compared-recomputed",
+        TAUGHT | {"compress.distill.hidden": 1.0, "model.activation_checkpointing": True},
         "activation_checkpointing=false",
     ),
     Broken(
-        "distill-hidden-rows",
+        "distill-compared-rows",
         TAUGHT | {"compress.distill.hidden": 1.0, "data.packing": False, "data.padding_free": True}, "share a row",
     ),
+    Broken("distill-compared-compile", RELATED | {"model.compile": True}, "compress.distill.relations=1.0: layers"),
     Broken(
-        "distill-hidden-compile", TAUGHT | {"compress.distill.hidden": 1.0, "model.compile": True}, "compile=false"
+        "distill-compared-scale",
+        RELATED | {"parallel.pipeline": 2, "precision.dtype": "fp16", "model.tie_word_embeddings": False},
+        "set precision.dtype=bf16",
+    ),
+    Broken("distill-relations-sequence", RELATED | {"parallel.sequence": 2}, "set parallel.sequence=1"),
+    Broken("distill-relations-dropped", RELATED | DROPPING, "set token_drop.kind=none"),
+    Broken(
+        "distill-relations-kinds",
+        RELATED | BYTES
+        | {"compress.distill.relation_kinds": ["attention", "value"], "compress.distill.teacher": TEACHER},
+        "the model has 8 heads, the teacher 32",
+    ),
+    Broken(
+        "distill-relations-heads",
+        RELATED | BYTES | {"compress.distill.relation_heads": 24, "compress.distill.teacher": TEACHER},
+        "=24: the query states of the model are 512 wide, which 24 heads don't divide. Fix: one of 1, 2, 4, 8, 16, 32",
+    ),
+    Broken(
+        "distill-relations-heads",
+        RELATED | BYTES | {
+            "compress.distill.relation_heads": 1, "compress.distill.teacher": TEACHER, "parallel.tensor": 2,
+            "compress.distill.relation_kinds": ["value"],
+        },
+        "2 tensor ranks don't share 1 heads evenly. Fix: one of 2, 4",
     ),
     Broken(
         "distill-revision",
