@@ -113,6 +113,7 @@ class Relations:
     def begin(self, batch: Batch) -> None:
         """See `Comparison`."""
         self._batch = batch
+        _LISTENERS.clear()  # of a pass that was broken off
         self._ours.clear()
         self._theirs.clear()
 
@@ -279,29 +280,28 @@ def _tokens(batch: Batch) -> Tensor:
 _Listener = Callable[[_States], None]
 
 
-class _Heard:
-    listener: _Listener | None = None
-    installed = False
-
+_LISTENERS: list[_Listener] = []
+"""Those of the layer that runs."""
 
 _plain_interface = AttentionInterface.get_interface
 
 
 def _install() -> None:
-    """Put an ear to whatever function a model's attention calls; without a listener it changes nothing."""
+    """Put an ear to whatever function a model's attention calls; without listeners it changes nothing."""
     AttentionInterface.get_interface = _get_interface  # type: ignore[method-assign, assignment]
 
 
 def _get_interface(self: AttentionInterface, name: str, default: Callable[..., Any]) -> Callable[..., Any]:
-    function, listener = _plain_interface(self, name, default), _Heard.listener
-    return function if listener is None else partial(_attend, function, listener)
+    function = _plain_interface(self, name, default)
+    return partial(_attend, function) if _LISTENERS else function
 
 
 def _attend(
-    function: Callable[..., Any], listener: _Listener, module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
-    *arguments: Any, **options: Any,
+    function: Callable[..., Any], module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *arguments: Any,
+    **options: Any,
 ) -> Any:  # fmt: skip
-    listener(_States(query, key, value, options.get("scaling")))
+    for listener in _LISTENERS:
+        listener(_States(query, key, value, options.get("scaling")))
     return function(module, query, key, value, *arguments, **options)
 
 
@@ -309,10 +309,10 @@ def _listen(layer: nn.Module, listener: _Listener) -> None:
     """Let `listener` have the queries, keys and values of the layer."""
 
     def before(*_: Any) -> None:
-        _Heard.listener = listener
+        _LISTENERS.append(listener)
 
     def after(*_: Any) -> None:
-        _Heard.listener = None
+        _LISTENERS.clear()
 
     layer.register_forward_pre_hook(before)
     layer.register_forward_hook(after)

@@ -11,6 +11,7 @@ hash of all that decides the content.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import shutil
 from collections.abc import Mapping
@@ -108,10 +109,15 @@ def _make(
     temperature = run.compress.distill.temperature
     place = partial / f"part-{rank:05d}"
     with place.with_suffix(".tokens").open("wb") as tokens, place.with_suffix(".logp").open("wb") as logp:
-        for start in range(firsts[rank], firsts[rank + 1], micro_samples):
+        # All ranks run a teacher that is in shares as often as the one with the most samples.
+        most = max(stop - first for first, stop in itertools.pairwise(firsts))
+        for start in range(firsts[rank], firsts[rank] + most, micro_samples):
             samples = range(start, min(start + micro_samples, firsts[rank + 1]))
-            batch = {key: value.to(device) for key, value in batches.of_samples(samples).items()}
+            shown = samples or range(1)
+            batch = {key: value.to(device) for key, value in batches.of_samples(shown).items()}
             top = _likeliest(teacher, batch, count, temperature)
+            if not samples:
+                continue
             tokens.write(top.tokens_NK.to("cpu", torch.int32).numpy().tobytes())
             logp.write(top.logp_NE.float().cpu().numpy().tobytes())
             counts.append(batches.label_counts(samples))

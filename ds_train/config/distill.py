@@ -63,6 +63,11 @@ class DistillSection(Section):
     relation_layers: list[tuple[Layer, Layer]] | None = Field(default=None, min_length=1)
     """Pairs of a layer of the model and of the teacher, from 0; left out, the last of each."""
 
+    placement: Literal["memory", "sharded", "offloaded"] = "memory"
+    """Where the teacher's weights are. `memory`: whole on every device that runs it. `sharded`: in shares on the
+    devices that run it, each module gathered when its turn comes (ZeRO-3 without an optimizer). `offloaded`: those
+    shares in host memory. The losses are the same."""
+
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Number format of the teacher's weights; `auto` is the model's."""
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import nn
 from transformers import PreTrainedConfig
@@ -59,18 +62,30 @@ def distil(run: RunConfig, plan: RunPlan, part: Part, data: DataBundle, theirs: 
         widths = part.model.config.get_text_config().hidden_size, theirs.get_text_config().hidden_size
         own = {*paired.hidden}
         projections = add_projections(part.model, part.outline, paired.hidden_count, widths, run.seed, own)
+    group = None
+    if part.pipeline is not None and section.placement != "memory":
+        group = _ranks_of_stage(plan.layout)
     if task is None and not paired.any_here:
         return None
-    teacher = Teacher(run, device)
+    teacher = Teacher(run, device, group, None if task is not None else paired.deepest + 1)
     comparisons = paired.comparisons(teacher, projections)
     if task is None:
         assert part.pipeline is not None
-        teacher.stop_after(paired.deepest)
         part.pipeline.stage.beside = TeacherBeside(teacher, comparisons)
         return None
     distilling = Distilling(section, teacher, comparisons)
     task.objective = distilling
     return distilling
+
+
+def _ranks_of_stage(layout: Layout) -> Any:
+    """The process group of this rank's pipeline stage. Collective."""
+    mine = None
+    for stage in range(layout.pipe):
+        ranks = [rank for rank in range(layout.ranks) if layout.coordinates(rank).pipe == stage]
+        group = dist.new_group(ranks)
+        mine = group if dist.get_rank() in ranks else mine
+    return mine
 
 
 class _Paired:

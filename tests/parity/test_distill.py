@@ -42,6 +42,8 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
     "forward": ({"logits": "forward-kl", "alpha_end": ALPHA_END}, TWO_RANKS),
     "cached": ({"logits": "reverse-kl", "alpha_end": ALPHA_END, "cache_top": TOP}, without("sequence2")),
     "hidden": ({"logits": "js", "alpha_end": ALPHA_END, "hidden": HIDDEN}, TWO_RANKS),
+    "sharded": ({"logits": "js", "alpha_end": ALPHA_END, "hidden": HIDDEN, "placement": "sharded"}, TWO_RANKS),
+    "offloaded": ({"logits": "js", "alpha_end": ALPHA_END, "hidden": HIDDEN, "placement": "offloaded"}, TWO_RANKS),
     "relations": (
         {"relations": 2.0, "relation_layers": PAIRS, "relation_kinds": ["attention", "query", "key", "value"]},
         without("sequence2"),
@@ -176,13 +178,13 @@ def write_case(folder: Path, folders: dict[str, Path], case: str, layout: str, p
     )  # fmt: skip
 
 
-def check(folder: Path, folders: dict[str, Path], chosen: dict[str, list[str]]) -> None:
+def check(folder: Path, folders: dict[str, Path], chosen: dict[str, list[str]], ranks: int = 2) -> None:
     recipes = {
         (case, layout): write_case(folder, folders, case, layout, CASES[case][1][layout])
         for case, layouts in chosen.items()
         for layout in layouts
     }
-    train_on_two_ranks(recipes.values())
+    run_ranks(ranks, ["tests/parity/train_many.py", *map(str, recipes.values())], timeout_s=900).check()
     for case, layouts in chosen.items():
         expected = plain_loop(recipes[case, layouts[0]], folders["teacher"])
         for layout in layouts:
@@ -194,7 +196,13 @@ def test_a_sample_of_layouts(folders: dict[str, Path], tmp_path: Path) -> None:
     check(
         tmp_path,
         folders,
-        {"forward": ["zero3"], "cached": ["tensor2"], "hidden": ["pipeline2"], "relations": ["tensor2"]},
+        {
+            "forward": ["zero3"],
+            "cached": ["tensor2"],
+            "hidden": ["pipeline2"],
+            "relations": ["tensor2"],
+            "sharded": ["zero3"],
+        },
     )
 
 
@@ -224,6 +232,31 @@ def test_a_run_goes_on_in_another_layout(folders: dict[str, Path], tmp_path: Pat
     ]
     torch.testing.assert_close(logits[1], logits[0], rtol=0, atol=1e-3)
     torch.testing.assert_close(logits[2], logits[0], rtol=0, atol=1e-3)
+
+
+@pytest.mark.exhaustive
+def test_stages_of_several_ranks_share_their_teachers(folders: dict[str, Path], tmp_path: Path) -> None:
+    check(tmp_path, folders, {case: ["pipeline2"] for case in ("hidden", "sharded", "offloaded")}, ranks=4)
+    expected = history_of(tmp_path, "hidden-pipeline2")
+    for case in ("sharded", "offloaded"):
+        assert history_of(tmp_path, f"{case}-pipeline2") == expected
+
+
+@pytest.mark.exhaustive
+def test_a_teacher_in_shares_fills_the_cache(folders: dict[str, Path], tmp_path: Path) -> None:
+    histories = []
+    for placement in ("memory", "sharded"):
+        section = {
+            "teacher": str(folders["teacher"]), "logits": "forward-kl", "cache_top": TOP, "placement": placement,
+            "temperature": TEMPERATURE,
+        }  # fmt: skip
+        recipe = write_recipe(
+            tmp_path, placement, folders["corpus"], folders["weights"], "llama", {"zero_stage": 2},
+            compress={"distill": section}, data={"cache_dir": str(tmp_path / placement)},
+        )  # fmt: skip
+        train_on_two_ranks([recipe])
+        histories.append(history_of(tmp_path, placement))
+    assert histories[0] == histories[1]
 
 
 @pytest.mark.exhaustive
