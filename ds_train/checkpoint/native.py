@@ -351,6 +351,7 @@ _MEANING = (
     "optimizer",
     "curriculum",
     "token_drop",
+    "layer_drop",
     "patch",
     "compress",
     "deepspeed",

@@ -32,7 +32,7 @@ from ds_train.optim.build import build_optimizer, choose_kernel
 from ds_train.optim.fuse import fuse_passes
 from ds_train.optim.guard import guard_steps
 from ds_train.parallel.build import Part, build_part
-from ds_train.parallel.check import check_documents_apart, check_layout, check_token_dropping
+from ds_train.parallel.check import check_documents_apart, check_layer_dropping, check_layout, check_token_dropping
 from ds_train.parallel.mesh import Mesh
 from ds_train.parallel.sequence import leave_sequence
 from ds_train.parallel.tensor import gradient_norm
@@ -122,6 +122,8 @@ def assemble(
         check_layout(run, config, later, Mesh(later, info.rank), get_accelerator().current_device_name())
     if run.token_drop.kind != "none":
         check_token_dropping(run, config)
+    if run.layer_drop.kind != "none":
+        check_layer_dropping(run, config)
     teacher = check_teacher(taught, config, tokenizer) if run.compress.distill.active else None
     if teacher is not None and not Path(teacher_path(taught)).expanduser().is_dir():
         # As for the model: the sizes of a hub teacher are known only now.

@@ -26,6 +26,7 @@ from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ds_train.models.layer_drop import LayerDropping
 from ds_train.models.tasks import SAMPLE_IDS, TOKEN_IDS, Batch, TaskLoss, carry_nonfinite, model_inputs
 from ds_train.models.token_drop import TokenDropping
 from ds_train.plan.families import FAMILIES
@@ -168,6 +169,10 @@ class Stage(nn.Module):
         """Let this stage's middle layers of the model drop tokens."""
         self.dropping = TokenDropping(self.model, seed, whole_layers, skip=(_Elsewhere,))
         return self.dropping
+
+    def drop_layers(self) -> LayerDropping:
+        """Let this stage's layers be left out."""
+        return LayerDropping(self.model, skip=(_Elsewhere,))
 
     def forward(self, inputs: tuple[Tensor, ...]) -> Any:
         batch = dict(zip(("input_ids", *self.travellers), inputs, strict=True))

@@ -37,6 +37,7 @@ class Broken:
 STAGE3 = {"parallel.zero_stage": 3}
 CURRICULUM = {"curriculum.kind": "linear"}
 DROPPING = {"token_drop.kind": "random-ltd"}
+LAYER_DROP = {"layer_drop.kind": "progressive"}
 ROLL_BACK = {"health.on_spike": "roll-back", "checkpoint.every_steps": 10}
 TAUGHT = {"compress.distill.logits": "forward-kl", "compress.distill.teacher": "some/hub-id"}
 CACHED = TAUGHT | {"compress.distill.cache_top": 8}
@@ -260,6 +261,11 @@ CASES = [
         "keep-layers", {"model": {"path": str(Path(SHORT_TEACHER).with_name("taught")), "keep_layers": [0, 2]}},
         "numbers from 0 to 1",
     ),
+    Broken("layer-drop-unread", {"layer_drop.keep": 0.7}, "layer_drop.keep=0.7: no layer is left out"),
+    Broken("layer-drop-tokens", LAYER_DROP | DROPPING, "set token_drop.kind=none, or"),
+    Broken("layer-drop-compile", LAYER_DROP | {"model.compile": True}, "another graph"),
+    Broken("layer-drop-compared", LAYER_DROP | TAUGHT | {"compress.distill.hidden": 1.0}, "logits goes with it"),
+    Broken("layer-drop-prune", LAYER_DROP | PRUNE, "score too little"),
     Broken("distill-unread", {"compress.distill.teacher": "x"}, "nothing reads it"),
     Broken("distill-start", {"compress.distill.logits": "js"}, "has no start"),
     Broken("distill-missing", TAUGHT | {"compress.distill.teacher": "/nowhere"}, "no config.json"),
