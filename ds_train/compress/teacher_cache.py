@@ -14,6 +14,8 @@ import hashlib
 import itertools
 import json
 import shutil
+import socket
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,15 +27,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ds_train.compress.distill_loss import TeacherHead, TopLogits
-from ds_train.compress.teacher import Teacher, teacher_path
+from ds_train.compress.teacher import KEY, Teacher, teacher_path
 from ds_train.config import RunConfig
 from ds_train.data.batches import Batches
 from ds_train.data.prepare import SHAPE_KEYS
+from ds_train.errors import user_error
 from ds_train.models.loss import IGNORE_INDEX
 from ds_train.models.tasks import SAMPLE_IDS, Batch
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+_SEEN_S = 10.0
+"""Seconds that a network file system may take to show a new file."""
+
 _PLACE = (1 << 40) - 1
 """What of a sample's id is its place along the run (data/batches.py)."""
 
@@ -90,9 +96,35 @@ def cached_teacher(
         box[0] = folder, (folder / MANIFEST).is_file()
     dist.broadcast_object_list(box, src=0)
     folder, there = box[0]
+    _check_seen(cache, folder.name)
     if not there:
         _make(folder, Teacher(run, device), run, batches, device, micro_samples, count)
     return TeacherCache(folder, batches)
+
+
+def _check_seen(cache: Path, name: str) -> None:
+    """Refuse a folder in which ranks of other hosts don't see what rank 0 writes. Collective.
+
+    Raises:
+        UserError: on every rank, with the hosts that don't.
+    """
+    mark = cache / f"{name}.seen"
+    if dist.get_rank() == 0:
+        cache.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+    dist.barrier()
+    until = time.monotonic() + _SEEN_S
+    while not mark.exists() and time.monotonic() < until:
+        time.sleep(0.1)
+    blind: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(blind, None if mark.exists() else socket.gethostname())
+    if dist.get_rank() == 0:
+        mark.unlink(missing_ok=True)
+    hosts = sorted({host for host in blind if host is not None})
+    if hosts:
+        reason = f"all ranks fill the teacher's cache there, and {', '.join(hosts)} doesn't see what rank 0 writes"
+        fix = "choose a folder that all hosts share, or set compress.distill.cache_top=0"
+        raise user_error("data.cache_dir", reason, fix, str(cache))
 
 
 def _make(
@@ -143,7 +175,11 @@ def _likeliest(teacher: Teacher, batch: Batch, count: int, temperature: float) -
         TopLogits.of(_logits(targets, places[start : start + rows]), count, temperature)
         for start in range(0, max(1, len(places)), rows)
     ]
-    return TopLogits(torch.cat([top.tokens_NK for top in tops]), torch.cat([top.logp_NE for top in tops]))
+    found = TopLogits(torch.cat([top.tokens_NK for top in tops]), torch.cat([top.logp_NE for top in tops]))
+    if not bool(found.logp_NE.isfinite().all()):
+        reason = "it gives logits that aren't finite numbers for some of the training samples"
+        raise user_error(KEY, reason, "give another teacher, or compress.distill.dtype=fp32 if that is what it needs")
+    return found
 
 
 def _logits(targets: Any, places: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from ds_kernels import Choice
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ds_train.compress.compared import check_relations
-from ds_train.compress.distill import Distilling
+from ds_train.compress.distill import Distilling, TeacherBeside
 from ds_train.compress.packed import Packing
 from ds_train.compress.qat import Rounding, linear_layers
 from ds_train.compress.sparsity import keep_zeros
@@ -59,6 +59,13 @@ class Assembly:
     rounding: Rounding | None = None
     packing: Packing | None = None
     prunable: Prunable | None = None
+
+    @property
+    def teacher(self) -> PreTrainedModel | None:
+        """The teacher that runs on this rank, if any does."""
+        beside = self.part.pipeline.stage.beside if self.part.pipeline is not None else None
+        runner = beside if isinstance(beside, TeacherBeside) else self.distilling
+        return None if runner is None or runner.teacher is None else runner.teacher.model
 
     @property
     def model(self) -> PreTrainedModel:

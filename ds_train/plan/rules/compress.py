@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from ds_train.plan.facts import Facts
@@ -57,6 +58,13 @@ def _compared(*conditions: Predicate) -> Callable[[Facts], dict[str, Any]]:
         return {key: facts.value(key) for key in keys if facts.value(key) > 0}
 
     return broken
+
+
+def _on_own_disks(facts: Facts) -> bool:
+    """Whether there are several hosts, and the cache lies where no host sees another's files, whatever is mounted."""
+    folder = Path(facts.run.data.cache_dir).expanduser()
+    several = facts.cluster.ranks > facts.cluster.ranks_per_host
+    return several and any(folder.is_relative_to(place) for place in ("/tmp", "/var/tmp", "/dev/shm"))
 
 
 def _unread(facts: Facts, section: str, *switches: str) -> dict[str, Any]:
@@ -170,6 +178,11 @@ RULES: tuple[Rule | KeyRule, ...] = (
         "distill-cache-samples", "compress.distill.cache_top",
         all_of(_CACHED, any_of(CURRICULUM, at("task.kind", "masked-lm"))),
         "samples aren't the same every time they are seen", "set compress.distill.cache_top=0",
+    ),
+    Rule(
+        "distill-cache-hosts", "data.cache_dir", all_of(_CACHED, _on_own_disks),
+        "the ranks of all hosts fill the teacher's cache together, and this lies on each host's own disk",
+        "choose a folder that all hosts share, or set compress.distill.cache_top=0",
     ),
     Rule(
         "distill-cache-sequence", "compress.distill.cache_top", all_of(_CACHED, SEQUENCE),

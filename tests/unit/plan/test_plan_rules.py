@@ -31,6 +31,7 @@ class Broken:
     says: str
     also: tuple[str, ...] = ()
     ranks: int = 4
+    ranks_per_host: int | None = None
     device: Device = "cuda"
 
 
@@ -273,6 +274,10 @@ CASES = [
     Broken("distill-patch", TAUGHT | {"patch.size": 4}, "set patch.size=1"),
     Broken("distill-cache-logits", CACHED | {"compress.distill.hidden": 1.0}, "only logits"),
     Broken("distill-cache-samples", CACHED | CURRICULUM, "cache_top=0"),
+    Broken(
+        "distill-cache-hosts", CACHED | {"data.cache_dir": "/tmp/cache"}, "each host's own disk", ranks=4,
+        ranks_per_host=2,
+    ),
     Broken("distill-cache-sequence", CACHED | {"parallel.sequence": 2}, "whole samples"),
     Broken("distill-cache-logits", CACHED | {"compress.distill.relations": 1.0}, "relations=0"),
     Broken(
@@ -471,7 +476,7 @@ def _nothing_optional_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("case", CASES, ids=[f"{index}-{case.rule}" for index, case in enumerate(CASES)])
 def test_a_recipe_breaks_its_rule_and_no_other(case: Broken) -> None:
     run = recipe(case.changes)
-    facts = Facts(run, Cluster(case.ranks, case.ranks, case.device))
+    facts = Facts(run, Cluster(case.ranks, case.ranks_per_host or case.ranks, case.device))
     assert broken_rules(facts) == {case.rule, *case.also}
     problems = next(rule for rule in RULES if rule.name == case.rule).check(facts)
     assert case.says in "\n".join(map(str, problems))
