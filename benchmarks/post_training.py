@@ -1,7 +1,7 @@
 """Held-out loss of a small Llama after post-training quantization: to nearest, by GPTQ and by AWQ.
 
-The model of ds_configs/quickstart.yaml, trained on the standard library, is rounded to 4 and 8 bits in each way. Losses are those of
-the packed folders, loaded by transformers alone, over the same held-out windows.
+The model of ds_configs/quickstart.yaml, trained on the standard library, is rounded to 4 and 8 bits in each way. Losses
+are those of the packed folders, loaded by transformers alone, over the same held-out windows.
 """
 
 from __future__ import annotations

@@ -365,6 +365,7 @@ _FREE = (
     "data.workers",
     "optimizer.kernel",
     "compress.prune.parallel",
+    "compress.distill.placement",
 )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
-from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK, DeepSpeedZeRoOffload
 from deepspeed.utils.timer import NoopTimer
 from torch import Tensor, nn
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
@@ -56,6 +56,8 @@ class Shares:
             model_persistence_threshold=parsed.model_persistence_threshold,
             offload_param_config=parsed.offload_param,
         )
+        # Where its first entry would keep the model until the process ends (parameter_offload.py:315).
+        FWD_MODULE_STACK.pop()
 
 
 def whole(parameter: Tensor | None) -> Tensor | None:
