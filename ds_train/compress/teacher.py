@@ -92,6 +92,7 @@ class Teacher:
         self.model.config.use_cache = False
         if layers is not None:
             _leave_layers(self.model, layers)
+        self._running = contextlib.nullcontext if shares is None else shares.running
         if shares is None:
             self.model.to(device)
         else:
@@ -101,7 +102,8 @@ class Teacher:
         if fp32_products_are_faster(device, dtype):
             use_fp32_products(self.model)
         if run.task.kind == "causal-lm" and run.data.rows_have_documents:
-            _check_documents(run, self.model, path)
+            with self._running():
+                _check_documents(run, self.model, path)
         self.layers: list[nn.Module] = repeated_layers(self.model)
         """Its repeated blocks."""
         self._head = plain_head(self.model)
@@ -111,12 +113,14 @@ class Teacher:
     @torch.no_grad()
     def run(self, batch: Batch) -> None:
         """Let the hooks on its layers see the micro-batch."""
-        self.model(**_inputs(batch))
+        with self._running():
+            self.model(**_inputs(batch))
 
     @torch.no_grad()
     def targets(self, batch: Batch) -> Targets:
         """What it says about the micro-batch's tokens, in the order of the flattened labels."""
-        output = self.model(**_inputs(batch)).logits
+        with self._running():
+            output = self.model(**_inputs(batch)).logits
         flat = output.reshape(-1, output.shape[-1])
         if self._head is None:
             return TeacherLogits(flat)

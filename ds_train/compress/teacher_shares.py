@@ -9,6 +9,7 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.zero import partitioned_param_coordinator
 from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK, DeepSpeedZeRoOffload
 from deepspeed.utils.timer import NoopTimer
 from torch import Tensor, nn
@@ -39,6 +40,21 @@ class Shares:
         yield
         del alive
 
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Run the teacher in the block.
+
+        DeepSpeed compares the order of its modules over all ranks (partitioned_param_coordinator.py, `reset_step`), of
+        which only some have it where there is a group of them.
+        """
+        plain = partitioned_param_coordinator.assert_ints_same_as_other_ranks
+        if self._group is not None:
+            partitioned_param_coordinator.assert_ints_same_as_other_ranks = _no_comparison
+        try:
+            yield
+        finally:
+            partitioned_param_coordinator.assert_ints_same_as_other_ranks = plain
+
     def divide(self, model: nn.Module) -> None:
         """Leave a share of each parameter on this rank, and gather those of a module while it runs. Collective."""
         if self._group is not None:
@@ -58,6 +74,10 @@ class Shares:
         )
         # Where its first entry would keep the model until the process ends (parameter_offload.py:315).
         FWD_MODULE_STACK.pop()
+
+
+def _no_comparison(_: list[int]) -> None:
+    """In place of DeepSpeed's comparison of the order of modules."""
 
 
 def whole(parameter: Tensor | None) -> Tensor | None:

@@ -22,6 +22,7 @@ from ds_train.engine.watchdog import Watchdog
 from ds_train.models.load import fold_seed
 from ds_train.models.tasks import Batch, carry_nonfinite
 from ds_train.optim.build import set_learning_rate
+from ds_train.optim.unused import without_gradient
 from ds_train.plan.make import RunPlan
 from ds_train.schedule.distill import teacher_share
 from ds_train.schedule.layer_drop import draw_layers
@@ -177,8 +178,8 @@ def begin_step(
         parts.part.dropping.kept = kept_tokens(run.token_drop, shape.length, shape.before, timeline.total_tokens)
     if parts.part.layer_drop is not None:
         layers = parts.part.layer_drop
-        draw = draw_layers(run.layer_drop, layers.count, run.seed, shape.before, timeline.total_tokens)
-        layers.begin(parts.engine, draw)
+        layers.draw(draw_layers(run.layer_drop, layers.count, run.seed, shape.before, timeline.total_tokens))
+        without_gradient(parts.engine, layers.unused)
     if parts.distilling is not None:
         parts.distilling.alpha = teacher_share(run.compress.distill, shape.before, timeline.total_tokens)
     if parts.rounding is not None:

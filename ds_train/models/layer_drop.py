@@ -1,18 +1,18 @@
 """Progressive layer dropping (arXiv 2010.13369) on the layers of any transformers model.
 
-A layer that is left out hands on what it is given. What one that stays adds is divided by the probability of that, so
-that the mean over draws is the whole model's: x + (F(x) - x) / p. The paper divides inside of the layer, each of its
-two parts; around the whole layer the mean is exact, and no family's code is touched.
+A layer that is left out hands on what it is given, and has a gradient of zero (optim/unused.py). What one that stays
+adds is divided by the probability of that, so that the mean over draws is the whole model's: x + (F(x) - x) / p. The
+paper divides inside of the layer, each of its two parts; around the whole layer the mean is exact, and no family's code
+is touched.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -41,25 +41,11 @@ class LayerDropping:
         """Train with the layers of `draw` from now on."""
         self._draw = draw
 
-    def begin(self, engine: Any, draw: LayerDraw) -> None:
-        """As `draw`, before a step's first micro-batch; `engine` is DeepSpeed's.
-
-        Layers that are left out have a gradient of zero.
-        """
-        from deepspeed.utils import safe_set_local_grad
-
-        self.draw(draw)
-        for number in draw.dropped & self._own.keys():
-            parameters: Iterable[Any] = self._own[number].parameters()
-            for parameter in parameters:
-                if not parameter.requires_grad:
-                    continue
-                if hasattr(parameter, "ds_id"):
-                    # Its buffer is written by whatever gradient comes first (stage3.py, `partition_grads`), and none
-                    # does: it would be that of an earlier step.
-                    safe_set_local_grad(parameter, torch.zeros_like(parameter.ds_tensor))
-                elif engine.zero_optimization_stage() == 0:
-                    parameter.grad = torch.zeros_like(parameter)
+    @property
+    def unused(self) -> Iterator[nn.Parameter]:
+        """This rank's parameters of the layers that are left out."""
+        for number in (self._draw.dropped if self._draw is not None else frozenset()) & self._own.keys():
+            yield from self._own[number].parameters()
 
     def _forward(
         self, number: int, layer: nn.Module, forward: Callable[..., Any], first_name: str, *args: Any, **kwargs: Any
