@@ -27,7 +27,7 @@ STEPS = 20
 SHRINKS = tuple(1 - 0.05 * step for step in range(11))
 """Shares of a group's largest weight that are tried for the end of its range."""
 
-_SAME = 1e-4
+_SAME = 1e-5
 """Of the largest output: norms and softmax are computed in fp32 even where all else is fp64."""
 
 
@@ -153,7 +153,8 @@ class _Trial:
         """Which output of a linear layer each input of another is, up to a factor that doesn't depend on it."""
         outputs = len(self._weight(source))
         # All different, so that each input tells by how much it has grown where it comes from.
-        factors_R = 0.5 + 1.5 * torch.randperm(outputs, generator=self._draw).double().add(1) / outputs
+        order_R = torch.randperm(outputs, generator=self._draw)
+        factors_R = 0.5 + 1.5 * order_R.double() / outputs
         seen: list[Tensor] = []
         handles = [
             self._modules[source].register_forward_hook(lambda _, __, output: output * factors_R),
@@ -166,7 +167,8 @@ class _Trial:
                 handle.remove()
         before_NI, after_NI = (tensor.flatten(0, -2) for tensor in (self._given[reader][0], seen[0]))
         squares_I = before_NI.square().sum(0)
-        rows_I = ((before_NI * after_NI).sum(0) / squares_I)[:, None].sub(factors_R).abs().argmin(-1)
+        grown_I = ((before_NI * after_NI).sum(0) / squares_I).nan_to_num(0.5)
+        rows_I = order_R.argsort()[((grown_I - 0.5) / 1.5 * outputs).round().long().clamp(0, outputs - 1)]
         if not _same(after_NI, before_NI * factors_R[rows_I]):
             return None
         # Inputs that are zero for all of the tokens belong to the outputs that are left, if all others have as many.
@@ -260,7 +262,7 @@ def _observe(run: LayerRun, folds: Sequence[Fold]) -> list[_Sight]:
     run.watch([run.layer.get_submodule(name) for name in by_name], see_inputs)
     run.watch([run.layer.get_submodule(name) for name in {sight.around for sight in sights}], see_around)
     for name, sight in by_name.items():
-        sight.sizes_I /= counts[name]
+        sight.sizes_I /= max(1, counts.get(name, 0))
     return sights
 
 
