@@ -16,7 +16,7 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -40,7 +40,7 @@ from ds_train.checkpoint.manifest import (
 )  # fmt: skip
 from ds_train.checkpoint.shards import FragmentFiles, write_fragments
 from ds_train.compress.cut import Cut, CutSource
-from ds_train.errors import Problem, UserError, first_line, user_error
+from ds_train.errors import first_line, user_error
 from ds_train.parallel.build import Part
 
 FORMAT = 2
@@ -136,6 +136,13 @@ class Saver:
         saved = running.result()
         return [replace(saved, stall_seconds=self._stalled + time.monotonic() - started)]
 
+    def close(self) -> list[Saved]:
+        """As `wait`; there is nothing more to save, and no thread stays."""
+        ended = self.wait()
+        if self._pool is not None:
+            self._pool.shutdown()
+        return ended
+
     def ended(self) -> list[Saved]:
         """As `wait`, for a save that has ended already. Each rank by itself."""
         return self.wait() if self._running is not None and self._running.done() else []
@@ -219,10 +226,12 @@ class Saver:
         with suppress(OSError):  # the new one is whole, whatever becomes of the older ones
             if old.exists():
                 _remove(old)
-            self._remove_older(state.best.get("step"))
+            self._remove_older(state.step, state.best.get("step"))
 
-    def _remove_older(self, best: int | None) -> None:
-        first_kept = _step(_whole(self._folder)[: self._keep_last][-1])
+    def _remove_older(self, newest: int, best: int | None) -> None:
+        # Later ones are damaged, or the run wouldn't have come here: none of them stands for one that is kept.
+        whole = [path for path in _whole(self._folder) if _step(path) <= newest]
+        first_kept = _step(whole[: self._keep_last][-1])
         for path in _checkpoints(self._folder):
             step = _step(path)
             if step < first_kept and step != best and (self._keep_every is None or step % self._keep_every):
@@ -247,14 +256,15 @@ def find(folder: Path, resume: str, note: Callable[[str], None]) -> Path | None:
     Collective: each rank reads its share of the files. `note` is rank 0's.
 
     Raises:
-        UserError: a named checkpoint that is not there or not whole; `never` in a folder that has checkpoints;
-            `auto` in a folder where every checkpoint is damaged.
+        UserError: a named checkpoint that is not there, not whole, or older than the folder's own; `never` in a folder
+            that has checkpoints; `auto` in a folder where every checkpoint is damaged.
     """
     if resume not in ("auto", "never"):
         path = Path(resume).expanduser()
         reason = damage_of(path)
         if reason:
             raise user_error("checkpoint.resume", reason, "give the folder of a whole checkpoint, or auto", resume)
+        _check_nothing_later(_from_main(_whole(folder)), read_state(path).step, resume)
         return path
     candidates = _from_main(_checkpoints(folder))
     if not candidates:
@@ -271,6 +281,15 @@ def find(folder: Path, resume: str, note: Callable[[str], None]) -> Path | None:
         reason = f"no complete checkpoint in {folder}"
         raise user_error("checkpoint.resume", reason, "set another `name` to start anew", resume)
     return newest
+
+
+def _check_nothing_later(own: Sequence[Path], step: int, resume: str) -> None:
+    """Refuse to come again to steps of which the run's folder has checkpoints: the next `auto` would take those."""
+    later = [path.name for path in own if _step(path) > step]
+    if later:
+        reason = f"it is of step {step}, and the run's folder has later ones: {', '.join(reversed(later))}"
+        fix = "set auto to continue the last of them, or another `name` to leave them alone, or remove them"
+        raise user_error("checkpoint.resume", reason, fix, resume)
 
 
 def newest_whole(folder: Path, note: Callable[[str], None], before: int | None = None) -> Path | None:
@@ -301,25 +320,6 @@ def open_fragments(checkpoint: Path) -> FragmentFiles:
     return FragmentFiles(sorted(checkpoint.glob("rank-*.safetensors")))
 
 
-def check_resumable(state: TrainState, recipe: Mapping[str, Any], data_fingerprint: str) -> None:
-    """Refuse to continue a checkpoint under a recipe that means another run. The layout may be any, and so may the
-    place of data whose content is the same.
-
-    Raises:
-        UserError: naming every key that differs and both values.
-    """
-    same_data = state.data_fingerprint == data_fingerprint
-    problems = [
-        Problem(key, f"the checkpoint was made with {old}", "restore it, or set another `name` to start anew", new)
-        for key, old, new in _differences(state.recipe, recipe)
-        if not (same_data and key in _PLACES_OF_DATA)
-    ]
-    if not problems and not same_data:
-        problems = [Problem("data", "the prepared data has changed since the checkpoint", "restore the source files")]
-    if problems:
-        raise UserError(problems)
-
-
 def load(engine: Any, part: Part, checkpoint: Path, cut: Cut | None = None) -> None:
     """Give the engine what a whole checkpoint of any layout holds, on all ranks together.
 
@@ -338,62 +338,6 @@ def load(engine: Any, part: Part, checkpoint: Path, cut: Cut | None = None) -> N
     except (KeyError, ValueError) as error:
         reason = f"it isn't a checkpoint of this model: {first_line(error)}"
         raise user_error("checkpoint.resume", reason, "set another `name` to start anew", str(checkpoint)) from error
-
-
-# Keys that change what a step computes. Everything else (logging, saving, evaluation, workers) may change on resume.
-_MEANING = (
-    "seed",
-    "model",
-    "task",
-    "data",
-    "batch.global_samples",
-    "precision",
-    "optimizer",
-    "curriculum",
-    "token_drop",
-    "layer_drop",
-    "patch",
-    "compress",
-    "deepspeed",
-)
-_FREE = (
-    "model.activation_checkpointing",
-    "model.attention",
-    "model.compile",
-    "model.lean_activations",
-    "data.cache_dir",
-    "data.workers",
-    "optimizer.kernel",
-    "compress.prune.parallel",
-    "compress.distill.placement",
-)
-
-
-_PLACES_OF_DATA = ("data.path", "data.validation_path")
-
-
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    old_leaves, new_leaves = leaves(old), leaves(new)
-    return [
-        (key, old_leaves.get(key), new_leaves.get(key))
-        for key in sorted(old_leaves.keys() | new_leaves.keys())
-        if old_leaves.get(key) != new_leaves.get(key) and _is_below(key, _MEANING) and not _is_below(key, _FREE)
-    ]
-
-
-def _is_below(key: str, roots: Sequence[str]) -> bool:
-    return any(key == root or key.startswith(root + ".") for root in roots)
-
-
-def leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Every value of nested mappings by its dotted key."""
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            found |= leaves(value, f"{prefix}{key}.")
-        else:
-            found[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
-    return found
 
 
 _NAME = re.compile(r"step-(\d+)(\.old)?")

@@ -23,7 +23,7 @@ from ds_train.config.quantize import QuantizeSection
 from ds_train.data.build import load_data
 from ds_train.data.prepare import prepare, prepared_tokenizer
 from ds_train.errors import user_error
-from ds_train.models.load import load_model_config, outline
+from ds_train.models.load import keep_generation_config, load_model_config, outline
 from ds_train.models.tasks import model_inputs
 
 
@@ -42,6 +42,7 @@ def export(checkpoint: Path, folder: Path, dtype: torch.dtype) -> None:
     files = open_fragments(checkpoint)
     try:
         model = outline(run, config_after(load_model_config(run, tokenizer), state.pruning))
+        keep_generation_config(run, model)
         quantize = run.compress.quantize
         packing = Packing.of(quantize, model) if quantize.bits else None
         hf.export_fragments(files, model, tokenizer, folder, card, dtype, packing=packing)

@@ -44,6 +44,10 @@ def size_of(config: PreTrainedConfig, kind: str) -> int:
             raise ValueError(f"a {config.model_type} config says nothing of its {kind}")
         return int(heads)
     value = getattr(config, _key(config, kind))
+    if isinstance(value, Sequence):
+        if len(set(value)) != 1:
+            raise ValueError(f"its layers have different numbers of {kind} already")
+        value = value[0]
     return int(value) if value else 4 * int(config.hidden_size)  # GPT-2's default
 
 
@@ -53,11 +57,12 @@ def heads_tie_hidden(config: PreTrainedConfig) -> bool:
 
 
 def resized(
-    config: PreTrainedConfig, sizes: Mapping[str, int], layers: Sequence[int] | None = None
+    config: PreTrainedConfig, sizes: Mapping[str, int | Sequence[int]], layers: Sequence[int] | None = None
 ) -> PreTrainedConfig:
     """The config with other sizes, by kind.
 
     Args:
+        sizes: of FFN it may be a size for each layer that stays.
         layers: the layers that stay, for settings that have a value for each; all without it.
 
     Raises:
@@ -67,25 +72,33 @@ def resized(
     for name in ("architectures", "transformers_version", "dtype", "torch_dtype", "model_type"):
         given.pop(name, None)
 
-    def put(name: str, value: int) -> None:
+    def put(name: str, value: int | list[int]) -> None:
         given[config.attribute_map.get(name, name)] = value
 
-    if HEADS in sizes or HIDDEN in sizes:
-        _put_widths(config, sizes, given, put)
-    if FFN in sizes:
-        put(_key(config, FFN), sizes[FFN])
-    if EXPERTS in sizes:
+    one = {kind: size for kind, size in sizes.items() if isinstance(size, int)}
+    each = {kind: list(size) for kind, size in sizes.items() if not isinstance(size, int)}
+    if set(each) - {FFN}:
+        raise ValueError(f"layers would be left with different numbers of {' and '.join(each)}")
+    if HEADS in one or HIDDEN in one:
+        _put_widths(config, one, given, put)
+    if FFN in one:
+        put(_key(config, FFN), one[FFN])
+    if EXPERTS in one:
         least = int(getattr(config, "num_experts_per_tok", None) or 1)
-        if sizes[EXPERTS] < least:
-            raise ValueError(f"a token visits {least} experts, and {sizes[EXPERTS]} would be left")
-        put(_key(config, EXPERTS), sizes[EXPERTS])
+        if one[EXPERTS] < least:
+            raise ValueError(f"a token visits {least} experts, and {one[EXPERTS]} would be left")
+        put(_key(config, EXPERTS), one[EXPERTS])
     if layers is not None:
         for key, value in per_layer(given, config.num_hidden_layers).items():
             given[key] = [value[index] for index in layers]
         put("num_hidden_layers", len(layers))
+    if FFN in each:
+        put(_key(config, FFN), each[FFN])
     try:
         made = type(config)(**copy.deepcopy(given))
     except Exception as error:  # every config class validates in its own way
+        if each:
+            raise ValueError(f"a {config.model_type} config has one number of its ffn for all layers") from error
         raise ValueError(f"{config.model_type}: {first_line(error)}") from error
     made.use_cache = config.use_cache
     return made
@@ -126,29 +139,31 @@ class Cut:
     def __init__(self, structure: Structure, removed: Removed) -> None:
         """
         Raises:
-            ValueError: layers would be left with different sizes, or with nothing.
+            ValueError: a layer would be left with nothing.
         """
         self._structure = structure
         gone = set(removed.get(LAYERS, {}).get(0, ()))
         self.layers = [layer for layer in range(structure.count) if layer not in gone]
         """Layers that stay."""
-        self.sizes: dict[str, int] = {}
-        """Units that stay, in each layer or in the model, by kind."""
+        self.sizes: dict[str, int | list[int]] = {}
+        """Units that stay, in each layer or in the model, by kind; a list where layers keep different numbers."""
         self._places: dict[str, list[tuple[int, Tensor]]] = {}
         if not self.layers:
             raise ValueError("no layer would be left")
+        counts: dict[str, list[int]] = {}
         for coupling in structure.couplings:
             if coupling.kind == LAYERS or (coupling.kind not in OF_MODEL and coupling.number in gone):
                 continue
             out = set(removed.get(coupling.kind, {}).get(coupling.number, ()))
             kept = [unit for unit in range(coupling.units) if unit not in out]
-            if self.sizes.setdefault(coupling.kind, len(kept)) != len(kept):
-                raise ValueError(f"layers would be left with different numbers of {coupling.kind}")
+            counts.setdefault(coupling.kind, []).append(len(kept))
             if not kept:
                 raise ValueError(f"a layer would be left without {coupling.kind}")
             for member in coupling.members if out else ():
                 places = member.indices(kept, coupling.units)
                 self._places.setdefault(member.name, []).append((member.dim, places))
+        for kind, each in counts.items():
+            self.sizes[kind] = each if len(set(each)) > 1 else each[0]
 
     def config(self, config: PreTrainedConfig) -> PreTrainedConfig:
         """The smaller model's config, from the whole one's.

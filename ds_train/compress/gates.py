@@ -5,16 +5,21 @@ Each wraps the forward of one module. Shapes: N tokens, C channels of a module h
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 from ds_train.compress.coupling import LAYERS, Coupling, Gate, Removed, Structure
+
+OF_ACTIVATIONS = ("taylor", "fisher", "activation", "wanda")
+"""Scores that are summed over tokens."""
+
+_LEAST = 1e-6  # a gate that may open again leaves no token without experts, and no norm without channels
 
 Key = tuple[str, int, str]
 """Kind and number of a coupling, module of a gate."""
@@ -65,6 +70,21 @@ class Gates:
             values = [value if unit in gone else 1.0 for unit in range(coupling.units)]
             self.set(coupling.kind, coupling.number, values)
 
+    def learn(self, kind: str, number: int, values_U: Tensor) -> None:
+        """Give the units of a coupling values that have gradients; what isn't training has no gates then."""
+        for gated in self._gates.get((kind, number), ()):
+            gated.learn(values_U)
+
+    def take_gradients(self) -> dict[Key, Tensor]:
+        """The loss's gradients by the values that `learn` gave, fp64, of the channels that are here; they are gone."""
+        gradients = {}
+        for own in self._gates.values():
+            for gated in own:
+                gradient = gated.take_gradient()
+                if gradient is not None:
+                    gradients[gated.key] = gradient.double() / self.gradient_scale
+        return gradients
+
     def here(self) -> dict[Key, tuple[Gate, nn.Module]]:
         """The gates that are here, and their modules."""
         return {gated.key: (gated.gate, gated.module) for own in self._gates.values() for gated in own}
@@ -97,10 +117,24 @@ class _Gated:
             None if all(value == 1.0 for value in values) else self._gates.local(self.gate, self.module, whole_C)
         )
 
+    def learn(self, values_U: Tensor) -> None:
+        """Give the units values that have gradients."""
+        whole_C = values_U.float().repeat_interleave(self.gate.each)
+        self._mask = self._gates.local(self.gate, self.module, whole_C).requires_grad_()
+
+    def take_gradient(self) -> Tensor | None:
+        """The gradient by the mask, summed over micro-batches; None where it has none."""
+        if self._mask is None or self._mask.grad is None:
+            return None
+        gradient, self._mask.grad = self._mask.grad, None
+        return gradient
+
     def mask(self, like: Tensor) -> Tensor | None:
         """The mask on the device of `like`; None where all is 1."""
-        if self._mask is not None and self._mask.device != like.device:
-            self._mask = self._mask.to(like.device)
+        if self._mask is None or (self._mask.requires_grad and not self.module.training):
+            return None
+        if self._mask.device != like.device:
+            self._mask = self._mask.detach().to(like.device).requires_grad_(self._mask.requires_grad)
         return self._mask
 
     def watch(self, passing: Tensor, measure: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
@@ -134,7 +168,7 @@ class _Gated:
 
 class _Input(_Gated):
     def __call__(self, hidden: Tensor, *arguments: Any, **options: Any) -> Any:
-        if self._gates.score not in (None, "magnitude"):
+        if self._gates.score in OF_ACTIVATIONS:
             hidden = self.watch(hidden, self.of_channels)
         mask = self.mask(hidden)
         return self._forward(hidden if mask is None else hidden * mask.to(hidden.dtype), *arguments, **options)
@@ -145,12 +179,16 @@ class _Norm(_Gated):
     the open channels is `s` times what a norm of those alone gives, its epsilon included."""
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        if self._gates.score not in (None, "magnitude"):
+        if self._gates.score in OF_ACTIVATIONS:
             hidden = self.watch(hidden, self.of_channels)
         mask = self.mask(hidden)
         if mask is None:
             return self._forward(hidden)
-        scale = math.sqrt(mask.numel() / float(mask.sum()))
+        scale: Any
+        if mask.requires_grad:
+            scale = (mask.numel() / mask.sum().clamp_min(_LEAST)).sqrt()
+        else:
+            scale = math.sqrt(mask.numel() / float(mask.sum()))
         mask = mask.to(hidden.dtype)
         if not isinstance(self.module, nn.LayerNorm):
             return self._forward(hidden * mask * scale) / scale
@@ -167,15 +205,18 @@ class _Router(_Gated):
         if isinstance(self.module, nn.Linear):
             # Its forward may be another one, whose product is of a copy (models/cpu_products.py).
             return self.seen(self._forward(*arguments, **options))
-        with _Logits(self.module, self.seen):
+        with _product_seen(self.module.weight, self.seen):  # type: ignore[arg-type]
             return self._forward(*arguments, **options)
 
     def seen(self, logits: Tensor) -> Tensor:
         """The logits that the router goes on with."""
-        if self._gates.score not in (None, "magnitude"):
+        if self._gates.score in OF_ACTIVATIONS:
             logits = self.watch(logits, self.of_experts)
         mask = self.mask(logits)
-        return logits if mask is None else logits + mask.log().to(logits.dtype)
+        if mask is None:
+            return logits
+        logarithm = mask.clamp_min(_LEAST).log() if mask.requires_grad else mask.log()
+        return logits + logarithm.to(logits.dtype)
 
     def of_experts(self, logits_NU: Tensor, slope_NU: Tensor) -> Tensor:
         """As `of_channels`: an expert's probability is what passes, and its derivative by a factor is the logit's."""
@@ -208,18 +249,23 @@ _FORMS: dict[str, type[_Input | _Norm | _Router | _Layer]] = {
 }  # fmt: skip
 
 
-class _Logits(TorchFunctionMode):
-    """Shows the product with a module's weight to `seen`, and goes on with what that gives."""
+@contextlib.contextmanager
+def _product_seen(weight: Tensor, seen: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Inside, the product with `weight` is shown to `seen`, and what that gives is gone on with.
 
-    def __init__(self, module: nn.Module, seen: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self._weight, self._seen = module.weight, seen
+    `F.linear` itself is replaced: what ZeRO-3 has put in its place (zero/linear.py) passes torch's function modes by.
+    """
+    linear = F.linear
 
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        if function is F.linear and len(args) > 1 and args[1] is self._weight:
-            return self._seen(result)
-        return result
+    def shown(hidden: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
+        product = linear(hidden, matrix, bias)
+        return seen(product) if matrix is weight else product
+
+    F.linear = shown  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        F.linear = linear
 
 
 def worth(coupling: Coupling, score: str, sums: dict[Key, Tensor], weights_U: Tensor | None) -> Tensor:

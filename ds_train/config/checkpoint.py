@@ -35,8 +35,9 @@ class CheckpointSection(Section):
 
     resume: str = "auto"
     """`auto` continues the newest whole checkpoint of the run folder, or starts anew where there is none; `never`
-    starts anew and refuses a folder that has checkpoints; a path continues that checkpoint. The layout, the number of
-    ranks too, may be another one than it was saved on."""
+    starts anew and refuses a folder that has checkpoints; a path continues that checkpoint, where the run's folder has
+    no later ones. The layout, the number of ranks too, may be another one than it was saved on. From another run's
+    checkpoint a run goes on with what it trains, and begins a best evaluation and a wandb run of its own."""
 
     save_final: bool = True
     """Save after the last step."""

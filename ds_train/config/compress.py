@@ -12,21 +12,32 @@ from ds_train.config.parallel import ParallelSection
 from ds_train.config.quantize import QuantizeSection
 
 Part = Annotated[float, Field(ge=0.0, lt=1.0)]
+Layer = Annotated[int, Field(ge=0)]
 
 PRUNED_KINDS = ("heads", "ffn", "experts", "hidden", "layers")
 """What can be pruned, by the keys of `compress.prune`."""
 
+PRUNE_TARGETS = ("parameters", "latency", "latency_ms")
+"""Its keys that ask for a size or a time."""
+
 
 class PruneSection(Section):
     """Structured pruning: units are scored, masked, and cut out of the model and of the optimizer's states in the
-    middle of the run. Every layer loses as many, so that what is exported is a stock model of the smaller size."""
+    middle of the run. What is exported is a stock model of the smaller size."""
 
     heads: Part = 0.0
     """Share of the key/value heads of each layer, with the query heads of each, that goes. Families whose config has no
     head size of its own (GPT-2, BERT, GPT-NeoX) lose heads with `hidden` alone, the same share of both."""
 
-    ffn: Part = 0.0
-    """Share of the feed-forward channels of each layer that goes."""
+    ffn: Part | Annotated[list[Part], Field(min_length=1)] | dict[Layer, Part] = 0.0
+    """Share of the feed-forward channels of each layer that goes. With `budget: per-layer` a list, a share for each,
+    or a mapping of layers, from 0, to theirs; other layers keep all."""
+
+    budget: Literal["uniform", "per-layer", "global"] = "uniform"
+    """How the feed-forward channels that go are spread over layers: as many from each, `uniform`; from each its own
+    share, `per-layer`; as many in all as with `uniform`, but those of least worth in the model, `global`. Worth is then
+    the score over its layer's norm (arXiv 1611.06440), and a layer keeps at least `multiple`. Both need a family
+    whose config has a feed-forward size for each layer."""
 
     experts: Part = 0.0
     """Share of the experts of each layer of a mixture that goes."""
@@ -41,10 +52,26 @@ class PruneSection(Section):
     """Parameters that the model is to have at most. The shares above then say proportions, and all are scaled together
     until it has so many, or a few less."""
 
-    score: Literal["taylor", "fisher", "activation", "wanda", "magnitude"] = "taylor"
+    latency: float | None = Field(default=None, gt=0.0, lt=1.0)
+    """Time that the model's forward pass is to take at most, as a share of what it takes before anything goes. As with
+    `parameters`, the shares above are scaled together. Times are measured before training on rank 0's device, on models
+    of random weights in the run's number format."""
+
+    latency_ms: float | None = Field(default=None, gt=0.0)
+    """The same in milliseconds."""
+
+    latency_samples: int = Field(default=1, ge=1)
+    """Samples of the forward pass that is measured."""
+
+    latency_length: int | None = Field(default=None, ge=1)
+    """Tokens of each of them; left out, data.sequence_length."""
+
+    score: Literal["taylor", "fisher", "activation", "wanda", "magnitude", "gates"] = "taylor"
     """What a unit is worth: the sum over tokens of its output times the loss's gradient of it, `taylor` (arXiv
     1905.10650), or the sum of its squares, `fisher`; the norm of its output, `activation`, times that of the weights
-    that read it, `wanda` (arXiv 2306.11695); the norm of its weights, `magnitude`."""
+    that read it, `wanda` (arXiv 2306.11695); the norm of its weights, `magnitude`. `gates` are learned beside the
+    weights over `score_steps` steps: random ones from 0 to 1 (hard concrete, arXiv 1712.01312), of which as many are
+    expected to be open in the end as units stay; those least likely to be open go."""
 
     score_steps: int = Field(default=16, ge=1)
     """Steps before `start` over which scores are summed."""
@@ -68,7 +95,25 @@ class PruneSection(Section):
     @property
     def kinds(self) -> tuple[str, ...]:
         """What is asked to go."""
-        return tuple(kind for kind in PRUNED_KINDS if getattr(self, kind))
+        return tuple(kind for kind in PRUNED_KINDS if self.share(kind))
+
+    def share(self, kind: str) -> float:
+        """Share of the units of a kind that goes (layers: their number), the largest of any layer."""
+        value = getattr(self, kind)
+        if isinstance(value, dict):
+            value = list(value.values())
+        return float(max(value, default=0.0) if isinstance(value, list) else value)
+
+    def share_in(self, layer: int) -> float:
+        """Share of the feed-forward channels of layer `layer` that goes."""
+        if isinstance(self.ffn, dict):
+            return self.ffn.get(layer, 0.0)
+        return self.ffn[layer] if isinstance(self.ffn, list) else self.ffn
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The keys that ask for a size or a time, to which shares are scaled."""
+        return tuple(key for key in PRUNE_TARGETS if getattr(self, key) is not None)
 
 
 class CompressSection(Section):

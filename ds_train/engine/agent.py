@@ -75,16 +75,17 @@ def exit_code(code: int) -> int:
 def _watch(child: subprocess.Popen[bytes], asked: list[float], silence_s: float) -> None:
     """Until `child` has ended, by itself or because it was asked to."""
     kill_at: float | None = None
-    heard = time.monotonic()
+    heard, unended = time.monotonic(), b""
     listening = True
     while child.poll() is None:
         if not listening:
             time.sleep(0.2)
         elif select.select([0], [], [], 0.2)[0]:
-            words = os.read(0, 4096).decode()
+            words = os.read(0, 4096)
             heard = time.monotonic()
             listening = bool(words)
-            asked += [float(line.split()[1]) for line in words.splitlines() if line] if words else [GRACE_S]
+            orders, unended = _whole_orders(unended + words)
+            asked += orders if words else [GRACE_S]
         elif time.monotonic() - heard > silence_s:
             listening = False
             asked.append(0.0)
@@ -95,6 +96,12 @@ def _watch(child: subprocess.Popen[bytes], asked: list[float], silence_s: float)
             asked.clear()
         if kill_at is not None and time.monotonic() >= kill_at:
             _kill_all()
+
+
+def _whole_orders(words: bytes) -> tuple[list[float], bytes]:
+    """(seconds of each `stop SECONDS` that has come whole, the line that hasn't): a network may cut lines in two."""
+    *lines, unended = words.split(b"\n")
+    return [float(line.split()[1]) for line in lines if line], unended
 
 
 def _tell(launcher: subprocess.Popen[bytes]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,12 +20,12 @@ from ds_train.compress.teacher import check_teacher, teacher_path
 from ds_train.config import RunConfig
 from ds_train.data.build import DataBundle, load_data
 from ds_train.engine.distilling import check_teacher_shared, distil
-from ds_train.engine.prune import Prunable, find_prunable
+from ds_train.engine.prunable import Prunable, find_prunable
 from ds_train.engine.ranks import RankInfo, on_main_first
 from ds_train.models.cpu_products import fp32_products_are_faster, use_fp32_products
 from ds_train.models.kept_layers import start_from_kept_layers
 from ds_train.models.lean import use_lean_layers
-from ds_train.models.load import load_model_config, without_weights
+from ds_train.models.load import keep_generation_config, load_model_config, without_weights
 from ds_train.models.patch import embed_patches
 from ds_train.models.token_drop import repeated_layers
 from ds_train.optim.build import build_optimizer, choose_kernel
@@ -37,6 +37,7 @@ from ds_train.parallel.mesh import Mesh
 from ds_train.parallel.sequence import leave_sequence
 from ds_train.parallel.tensor import gradient_norm
 from ds_train.plan.make import RunPlan, make_plan
+from ds_train.plan.prune import Count
 from ds_train.plan.topology import Layout
 from ds_train.track.phases import StepClock, step_clock, time_pipeline
 
@@ -76,6 +77,7 @@ class Assembly:
 def assemble(
     run: RunConfig, plan: RunPlan, info: RankInfo, tokenizer: Any, prepared: Path, after: Layout | None = None,
     cut: Callable[[PreTrainedConfig], PreTrainedConfig] | None = None, clock: StepClock | None = None,
+    left: Mapping[str, Count] | None = None,
 ) -> Assembly:  # fmt: skip
     """Build everything on this rank. Collective: every rank calls it with the same recipe and plan.
 
@@ -83,6 +85,7 @@ def assemble(
         after: layout from the cut of a run that prunes on, for what can be cut; the plan's own without it.
         cut: gives the config of a model that has been cut from the recipe's; its weights come from a checkpoint.
         clock: goes on with this one.
+        left: units that stay of a model that will be cut, where the run has chosen before.
 
     Raises:
         UserError: whatever the model, its config or the data refuse.
@@ -109,15 +112,16 @@ def assemble(
         whole = run
         run = on_main_first(info, lambda: start_from_kept_layers(whole, tokenizer))
     config = load_model_config(run, tokenizer)
-    prunable, taught = None, run
+    if plan.size is None and cut is None:
+        # A hub model's sizes are known only now that its config is on this machine.
+        make_plan(run, plan.cluster)
+    prunable, taught = None, run  # as the recipe says, with the weights that it starts from
     if cut is not None:
         config = cut(config)
         run = without_weights(run, config)
     elif run.compress.prune.kinds:
-        prunable = on_main_first(info, lambda: find_prunable(run, config, after or layout))
-    if plan.size is None and cut is None:
-        # A hub model's sizes are known only now that its config is on this machine.
-        make_plan(run, plan.cluster)
+        device = get_accelerator().current_device_name()
+        prunable = on_main_first(info, lambda: find_prunable(run, config, after or layout, device, left))
     offloaded = run.parallel.offload_optimizer != "none"
     kernel = choose_kernel(run.optimizer, "cpu" if offloaded else info.device)
     mesh = Mesh(layout, info.rank)
@@ -142,6 +146,8 @@ def assemble(
         if teacher is not None:
             check_teacher_shared(taught, teacher, sequence, info)
     part = build_part(run, config, plan, mesh)
+    if cut is not None:
+        keep_generation_config(taught, part.model)
     if fp32_products_are_faster(info.device, part.model.dtype):
         use_fp32_products(part.model)
     quantize = run.compress.quantize

@@ -25,6 +25,7 @@ from ds_train.plan.hardware import TABLE, Hardware, Link
 from ds_train.plan.topology import Device
 
 _TIMEOUT_S = 300
+_POLL_S = 0.05
 _ROUNDS = 5
 _WINDOW_S = 0.2
 _PAIRS = 8
@@ -94,21 +95,32 @@ def _measured(device: Device, count: int) -> dict[str, float]:
             processes.append(subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT))
             log.close()
         try:
-            codes = [process.wait(timeout=_TIMEOUT_S) for process in processes]
-        except subprocess.TimeoutExpired:
-            codes = [-1]
+            failed = _first_failed(processes)
         finally:
             for process in processes:
                 process.kill()
                 process.wait()
-        if any(codes):
-            words = (Path(folder) / "0.log").read_text(errors="replace").strip().splitlines()[-1:]
+        if failed is not None:
+            words = (Path(folder) / f"{failed}.log").read_text(errors="replace").strip().splitlines()[-1:]
             raise user_error(
                 "calibrate", f"{count} ranks couldn't be measured: {''.join(words) or f'no answer in {_TIMEOUT_S} s'}",
                 "give fewer ranks with --ranks, or name the device", device,
             )  # fmt: skip
         found = [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(count)]
     return _together(found)
+
+
+def _first_failed(processes: Sequence[subprocess.Popen[bytes]]) -> int | None:
+    """Wait for all to end well, and give None; or the number of one that didn't, for which the others would wait."""
+    deadline = time.monotonic() + _TIMEOUT_S
+    while True:
+        codes = [process.poll() for process in processes]
+        bad = next((number for number, code in enumerate(codes) if code), None)
+        if bad is not None or None not in codes:
+            return bad
+        if time.monotonic() > deadline:
+            return codes.index(None)
+        time.sleep(_POLL_S)
 
 
 def _together(found: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ds_train.checkpoint.fragments import names_of_whole
-from ds_train.checkpoint.native import leaves
+from ds_train.checkpoint.same_run import leaves
 from ds_train.engine.ranks import versions
 from ds_train.errors import Problem, UserError
 from ds_train.parallel.build import Part

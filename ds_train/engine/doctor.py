@@ -16,10 +16,11 @@ from ds_train.engine import collective
 from ds_train.engine.findings import Finding, clocks, interfaces, kernels, together
 from ds_train.engine.hosts import ask, ask_facts, module_command
 from ds_train.engine.launch import Launch, World
+from ds_train.engine.session import Placed, after_cut
 from ds_train.engine.survey import Survey, checkpoint_bytes, needs, survey
 from ds_train.errors import UserError
 from ds_train.plan.hostfile import Host
-from ds_train.plan.make import make_plan
+from ds_train.plan.make import RunPlan, make_plan
 
 _BUILD_TIMEOUT_S = 600.0
 _MEET_TIMEOUT_S = 60.0
@@ -63,12 +64,20 @@ def _plan(surveyed: Survey, run: RunConfig | None) -> tuple[list[Finding], int |
         cluster = surveyed.cluster()
         if run is None:
             return [], None
-        plan = make_plan(run, cluster)
+        before = Placed(run, make_plan(run, cluster))
+        after = after_cut(before, cluster)
     except UserError as error:
         return [Finding("fail", "recipe", problem.reason, problem.key, problem.fix) for problem in error.problems], None
+    found = _planned(before.plan)
+    if after is not before:
+        found += _planned(after.plan, "from the cut on ")
+    return found, before.plan.parameters
+
+
+def _planned(plan: RunPlan, when: str = "") -> list[Finding]:
     degrees = ", ".join(f"{name} {getattr(plan.layout, name)}" for name in ("pipe", "data", "sequence", "tensor"))
-    found = [Finding("ok", "recipe", f"{plan.layout.ranks} ranks as {degrees}, ZeRO-{plan.zero_stage}")]
-    return [*found, *(Finding("note", "recipe", note) for note in plan.notes)], plan.parameters
+    layout = Finding("ok", "recipe", f"{when}{plan.layout.ranks} ranks as {degrees}, ZeRO-{plan.zero_stage}")
+    return [layout, *(Finding("note", "recipe", f"{when}{note}") for note in plan.notes)]
 
 
 def _kernels(surveyed: Survey) -> list[Finding]:

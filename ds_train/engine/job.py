@@ -9,6 +9,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -89,12 +90,12 @@ def _train(
     resumed = _find_checkpoint(run, info, folder, fingerprint)
     # Only now: a run that is refused leaves the folder's records as they were.
     on_main_first(info, lambda: _write_records(folder, run, plan))
-    state = native.read_state(resumed) if resumed is not None else None
+    state = on_main_first(info, lambda: _taken_over(run, folder, resumed)) if resumed is not None else None
 
     def build(pruning: Mapping[str, Any], clock: StepClock | None = None) -> Assembly:
         """Everything around the model, as it is after the cut where there was one."""
         if not pruning.get("cut"):
-            return assemble(run, plan, info, tokenizer, prepared, after.plan.layout)
+            return assemble(run, plan, info, tokenizer, prepared, after.plan.layout, left=pruning.get("left"))
         smaller = partial(config_after, record=pruning)
         return assemble(after.run, after.plan, info, tokenizer, prepared, cut=smaller, clock=clock)
 
@@ -151,6 +152,8 @@ def _note_start(
 ) -> None:  # fmt: skip
     """Say what a run begins with, and what it goes on from."""
     tracker.note(f"optimizer kernel: {parts.kernel}")
+    if parts.prunable is not None and parts.prunable.note is not None:
+        tracker.note(parts.prunable.note)
     if parts.part.stage_layers:
         tracker.note(f"layers of the pipeline's stages: {', '.join(map(str, parts.part.stage_layers))}")
     if parts.data.packing_efficiency is not None:
@@ -170,12 +173,12 @@ def _note_start(
 
 
 def _note_noise_scale(run: RunConfig, folder: Path, tracker: Tracker, info: RankInfo) -> None:
-    from ds_train.engine.noise import noise_scale
+    from ds_train.engine.noise import noise_scale, steps_of_this_model
     from ds_train.track.metrics import read_metrics
 
     if run.track.noise_scale_every_steps is None or not info.is_main:
         return
-    records = [record for record in read_metrics(folder / "metrics.jsonl") if record["kind"] == "train"]
+    records = steps_of_this_model(read_metrics(folder / "metrics.jsonl"))
     scale = noise_scale(records)
     if scale is None:
         tracker.note("gradient noise scale: too few measurements, or micro-batches, to tell it from noise")
@@ -281,12 +284,43 @@ def _prepare_data(run: RunConfig, info: RankInfo) -> tuple[Path, Any]:
 
 def _find_checkpoint(run: RunConfig, info: RankInfo, folder: Path, fingerprint: str) -> Path | None:
     from ds_train.checkpoint import native
+    from ds_train.checkpoint.same_run import check_resumable
 
     path = native.find(folder / "checkpoints", run.checkpoint.resume, lambda text: print(text, flush=True))
     if path is not None:
         recipe = run.model_dump(mode="json")
-        on_main_first(info, lambda: native.check_resumable(native.read_state(path), recipe, fingerprint))
+        on_main_first(info, lambda: check_resumable(native.read_state(path), recipe, fingerprint))
     return path
+
+
+def _taken_over(run: RunConfig, folder: Path, checkpoint: Path) -> TrainState:
+    """The state of a checkpoint as this run goes on from it.
+
+    Another run's best evaluation isn't this run's, whose folder doesn't hold its checkpoint, and its wandb run is its
+    own. It is this run's in its folder, and elsewhere (written again by `ds-train reshard`, say) under its name.
+    """
+    from ds_train.checkpoint import native
+
+    state = native.read_state(checkpoint)
+    own = folder / "checkpoints"
+    if checkpoint.resolve().parent == own.resolve():
+        return state
+    if state.recipe.get("name") != run.name:
+        state = replace(state, wandb_id=None)
+    return state if _holds_best(own, state.best) else replace(state, best={})
+
+
+def _holds_best(checkpoints: Path, best: Mapping[str, Any]) -> bool:
+    """Whether the checkpoint of this best evaluation is there, and not one of another run's same step."""
+    from ds_train.checkpoint import native
+
+    if best.get("step") is None:
+        return False
+    try:
+        found = native.read_state(native.of_step(checkpoints, best["step"])).best
+    except (OSError, ValueError, TypeError):
+        return False
+    return (found.get("step"), found.get("value")) == (best["step"], best["value"])
 
 
 def _words(layout: Mapping[str, Any]) -> str:

@@ -6,7 +6,7 @@ shows it at two b: its micro-batches', from hooks on the parameters, and the glo
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -72,8 +72,14 @@ class MicroGradients:
         self._square += gradient.detach().double().square().sum()
 
 
+def steps_of_this_model(records: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The lines of kind `train` among a run's metrics, of steps of the model as it is now: those since its last cut."""
+    cuts = [place for place, record in enumerate(records) if record["kind"] == "cut"]
+    return [record for record in records[cuts[-1] if cuts else 0 :] if record["kind"] == "train"]
+
+
 def noise_scale(records: Iterable[Mapping[str, Any]]) -> float | None:
-    """Labels of a batch at which noise and signal are equal, over all measurements of a run; None without any.
+    """Labels of a batch at which noise and signal are equal, over all measurements of a model; None without any.
 
     Batches well below it are too noisy to take larger steps, well above it labels are wasted.
     """

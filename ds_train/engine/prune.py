@@ -5,63 +5,28 @@ Shapes: C channels of a gate, U units.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
 
-from ds_train.compress.coupling import HEADS, HIDDEN, LAYERS, OF_MODEL, Coupling, Gate, Structure
-from ds_train.compress.cut import Cut, heads_tie_hidden, resized, size_of
+from ds_train.compress.budget import compete, relative
+from ds_train.compress.coupling import FFN, LAYERS, OF_MODEL, Coupling, Gate
+from ds_train.compress.cut import Cut
 from ds_train.compress.gates import Gates, Key, lowest, worth
-from ds_train.compress.structure import find_structure
+from ds_train.compress.learned import LearnedGates, Shared, open_probability, units_of
 from ds_train.config import RunConfig
-from ds_train.config.compress import PruneSection
+from ds_train.engine.prunable import Prunable
 from ds_train.engine.ranks import all_sum
-from ds_train.errors import UserError, first_line, user_error
-from ds_train.models.load import gathered, outline
+from ds_train.errors import first_line, user_error
+from ds_train.models.load import gathered
 from ds_train.parallel.build import Part
 from ds_train.parallel.tensor import Shard, gather_whole
-from ds_train.plan.prune import problems, units_left
-from ds_train.plan.topology import Layout
+from ds_train.plan.prune import of_layer
 from ds_train.schedule.prune import PruneSteps, closed_share, prune_steps, unit_values
 from ds_train.schedule.timeline import StepShape, Timeline
-
-_HALVINGS = 40
-
-
-@dataclass(frozen=True)
-class Prunable:
-    """What of a model goes: its structure, proved, and how many units of each coupling of a kind stay."""
-
-    config: PreTrainedConfig
-    structure: Structure
-    left: dict[str, int]
-
-
-def find_prunable(run: RunConfig, config: PreTrainedConfig, after: Layout) -> Prunable:
-    """What the recipe asks to go of a model of this config. `after` is the layout from the cut on.
-
-    Raises:
-        UserError: the family can't be cut so, a layer would be left empty, or the ranks can't share what is left.
-    """
-    section = run.compress.prune
-    try:
-        sizes = {kind: size_of(config, kind) for kind in section.kinds}
-        left = _left(section, config, sizes)
-        _check(section, sizes, left, after)
-        structure = find_structure(run, config, section.kinds)
-        if section.parameters is not None:
-            left = _left_for(run, config, structure, sizes)
-            _check(section, sizes, left, after)
-        resized(config, _widths(left))
-    except ValueError as error:
-        raise _refusal(section, config, first_line(error)) from error
-    return Prunable(config, structure, left)
 
 
 def steps_of(run: RunConfig, timeline: Timeline) -> PruneSteps:
@@ -92,9 +57,12 @@ class Pruning:
         """Units that go, the first to close first; None until they are chosen."""
         self._scored = 0
         self._gates = Gates(part.model, prunable.structure, self._section.score, self._local)
+        self._learned = _learned(run, prunable, steps) if self._section.score == "gates" else None
+        self._drawn: int | None = None  # the step whose gates haven't been learned from yet
 
     def before_step(self, shape: StepShape, timeline: Timeline) -> None:
-        """Do what is due before a step: score, choose, or set the masks. Collective at the step of the choice."""
+        """Do what is due before a step: score, choose, or set the masks. Collective."""
+        self._learn()
         if self.removed is None and shape.step >= self.steps.chosen:
             self.choose()
         self._gates.collecting = self.removed is None and shape.step >= self.steps.scored
@@ -103,6 +71,10 @@ class Pruning:
             layout = self._part.mesh.layout
             scale = getattr(self._engine.optimizer, "loss_scale", 1.0)
             self._gates.gradient_scale = float(scale) * layout.data * layout.sequence
+            if self._learned is not None:
+                self._drawn = shape.step
+                for place, values in self._learned.draw(shape.step).items():
+                    self._gates.learn(*place, values)
         if self.removed is not None:
             self.set_masks(closed_share(self._section, shape.before, timeline.total_tokens))
 
@@ -115,7 +87,8 @@ class Pruning:
         if not self._scored:
             reason = "no step before it has been scored"
             raise user_error("compress.prune.start", reason, "start later", self._section.start)
-        weights, sums = self._weight_norms(), self._all_sums()
+        self._learn()
+        weights, sums = self._weight_norms(), self._all_sums(self._gates.sums)
         box: list[Any] = [None]
         if dist.get_rank() == 0:
             box[0] = self._least(sums, weights)
@@ -137,12 +110,17 @@ class Pruning:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint has to hold, as plain values. Collective."""
+        chosen = {"left": dict(self.prunable.left)} if self._section.targets else {}
         if self.removed is not None:
-            return {"removed": self.removed}
+            return chosen | {"removed": self.removed}
         if not self._scored:
-            return {}
-        sums = [[*key, values.tolist()] for key, values in self._all_sums().items()]
-        return {"scored": self._scored, "sums": sums}
+            return chosen
+        self._learn()
+        all_sums = self._all_sums(self._gates.sums)
+        if self._learned is None:
+            return chosen | {"scored": self._scored, "sums": [[*key, sums.tolist()] for key, sums in all_sums.items()]}
+        of_layers = [[*key, sums.tolist()] for key, sums in all_sums.items() if key[0] == LAYERS]
+        return chosen | {"scored": self._scored, "sums": of_layers, "gates": self._learned.state()}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state` gave."""
@@ -151,6 +129,8 @@ class Pruning:
             removed = state["removed"].items()
             self.removed = {kind: {int(number): units for number, units in of.items()} for kind, of in removed}
         self._scored = state.get("scored", 0)
+        if self._learned is not None and "gates" in state:
+            self._learned.load_state(state["gates"])
         place, here = self._part.mesh.place, self._gates.here()
         for kind, number, module, values in state.get("sums", ()):
             own = here.get((kind, number, module))
@@ -158,15 +138,47 @@ class Pruning:
                 whole = torch.tensor(values, dtype=torch.float64, device=self._engine.device)
                 self._gates.sums[kind, number, module] = self._local(*own, whole)
 
+    def _learn(self) -> None:
+        """Go on with the gates that are learned by the gradients of the last step, if they haven't. Collective."""
+        if self._learned is None or self._drawn is None:
+            return
+        gradients = self._all_sums(self._gates.take_gradients())
+        by_unit = {
+            (coupling.kind, coupling.number): units_of(
+                (gradients[coupling.kind, coupling.number, gate.module] for gate in coupling.gates), coupling.units
+            )
+            for coupling in self.prunable.structure.couplings
+            if coupling.kind != LAYERS
+        }
+        self._learned.learn(self._drawn, by_unit)
+        self._drawn = None
+
     def _least(
         self, sums: dict[Key, Tensor], weights: dict[tuple[str, int], Tensor]
     ) -> dict[str, dict[int, list[int]]]:
+        """The units that go, by what all of them are worth."""
+        worths = {
+            (coupling.kind, coupling.number): self._worth(coupling, sums, weights)
+            for coupling in self.prunable.structure.couplings
+        }
         removed: dict[str, dict[int, list[int]]] = {}
         for coupling in self.prunable.structure.couplings:
-            values = worth(coupling, self._section.score, sums, weights.get((coupling.kind, coupling.number)))
-            count = coupling.units - self.prunable.left[coupling.kind]
+            count = coupling.units - of_layer(self.prunable.left[coupling.kind], coupling.number)
+            values = worths[coupling.kind, coupling.number]
             removed.setdefault(coupling.kind, {})[coupling.number] = lowest(values, count)
+        if self._section.budget == "global" and FFN in removed:
+            gone = removed.get(LAYERS, {}).get(0, [])
+            stay = {layer: worths[FFN, layer] for layer in removed[FFN] if layer not in gone}
+            asked = sum(len(removed[FFN][layer]) for layer in stay)
+            removed[FFN] |= compete(stay if self._learned else relative(stay), asked, self.prunable.step)
         return removed
+
+    def _worth(self, coupling: Coupling, sums: dict[Key, Tensor], weights: dict[tuple[str, int], Tensor]) -> Tensor:
+        """What each unit is worth: (U,) fp64."""
+        place = coupling.kind, coupling.number
+        if self._learned is not None and place in self._learned.log_alpha:
+            return open_probability(self._learned.log_alpha[place])
+        return worth(coupling, self._section.score, sums, weights.get(place))
 
     def _local(self, gate: Gate, module: nn.Module, values_C: Tensor) -> Tensor:
         """Of all channels of a gate those of this tensor rank."""
@@ -174,8 +186,8 @@ class Pruning:
             return values_C
         return Shard(0).cut(values_C, self._part.mesh.place.tensor, self._part.mesh.layout.tensor)
 
-    def _all_sums(self) -> dict[Key, Tensor]:
-        """Sums over all ranks, of all channels, on the host. Collective."""
+    def _all_sums(self, own: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
+        """Sums over all ranks of what each has of its channels: of all channels, on the host. Collective."""
         sizes = {
             (coupling.kind, coupling.number, gate.module): _measured(self._section.score, coupling, gate)
             for coupling in self.prunable.structure.couplings
@@ -184,7 +196,7 @@ class Pruning:
         place, tensor_ranks, here = self._part.mesh.place, self._part.mesh.layout.tensor, self._gates.here()
         flat = torch.zeros(sum(sizes.values()), dtype=torch.float64, device=self._engine.device)
         runs = dict(zip(sizes, flat.split(list(sizes.values())), strict=True))
-        for key, values in self._gates.sums.items():
+        for key, values in own.items():
             if _is_sharded(*here[key]):
                 runs[key].chunk(tensor_ranks)[place.tensor].add_(values)
             elif place.tensor == 0:
@@ -216,6 +228,21 @@ class Pruning:
         return {(coupling.kind, coupling.number): norm for coupling, norm in zip(couplings, norms, strict=True)}
 
 
+def _learned(run: RunConfig, prunable: Prunable, steps: PruneSteps) -> LearnedGates:
+    """The gates of all units but layers."""
+    shared: list[Shared] = []
+    together: dict[tuple[str, int], int] = {}
+    for coupling in prunable.structure.couplings:
+        place, left = (coupling.kind, coupling.number), prunable.left[coupling.kind]
+        if coupling.kind == FFN and run.compress.prune.budget == "global":
+            together[place] = coupling.units
+        elif coupling.kind != LAYERS:
+            shared.append(Shared({place: coupling.units}, of_layer(left, coupling.number)))
+    if together:
+        shared.append(Shared(together, sum(of_layer(prunable.left[FFN], layer) for _, layer in together)))
+    return LearnedGates(shared, steps.chosen - steps.scored, run.seed)
+
+
 def _is_sharded(gate: Gate, module: nn.Module) -> bool:
     shard: Shard | None = getattr(module.weight, "tensor_shard", None) if gate.how == "input" else None
     return shard is not None and shard.dim == gate.dim
@@ -234,72 +261,3 @@ def _weighed(coupling: Coupling, score: str) -> Iterator[Any]:
     for member in coupling.members:
         if score == "magnitude" or coupling.kind in OF_MODEL or not readers or member.name in readers:
             yield member
-
-
-def _widths(left: Mapping[str, int]) -> dict[str, int]:
-    return {kind: count for kind, count in left.items() if kind != LAYERS}
-
-
-def _check(section: PruneSection, sizes: Mapping[str, int], left: Mapping[str, int], after: Layout) -> None:
-    found = list(problems(section, sizes, left, after))
-    if found:
-        raise UserError(found)
-
-
-def _left(
-    section: PruneSection, config: PreTrainedConfig, sizes: Mapping[str, int], scale: float | None = None
-) -> dict[str, int]:
-    """`units_left`, with the next larger numbers of heads and hidden size that the family's config takes.
-
-    All of a kind stay only if shares are scaled; otherwise the config is left to say why it takes no fewer.
-    """
-    more_than_all = 0 if scale is None else 1
-    scale = 1.0 if scale is None else scale
-    left = units_left(section, sizes, heads_tie_hidden(config), scale)
-    choices: dict[str, list[int | None]] = {kind: [left.get(kind)] for kind in (HEADS, HIDDEN)}
-    if not (heads_tie_hidden(config) and HEADS in left and HIDDEN in left):
-        # Its hidden size may have to be a multiple of the number of heads.
-        choices |= {kind: [*range(left[kind], sizes[kind] + more_than_all)] for kind in choices if kind in left}
-    for more, wider in itertools.product(choices[HEADS], choices[HIDDEN]):
-        tried = left | {kind: count for kind, count in ((HEADS, more), (HIDDEN, wider)) if count is not None}
-        try:
-            resized(config, _widths(tried))
-        except ValueError:
-            continue
-        return tried
-    return left
-
-
-def _left_for(
-    run: RunConfig, config: PreTrainedConfig, structure: Structure, sizes: Mapping[str, int]
-) -> dict[str, int]:
-    """Units that stay so that the model has at most as many parameters as the recipe says: the shares are scaled."""
-    section = run.compress.prune
-    assert section.parameters is not None
-    shapes = {name: tuple(parameter.shape) for name, parameter in outline(run, config).named_parameters()}
-
-    def parameters(scale: float) -> int:
-        left = _left(section, config, sizes, scale)
-        removed: dict[str, dict[int, range]] = {}
-        for coupling in structure.couplings:
-            removed.setdefault(coupling.kind, {})[coupling.number] = range(left[coupling.kind], coupling.units)
-        return Cut(structure, removed).parameters(shapes)
-
-    largest = max(getattr(section, kind) for kind in section.kinds if kind != LAYERS)
-    low, high = 0.0, (1.0 - 1e-6) / largest
-    if parameters(high) > section.parameters:
-        raise ValueError(f"with all but the last of these gone it would have {parameters(high):,} parameters")
-    for _ in range(_HALVINGS):
-        middle = (low + high) / 2
-        low, high = (low, middle) if parameters(middle) <= section.parameters else (middle, high)
-    return _left(section, config, sizes, high)
-
-
-def _refusal(section: PruneSection, config: PreTrainedConfig, reason: str) -> UserError:
-    """The refusal of what the recipe asks for by a model."""
-    kinds = section.kinds
-    others = [kind for kind in ("ffn", "layers") if kind not in kinds]
-    fix = f"prune {' or '.join(others)}" if others else "prune one kind of unit"
-    named = next((kind for kind in kinds if f"its {kind}" in reason), kinds[0])
-    value = getattr(section, named)
-    return user_error(f"compress.prune.{named}", f"{config.model_type} can't lose these: {reason}", fix, value)

@@ -28,18 +28,19 @@ class Pruned:
     folder: Path
     parameters_before: int
     parameters: int
-    sizes: dict[str, int]
+    sizes: dict[str, Any]
     loss_before: float | None
     loss: float | None
+    note: str | None = None
 
     @property
     def summary(self) -> str:
-        """In a line, for people."""
+        """In a line or two, for people."""
         sizes = ", ".join(f"{kind} {count}" for kind, count in self.sizes.items())
         line = f"{self.parameters_before:,} parameters, now {self.parameters:,} ({sizes})"
-        if self.loss_before is None or self.loss is None:
-            return line
-        return f"{line}; held-out loss {self.loss_before:.4f}, now {self.loss:.4f}"
+        if self.loss_before is not None and self.loss is not None:
+            line += f"; held-out loss {self.loss_before:.4f}, now {self.loss:.4f}"
+        return line if self.note is None else f"{self.note}\n{line}"
 
 
 def prune_once(run: RunConfig, info: RankInfo, checkpoint: Path | None = None) -> Pruned:
@@ -95,6 +96,7 @@ def prune_once(run: RunConfig, info: RankInfo, checkpoint: Path | None = None) -
         cut.sizes | {"layers": len(cut.layers)},
         before.loss if before is not None else None,
         after.loss if after is not None else None,
+        parts.prunable.note,
     )
 
 
@@ -102,7 +104,7 @@ def _export(run: RunConfig, info: RankInfo, parts: Assembly, cut: Cut, tokenizer
     """Write what is left as a transformers folder, from a checkpoint that is gone afterwards; its parameters."""
     from ds_train.checkpoint import hf, native
     from ds_train.compress.cut import CutSource
-    from ds_train.models.load import DTYPES, outline
+    from ds_train.models.load import DTYPES, keep_generation_config, outline
 
     assert parts.prunable is not None
     place = folder / "cut"
@@ -111,6 +113,7 @@ def _export(run: RunConfig, info: RankInfo, parts: Assembly, cut: Cut, tokenizer
     if saved.error is not None:
         raise user_error("run_root", f"nothing could be written there: {saved.error}", "make room", str(place))
     small = outline(run, cut.config(parts.prunable.config))
+    keep_generation_config(run, small)
     if info.is_main:
         files = native.open_fragments(saved.path)
         try:

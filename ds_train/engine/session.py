@@ -123,7 +123,7 @@ class Session:
             start = self._train_from(start, watchdog, stop_after or self.watch.timeline.steps)
         if self.stop.agreed:
             self._save_and_stop(done)
-        self._note_saves(self.saver.wait())
+        self._note_saves(self.saver.close())
 
     def _train_from(self, done: int, watchdog: Watchdog | None, stop_after: int) -> int | None:
         """Train to the end; or to a step that is rolled back or followed by a cut: gives the one to go on from."""
@@ -165,7 +165,7 @@ class Session:
         assert self.pruning is not None
         if self.pruning.removed is None:
             self.pruning.choose()
-        self._note_saves(self.saver.wait())
+        self._note_saves(self.saver.close())
         cut = self.pruning.cut()
         before = parameters_of(self.parts.part)
         self.pruning.set_masks(1.0)
@@ -187,15 +187,17 @@ class Session:
         native.load(parts.engine, parts.part, saved.path, cut)
         self._go_on_with(self.after, parts)
         on_main_first(self.info, lambda: shutil.rmtree(folder, ignore_errors=True))
-        left, sizes = parameters_of(parts.part), cut.sizes | {"layers": len(cut.layers)}
-        record = {"kind": "cut", "step": step, "parameters": left, "parameters_before": before, **sizes}
+        left, sizes = parameters_of(parts.part), {**cut.sizes, "layers": len(cut.layers)}
+        record: dict[str, Any] = {"kind": "cut", "step": step, "parameters": left, "parameters_before": before, **sizes}
         words = ", ".join(f"{kind} {count}" for kind, count in sizes.items())
         note = f"cut after step {step}: {before:,} parameters, now {left:,} ({words})"
         found = evaluate(self.run, parts, step)
         if masked is not None and found is not None:
             record |= {"masked_loss": masked.loss, "loss": found.loss}
             note += f"; held-out loss {masked.loss:.4f} with these masked, {found.loss:.4f} without them"
-        self.tracker.log(record, step)
+        # A run that goes on from the checkpoint of this very step may have cut before.
+        if not _has_cut(self.folder, step):
+            self.tracker.log(record, step)
         self.tracker.note(note)
 
     def _profiled(self, steps: Iterator[StepResult], done: int) -> Iterator[StepResult]:
@@ -286,6 +288,13 @@ class Session:
                 self.tracker.keep(saved.path, "checkpoint", saved.step)
             else:
                 self.tracker.note(f"step {saved.step} could not be saved: {saved.error}; older checkpoints are whole")
+
+
+def _has_cut(folder: Path, step: int) -> bool:
+    from ds_train.track.metrics import read_metrics
+
+    found = read_metrics(folder / "metrics.jsonl")
+    return any(record.get("kind") == "cut" and record.get("step") == step for record in found)
 
 
 def layout_record(run: RunConfig, plan: RunPlan) -> dict[str, Any]:

@@ -42,6 +42,7 @@ class StopRequest:
         self._grace_s, self._since = grace_s, 0.0
         self._first: int | None = None
         self._handlers: dict[int, Any] = {}
+        self._left = threading.Event()
         self._launchers = _launchers()
 
     @property
@@ -72,18 +73,18 @@ class StopRequest:
             ending = self.agreed and number != signal.SIGINT
             signal.signal(number, signal.SIG_IGN if ending else handler)
         signal.set_wakeup_fd(self._wakeup_before)
-        os.close(self._writer)
+        # A forked child has this end of the pipe as well, so closing it may be no end for the thread.
+        self._left.set()
+        os.write(self._writer, b"\0")
         self._thread.join()
+        os.close(self._writer)
         os.close(self._reader)
 
     def _listen(self) -> None:
-        while True:
+        while not self._left.is_set():
             ready, _, _ = select.select([self._reader], [], [], _LOOK_EVERY_S)
             if ready:
-                numbers = os.read(self._reader, 64)
-                if not numbers:
-                    return
-                for number in numbers:
+                for number in os.read(self._reader, 64):
                     self._hear(number)
             elif not self.requested and _any_gone(self._launchers):
                 self._ask("the end of its launcher")

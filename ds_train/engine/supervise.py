@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from ds_train.checkpoint.manifest import newest_step
 from ds_train.config import RunConfig
+from ds_train.engine.hosts import LOST
 from ds_train.engine.launch import Ended, Launch, World, handled
 from ds_train.engine.session import Placed, after_cut
 from ds_train.errors import EXIT_CODE, STOPPED_CODE, UserError, user_error
@@ -62,12 +63,13 @@ class Supervisor:
         """`find` looks which of some hosts answer and where ranks meet; `start` launches, with more overrides."""
         self._run, self._policy, self._find, self._start, self._say = run, policy, find, start, say
         self._folder = Path(run.run_root).expanduser() / run.name
+        self._grace_s = run.faults.grace_seconds + MARGIN_S
         self._told = threading.Event()
         self._current: Started | None = None
 
     def stop(self, *_: object) -> None:
         """Let the ranks save and end; a second time kills them. For a signal handler."""
-        grace_s = 0.0 if self._told.is_set() else self._run.faults.grace_seconds + MARGIN_S
+        grace_s = 0.0 if self._told.is_set() else self._grace_s
         self._told.set()
         if self._current is not None:
             self._current.stop(grace_s)
@@ -76,31 +78,48 @@ class Supervisor:
         """How the last launch ended. `hosts` are all that may be used; one that is gone is looked for each time.
 
         Raises:
-            UserError: no legal launch on the hosts that are left, or none of them answers.
+            UserError: no legal launch on the hosts that are left, or none of them answers: at once before the first
+                launch, and afterwards, when they may come back, at the last of the failures in a row.
         """
-        failures, reached = 0, newest_step(self._folder / "checkpoints")
+        failures, reached, ranks = 0, newest_step(self._folder / "checkpoints"), 0
         more: list[str] = []
         with handled(self.stop):
             while True:
-                world = self._world(hosts)
-                if self._told.is_set():
-                    return _BETWEEN
-                self._current = self._start(world, more)
-                ended = self._current.wait()
-                if ended.code in (0, EXIT_CODE) or self._told.is_set():
-                    return ended
+                refused: UserError | None = None
+                try:
+                    world = self._world(hosts)
+                except UserError as error:
+                    if not ranks:
+                        raise
+                    refused = error
+                    ended = Ended(LOST, "supervise", "; ".join(map(str, error.problems)))
+                else:
+                    ranks = world.ranks
+                    ended = self._launched(world, more)
+                if self._told.is_set() or (refused is None and ended.code in (0, EXIT_CODE)):
+                    return _BETWEEN if refused is not None else ended
                 before, reached = reached, newest_step(self._folder / "checkpoints")
                 failures = 1 if reached > before else failures + 1
                 if failures > self._policy.limit:
                     self._say(f"{failures} failures in a row brought no new checkpoint: given up")
+                    if refused is not None:
+                        raise refused
                     return ended
                 if reached > before:
                     # Whatever the run began from, it has come further.
                     more = ["checkpoint.resume=auto"]
                 pause = self._policy.pause(failures)
-                self._note(reached, failures, pause, ended, world)
+                self._note(reached, failures, pause, ended, ranks)
                 if self._told.wait(pause):
                     return _BETWEEN
+
+    def _launched(self, world: World, more: Sequence[str]) -> Ended:
+        if self._told.is_set():
+            return _BETWEEN
+        self._current = self._start(world, more)
+        if self._told.is_set():  # while it was being started, when there was nothing yet to stop
+            self._current.stop(self._grace_s)
+        return self._current.wait()
 
     def _world(self, hosts: Sequence[Host]) -> World:
         answering, world = self._find(hosts)
@@ -113,11 +132,11 @@ class Supervisor:
             self._say(f"{', '.join(left_out)}: left out; the recipe can't be spread over as many ranks")
         return fitting
 
-    def _note(self, step: int, failures: int, pause: float, ended: Ended, world: World) -> None:
+    def _note(self, step: int, failures: int, pause: float, ended: Ended, ranks: int) -> None:
         self._say(f"{ended}; starting again from step {step} in {pause:.0f} s (failure {failures} in a row)")
         record: Mapping[str, Any] = {
             "kind": "restart", "step": step, "exit_code": ended.code, "host": ended.host, "reason": ended.reason,
-            "ranks": world.ranks, "failures_in_a_row": failures, "pause_seconds": pause, "time": time.time(),
+            "ranks": ranks, "failures_in_a_row": failures, "pause_seconds": pause, "time": time.time(),
         }  # fmt: skip
         MetricsFile(self._folder / "metrics.jsonl", self._say).write(record)
 

@@ -54,10 +54,14 @@ def _slots_here(ranks: int | None) -> tuple[int, ...]:
     if visible is None:
         return tuple(range(devices() or 1))
     try:
-        return tuple(int(part) for part in visible.split(",") if part.strip())
+        slots = tuple(int(part) for part in visible.split(",") if part.strip())
     except ValueError:
         reason = "DeepSpeed's launcher takes devices by number only"
         raise user_error("CUDA_VISIBLE_DEVICES", reason, "give their numbers", visible) from None
+    if not slots or min(slots) < 0:
+        fix = "give their numbers, or set DS_ACCELERATOR=cpu to train without any"
+        raise user_error("CUDA_VISIBLE_DEVICES", "it hides every device", fix, visible)
+    return slots
 
 
 def _trimmed(hosts: Sequence[Host], ranks: int) -> list[Host]:

@@ -130,8 +130,12 @@ class RunWatch:
         return self._best.step
 
     def _write_data(self) -> None:
-        if self._info.is_main:
+        if not self._info.is_main:
+            return
+        try:
             write_json(self._folder / RECORD, data_record(self._parts.data.folder, self.timeline.skips))
+        except OSError as error:  # for people to ask later on: the run itself doesn't need it
+            self._tracker.note(f"{self._folder / RECORD} can't be written: {error}; training goes on")
 
 
 def loss_scale(engine: Any) -> LossScale | None:

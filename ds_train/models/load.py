@@ -109,6 +109,18 @@ def without_weights(run: RunConfig, config: PreTrainedConfig) -> RunConfig:
     return run.model_copy(update={"model": model})
 
 
+def keep_generation_config(run: RunConfig, model: PreTrainedModel) -> None:
+    """Give a model whose weights come from a checkpoint the generation settings of the recipe's pretrained one.
+
+    Where that has none, they stay those that follow from the config.
+    """
+    if run.model.path is not None and hasattr(model, "generation_config"):  # classifiers have none
+        with contextlib.suppress(OSError):
+            model.generation_config = transformers.GenerationConfig.from_pretrained(
+                run.model.path, revision=run.model.revision or "main"
+            )
+
+
 def outline(run: RunConfig, config: PreTrainedConfig) -> PreTrainedModel:
     """The whole model without memory for its weights (torch's meta device), its tied weights tied."""
     with torch.device("meta"):

@@ -60,6 +60,8 @@ def look_alike(config: PreTrainedConfig, layers: int, ranks: int = 1) -> PreTrai
         own = renamed.get(name, name)
         if isinstance(given.get(own), int) and not isinstance(given[own], bool):
             given[own] = size
+        elif isinstance(given.get(own), list):
+            given[own] = [size] * len(given[own])
     # These change nothing but the comparison: noise has no oracle, and weights near zero would hide differences.
     for name, value in given.items():
         if isinstance(value, float) and any(word in name for word in ("drop", "jitter")):

@@ -85,6 +85,23 @@ def attribute_map(arch: str) -> dict[str, str]:
     return _attribute_map(classes(found[0])[found[1]]) if found else {}
 
 
+def takes_list(arch: str, key: str) -> bool | None:
+    """Whether the family's config takes a list where `key` is a number elsewhere; None where the source doesn't say."""
+    found = _find_class(arch)
+    annotation = _annotation(*found, attribute_map(arch).get(key, key)) if found else None
+    return None if annotation is None else "list[" in annotation
+
+
+def _annotation(tree: ast.Module, class_name: str, key: str) -> str | None:
+    known = classes(tree)
+    for statement in known[class_name].body:
+        if isinstance(statement, ast.AnnAssign) and ast.unparse(statement.target) == key:
+            return ast.unparse(statement.annotation)
+    bases = (base.id for base in known[class_name].bases if isinstance(base, ast.Name))
+    inherited = (_annotation(tree, base, key) for base in bases if base in known)
+    return next((annotation for annotation in inherited if annotation is not None), None)
+
+
 @cache
 def modeling_source(arch: str) -> str:
     """Text of the family's modeling file; empty where there is none."""

@@ -52,7 +52,8 @@ class Timeline:
     """Shapes of all steps, kept as the first step of every stretch of equal ones.
 
     `total_tokens` is what the run is made for: the place of the last step's end on every curve. `skips` are what
-    roll-backs have left out of the data, in the order in which they were decided; they leave steps and clock alone.
+    roll-backs have left out of the data, in the order in which they were decided; they leave steps and clock alone. One
+    that goes back further than an earlier one leaves out what that one did, too, and stands in its place.
     """
 
     stretches: tuple[StepShape, ...]
@@ -66,7 +67,7 @@ class Timeline:
         past = step - start.step
         taken = past * start.samples
         before = start.before + taken * start.length
-        skipped = start.parts * sum(skip.windows for skip in self.skips if skip.step <= step)
+        skipped = start.parts * sum(skip.windows for skip in self._standing() if skip.step <= step)
         return replace(start, step=step, before=before, first=start.first + taken + skipped)
 
     def skipping(self, first: int, stop: int) -> Timeline:
@@ -74,6 +75,12 @@ class Timeline:
         start, end = self.at(first), self.at(stop - 1)
         windows = -(-(end.first + end.samples) // end.parts) - start.first // start.parts
         return replace(self, skips=(*self.skips, Skip(first, windows)))
+
+    def _standing(self) -> list[Skip]:
+        found: list[Skip] = []
+        for skip in self.skips:
+            found = [*(earlier for earlier in found if earlier.step <= skip.step), skip]
+        return found
 
     def shapes(self, first: int, stop: int) -> Iterator[StepShape]:
         """Shapes of steps `first` to `stop` - 1."""

@@ -16,7 +16,7 @@ import torch
 import yaml
 from ranks import run_ranks
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from ds_train.checkpoint import offline
 from ds_train.checkpoint.native import open_fragments, read_state
@@ -229,8 +229,12 @@ def test_a_sample_of_layouts_cuts_the_same_and_goes_on_as_the_small_model(folder
     check(folder, SAMPLE)
 
 
+def test_gates_are_learned_alike_on_shards_of_data_and_of_heads(folder: Path) -> None:
+    check(folder, ("zero3", "tensor"), score="gates", score_steps=3)
+
+
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("score", ["taylor", "fisher", "activation", "wanda", "magnitude"])
+@pytest.mark.parametrize("score", ["taylor", "fisher", "activation", "wanda", "magnitude", "gates"])
 def test_every_layout_cuts_the_same_by_every_score(folder: Path, score: str) -> None:
     check(folder, tuple(LAYOUTS), score=score)
     for layout in LAYOUTS:
@@ -252,8 +256,10 @@ _SIZES = {
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_cuts_the_same_in_every_layout(folder: Path, family: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "score"), [*((family, "taylor") for family in FAMILIES), ("bert", "gates"), ("mixtral", "gates")]
+)
+def test_every_family_cuts_the_same_in_every_layout(folder: Path, family: str, score: str) -> None:
     own, prune = FAMILIES[family]
     known = AutoConfig.for_model(family)
     sizes = {known.attribute_map.get(key, key): value for key, value in _SIZES.items()}
@@ -261,7 +267,7 @@ def test_every_family_cuts_the_same_in_every_layout(folder: Path, family: str) -
     plain = [key for key, value in known.to_dict().items() if isinstance(value, float) and "drop" in key]
     layouts = tuple(layout for layout in LAYOUTS if layout != "sequence" and (family != "bert" or "pipe" not in layout))
     train(
-        folder, "runs", layouts, prune | {"start": 0.3, "end": 0.6, "score_steps": 2},
+        folder, "runs", layouts, prune | {"start": 0.3, "end": 0.6, "score_steps": 2, "score": score},
         model={"arch": family} | sizes | own | dict.fromkeys(plain, 0.0), schedule={"steps": 6},
         task={"kind": "masked-lm" if family == "bert" else "causal-lm"},
     )  # fmt: skip
@@ -294,20 +300,22 @@ BROKEN = (2, 5, CUT, 9)
 """Steps after which a run is broken: while scores are summed, while units close, before the cut, after it."""
 
 
-def check_resume(folder: Path, layout: str) -> None:
+def check_resume(folder: Path, layout: str, prune: dict[str, Any] = PRUNE) -> None:
     often = {"every_steps": 1, "keep_last": 20, "export": True}
-    train(folder, "whole", (layout,), PRUNE, checkpoint=often)
+    train(folder, "whole", (layout,), prune, checkpoint=often)
     expected = losses(folder, "whole", layout)
     ranks, recipes = LAYOUTS[layout][0], []
     for step in BROKEN:
         target = folder / f"broken-{step}" / layout
         source = checkpoint(folder, "whole", layout, step)
         shutil.copytree(source, target / "checkpoints" / source.name)
-        recipes.append(str(write_recipe(folder, f"broken-{step}", layout, PRUNE, checkpoint=often)))
+        shutil.copy(folder / "whole" / layout / "metrics.jsonl", target)
+        recipes.append(str(write_recipe(folder, f"broken-{step}", layout, prune, checkpoint=often)))
     run_ranks(ranks, ["tests/parity/train_many.py", *recipes], timeout_s=900).check()
     weights = AutoModelForCausalLM.from_pretrained(folder / "whole" / layout / "export").state_dict()
     for step in BROKEN:
-        assert torch.equal(losses(folder, f"broken-{step}", layout), expected[step:]), step
+        assert torch.equal(losses(folder, f"broken-{step}", layout), expected), step
+        assert len(records(folder, f"broken-{step}", layout, "cut")) == 1, step
         again = AutoModelForCausalLM.from_pretrained(folder / f"broken-{step}" / layout / "export").state_dict()
         assert all(torch.equal(again[name], weights[name]) for name in weights), step
 
@@ -320,6 +328,101 @@ def test_a_run_broken_anywhere_prunes_to_the_same(folder: Path) -> None:
 @pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "zero3"])
 def test_every_layout_broken_anywhere_prunes_to_the_same(folder: Path, layout: str) -> None:
     check_resume(folder, layout)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("layout", ["one-rank", "zero1", "zero3", "tensor", "pipeline", "sequence"])
+def test_gates_broken_while_they_are_learned_go_on_to_the_same(folder: Path, layout: str) -> None:
+    check_resume(folder, layout, PRUNE | {"score": "gates", "score_steps": 3})
+
+
+_EACH = {
+    "arch": "gemma3n_text", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "num_kv_shared_layers": 0, "laurel_rank": 4,
+    "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 300, "sliding_window": 8,
+}  # fmt: skip
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("score", ["taylor", "gates"])
+def test_layers_that_compete_or_have_their_own_share_keep_different_sizes(folder: Path, score: str) -> None:
+    layouts = ("one-rank", "zero1", "zero2-offload", "zero3")
+    timing = {"start": 0.3, "end": 0.6, "score_steps": 2, "score": score}
+    whole: dict[str, Any] = {"model": _EACH, "schedule": {"steps": 6}}
+    train(folder, "shares", layouts, {"ffn": [0.5, 0.0, 0.75, 0.25], "budget": "per-layer"} | timing, **whole)
+    train(folder, "global", layouts, {"ffn": 0.5, "budget": "global", "multiple": 1} | timing, **whole)
+    for root in ("shares", "global"):
+        first = read_state(checkpoint(folder, root, "one-rank", 6)).pruning
+        for layout in layouts:
+            (cut,) = records(folder, root, layout, "cut")
+            assert math.isclose(cut["masked_loss"], cut["loss"], rel_tol=1e-6), layout
+            assert read_state(checkpoint(folder, root, layout, 6)).pruning["removed"] == first["removed"], layout
+            torch.testing.assert_close(
+                losses(folder, root, layout), losses(folder, root, "one-rank"), rtol=1e-5, atol=0
+            )
+            exported = AutoModelForCausalLM.from_pretrained(folder / root / layout / "export")
+            sizes = [layer.mlp.gate_proj.out_features for layer in exported.model.layers]
+            assert exported.config.intermediate_size == sizes == cut["ffn"]
+        offline.export(checkpoint(folder, root, "zero3", 6), folder / f"{root}-offline", torch.float32)
+        again = AutoModelForCausalLM.from_pretrained(folder / f"{root}-offline").state_dict()
+        exported = AutoModelForCausalLM.from_pretrained(folder / root / "zero3" / "export").state_dict()
+        assert all(torch.equal(again[name], weight) for name, weight in exported.items())
+    assert records(folder, "shares", "zero3", "cut")[0]["ffn"] == [32, 64, 16, 48]
+    assert sum(records(folder, "global", "zero3", "cut")[0]["ffn"]) == 4 * 32
+
+
+@pytest.mark.exhaustive
+def test_a_time_that_is_asked_for_is_measured_once(folder: Path) -> None:
+    model = {
+        "arch": "llama", "hidden_size": HIDDEN, "intermediate_size": 1024, "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS, "num_key_value_heads": GROUPS,
+    }  # fmt: skip
+    prune = {"ffn": 0.5, "latency": 0.7, "latency_samples": 32} | {"start": 0.2, "end": 0.4, "score_steps": 2}
+    often = {"every_steps": 1, "keep_last": 20}
+    recipe = write_recipe(folder, "whole", "zero3", prune, model=model, checkpoint=often)
+    told = run_ranks(2, ["tests/parity/train_many.py", str(recipe)], timeout_s=900).check()
+    assert "forward pass: " in told.outputs[0]
+    (cut,) = records(folder, "whole", "zero3", "cut")
+    assert 0 < cut["ffn"] < 1024
+    for step in (1, 5):
+        source = checkpoint(folder, "whole", "zero3", step)
+        assert read_state(source).pruning["left"] == {"ffn": cut["ffn"]}
+        root = f"broken-{step}"
+        shutil.copytree(source, folder / root / "zero3" / "checkpoints" / source.name)
+        recipe = write_recipe(folder, root, "zero3", prune, model=model, checkpoint=often)
+        again = run_ranks(2, ["tests/parity/train_many.py", str(recipe)], timeout_s=900).check()
+        assert "forward pass: " not in again.outputs[0]
+        assert torch.equal(losses(folder, root, "zero3"), losses(folder, "whole", "zero3")[step:])
+    once = run_ranks(
+        1, ["-m", "ds_train.cli", "prune", str(write_recipe(folder, "once", "one-rank", prune, model=model))]
+    )
+    assert "forward pass: " in once.check().outputs[0]
+
+
+@pytest.mark.exhaustive
+def test_what_is_left_of_a_pretrained_model_generates_as_it_did(folder: Path) -> None:
+    train(folder, "first", ("one-rank",), PRUNE)
+    model = folder / "first" / "one-rank" / "export"
+    GenerationConfig(do_sample=True, temperature=0.7, top_k=7, eos_token_id=[2, 5]).save_pretrained(model)
+    text = {"source": "text", "path": str(folder / "text"), "cache_dir": str(folder / "cache"), "tokenizer": "model"}
+    more: dict[str, Any] = {
+        "model": {"path": str(model)},
+        "data": text | {"sequence_length": 32},
+        "schedule": {"steps": 4},
+    }
+    prune = {"ffn": 0.5, "start": 0.3, "end": 0.5, "score_steps": 1}
+    train(folder, "again", ("one-rank",), prune, **more)
+    recipe = write_recipe(folder, "once", "one-rank", prune, **more)
+    run_ranks(1, ["-m", "ds_train.cli", "prune", str(recipe)]).check()
+    offline.export(checkpoint(folder, "again", "one-rank", 4), folder / "offline", torch.float32)
+    for place in (
+        folder / "again" / "one-rank" / "export",
+        folder / "offline",
+        folder / "once" / "one-rank" / "pruned",
+    ):
+        found = GenerationConfig.from_pretrained(place)
+        assert (found.temperature, found.top_k, found.eos_token_id) == (0.7, 7, [2, 5]), place
+        assert AutoConfig.from_pretrained(place).intermediate_size == 16
 
 
 @pytest.mark.exhaustive

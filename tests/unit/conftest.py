@@ -10,9 +10,6 @@ import yaml
 
 from ds_train.config import RunConfig, parse
 
-ROOT = Path(__file__).resolve().parents[2]
-SHARED = ROOT.parent / "shared" / "data"
-
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> Callable[..., RunConfig]:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ds_train.errors import Problem
 from ds_train.plan.facts import Facts
+from ds_train.plan.model_size import ALIASES
 from ds_train.plan.prune import problems, units_left
 from ds_train.plan.rules.base import DROPPING, KeyRule, Rule, above_one, all_of, at, given, nvme, size_of
 from ds_train.plan.topology import Layout
+from ds_train.plan.transformers_keys import takes_list
 
 
 def _pruning(facts: Facts) -> bool:
@@ -23,7 +27,7 @@ def _after_cut(facts: Facts) -> Facts:
 def _pruning_problems(facts: Facts) -> dict[str, Problem]:
     """What is wrong with the sizes that pruning leaves, where the recipe alone says them."""
     section, size, after = facts.run.compress.prune, facts.size, _after_cut(facts)
-    if size is None or section.parameters is not None or _auto_after_cut(facts):
+    if size is None or section.targets or _auto_after_cut(facts) or _other_layers(facts):
         return {}
     known = {
         "heads": size.num_key_value_heads or size.num_attention_heads, "ffn": size.intermediate_size,
@@ -31,7 +35,7 @@ def _pruning_problems(facts: Facts) -> dict[str, Problem]:
     }  # fmt: skip
     sizes = {kind: count for kind, count in known.items() if count and kind in section.kinds}
     layout = Layout(after.pipeline, 1, after.sequence, after.tensor)
-    left = units_left(section, sizes, "head_dim" not in facts.config_keys)
+    left = units_left(section, sizes, "head_dim" not in facts.config_keys, layers=size.num_hidden_layers or 0)
     return {problem.key: problem for problem in problems(section, sizes, left, layout)}
 
 
@@ -42,9 +46,51 @@ def _auto_after_cut(facts: Facts) -> bool:
     return parallel is not None and any(getattr(parallel, key) == "auto" for key in (*keys, *offload))
 
 
-def _unpruned_proportions(facts: Facts) -> bool:
+def _unpruned_proportions(facts: Facts) -> dict[str, Any]:
     section = facts.run.compress.prune
-    return section.parameters is not None and not set(section.kinds) - {"layers"}
+    return {} if set(section.kinds) - {"layers"} else _targets(facts)
+
+
+def _targets(facts: Facts) -> dict[str, Any]:
+    """The keys that ask for a size or a time, and their values."""
+    return {key: facts.value(key) for key in (f"compress.prune.{name}" for name in facts.run.compress.prune.targets)}
+
+
+def _unread_latency(facts: Facts) -> dict[str, Any]:
+    section = facts.run.compress.prune
+    if not {"latency", "latency_ms"}.isdisjoint(section.targets):
+        return {}
+    defaults = {"latency_samples": 1, "latency_length": None}
+    given = {key: getattr(section, key) for key in defaults}
+    return {f"compress.prune.{key}": value for key, value in given.items() if value != defaults[key]}
+
+
+def _by_layer(facts: Facts) -> bool:
+    return not isinstance(facts.run.compress.prune.ffn, float)
+
+
+def _one_size(facts: Facts) -> bool:
+    """Whether layers would have sizes that the family's config can't say."""
+    if facts.run.compress.prune.budget == "uniform" or facts.arch is None:
+        return False
+    found = [takes_list(facts.arch, key) for key in ALIASES["intermediate_size"]]
+    return True not in found and False in found
+
+
+def _other_layers(facts: Facts) -> str | None:
+    """What is wrong with the layers that have a share of their own."""
+    shares, layers = facts.run.compress.prune.ffn, size_of(facts, "num_hidden_layers")
+    if layers is None or isinstance(shares, float):
+        return None
+    if isinstance(shares, list):
+        return None if len(shares) == layers else f"{len(shares)} shares for {layers} layers"
+    beyond = [layer for layer in shares if layer >= layers]
+    return f"there is no layer {beyond[0]}: they count from 0 to {layers - 1}" if beyond else None
+
+
+def _too_long(facts: Facts) -> bool:
+    length, positions = facts.run.compress.prune.latency_length, size_of(facts, "positions")
+    return length is not None and positions is not None and length > positions
 
 
 def _layers_left(facts: Facts) -> int | None:
@@ -68,13 +114,52 @@ RULES: tuple[Rule | KeyRule, ...] = (
         lambda f, key: _pruning_problems(f)[key].reason, lambda f, key: _pruning_problems(f)[key].fix,
     ),
     Rule(
+        "prune-budget", "compress.prune.budget", all_of(_one_size, lambda f: f.run.compress.prune.share("ffn") > 0),
+        lambda f: f"a {f.arch} config has one feed-forward size for all layers", "set it to uniform",
+    ),
+    Rule(
+        "prune-budget-unread", "compress.prune.budget",
+        lambda f: f.run.compress.prune.budget != "uniform" and not f.run.compress.prune.share("ffn"),
+        "it is about feed-forward channels, and none go", "set compress.prune.ffn, or leave it out",
+    ),
+    Rule(
+        "prune-shares", "compress.prune.ffn", lambda f: _by_layer(f) and f.run.compress.prune.budget != "per-layer",
+        lambda f: f"compress.prune.budget={f.run.compress.prune.budget} takes one share",
+        "set compress.prune.budget=per-layer",
+    ),
+    Rule(
+        "prune-share", "compress.prune.ffn", lambda f: not _by_layer(f) and f.run.compress.prune.budget == "per-layer",
+        "compress.prune.budget=per-layer takes a share for each layer",
+        "give a list, or a mapping of layers; or set compress.prune.budget=uniform",
+    ),
+    Rule(
+        "prune-shares-layers", "compress.prune.ffn", _other_layers,
+        lambda f: _other_layers(f) or "", "give one for each, or a mapping of some layers",
+    ),
+    Rule(
+        "prune-shares-fewer", "compress.prune.layers", lambda f: _by_layer(f) and f.run.compress.prune.layers > 0,
+        "which layers go is chosen in the run, whatever shares they have", "prune layers in a run of their own",
+    ),
+    Rule(
         "prune-end", "compress.prune.end",
         lambda f: _pruning(f) and f.run.compress.prune.end < f.run.compress.prune.start,
         lambda f: f"it is before compress.prune.start={f.run.compress.prune.start}", "set it later, or start sooner",
     ),
-    Rule(
-        "prune-parameters", "compress.prune.parameters", _unpruned_proportions,
+    KeyRule(
+        "prune-target", _unpruned_proportions,
         "nothing says what goes", "give shares as proportions, such as compress.prune.ffn=0.5",
+    ),
+    KeyRule(
+        "prune-targets", lambda f: dict(list(_targets(f).items())[1:]),
+        lambda f, _: f"shares are scaled to {next(iter(_targets(f)))} already", "leave one of them out",
+    ),
+    KeyRule(
+        "prune-latency-unread", _unread_latency,
+        "nothing reads it: no time is asked for", "set compress.prune.latency, such as 0.5, or leave it out",
+    ),
+    Rule(
+        "prune-latency-length", "compress.prune.latency_length", _too_long,
+        lambda f: f"the model takes samples of {size_of(f, 'positions')} tokens", "lower it, or leave it out",
     ),
     Rule(
         "prune-compile", "model.compile", all_of(_pruning, at("model.compile", True)),

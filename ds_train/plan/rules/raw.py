@@ -108,6 +108,11 @@ RULES: tuple[Rule | KeyRule, ...] = (
         "DeepSpeed reduces gradients in fp32, fp16 or bf16", "write one of the three",
     ),
     Rule(
+        "raw-communication-fp16", "deepspeed.communication_data_type",
+        lambda f: str(f.raw("communication_data_type")).lower() == "fp16" and f.run.precision.dtype != "fp16",
+        "without fp16's loss scale, gradients below 6e-8 become zeros on their way", "write bf16 or fp32",
+    ),
+    Rule(
         "raw-gds", "deepspeed.aio.use_gds", lambda f: f.raw("aio.use_gds") is True and f.cluster.device != "cuda",
         "GPUDirect storage is for CUDA devices (aio_config.py:36)", "set false",
     ),

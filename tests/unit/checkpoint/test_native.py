@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import resource
 import shutil
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -81,6 +81,20 @@ def test_the_best_one_is_kept_however_old(tmp_path: Path) -> None:
         saver.save(replace(state(step), best={"by": "loss", "step": best}))
         kept = sorted(int(path.name[5:]) for path in tmp_path.glob("step-*"))
         assert kept == sorted({best, step})
+
+
+def test_a_later_one_that_is_damaged_takes_no_place(tmp_path: Path) -> None:
+    save(tmp_path, 5)
+    (save(tmp_path, 20).path / SHARD).unlink()
+    saver = Trained(0).saver(tmp_path, keep=1)
+    for step in (10, 15):
+        saver.save(state(step))
+        found = native.find(tmp_path, "auto", lambda text: None)
+        assert found is not None
+        assert found.name == f"step-{step:08d}"
+    saver.save(state(20))
+    assert [path.name for path in tmp_path.glob("step-*")] == ["step-00000020"]
+    assert native.find(tmp_path, "auto", pytest.fail) is not None
 
 
 def test_a_run_that_goes_back_forgets_what_came_later(tmp_path: Path) -> None:
@@ -250,6 +264,19 @@ def test_what_is_loaded_is_what_was_there_when_it_was_saved(tmp_path: Path, in_b
             assert torch.equal(again.optimizer.state[own][kind], value)
 
 
+def test_a_saver_that_is_closed_has_saved_and_leaves_no_thread(tmp_path: Path) -> None:
+    def writing() -> list[threading.Thread]:
+        return [thread for thread in threading.enumerate() if thread.name.startswith("checkpoint")]
+
+    before = writing()
+    saver = Trained(1).saver(tmp_path, in_background=True)
+    assert saver.save(state(1)) == []
+    assert len(writing()) == len(before) + 1
+    (saved,) = saver.close()
+    assert (saved.error, damage(saved.path)) == (None, None)
+    assert writing() == before
+
+
 def test_another_model_is_refused(tmp_path: Path) -> None:
     path = save(tmp_path, 5).path
     wider = Trained(0, width=5)
@@ -286,29 +313,11 @@ def test_a_named_checkpoint_must_be_whole(tmp_path: Path) -> None:
     assert native.find(tmp_path, str(path), pytest.fail) == path
     with pytest.raises(UserError, match=r"manifest\.json is missing"):
         native.find(tmp_path, str(tmp_path / "nowhere"), pytest.fail)
-
-
-def test_what_may_and_what_may_not_change_on_resume() -> None:
-    recipe = {
-        "seed": 1,
-        "data": {"source": "text", "workers": 1},
-        "track": {"wandb": "off"},
-        "optimizer": {"betas": [0.9, 0.95]},
-    }
-    saved = native.TrainState(5, 50, json.loads(json.dumps(recipe)), {"ranks": 2}, {}, "abc")
-    native.check_resumable(saved, recipe | {"track": {"wandb": "online"}}, "abc")
-    native.check_resumable(saved, recipe | {"data": {"source": "text", "workers": 4}}, "abc")
-    native.check_resumable(saved, recipe | {"optimizer": {"betas": (0.9, 0.95)}}, "abc")
-    later = {"compress": {"prune": {"parallel": {"tensor": 2}}}}
-    native.check_resumable(saved, recipe | later, "abc")
-    moved = recipe | {"data": {"source": "text", "workers": 1, "path": "/elsewhere"}}
-    native.check_resumable(saved, moved, "abc")
-    with pytest.raises(UserError, match=r"data\.path=/elsewhere: the checkpoint was made with None"):
-        native.check_resumable(saved, moved, "xyz")
-    with pytest.raises(UserError, match=r"(?s)data.source=stdlib.*made with text.*seed=2"):
-        native.check_resumable(saved, recipe | {"seed": 2, "data": {"source": "stdlib"}}, "abc")
-    with pytest.raises(UserError, match="data has changed"):
-        native.check_resumable(saved, recipe, "xyz")
+    later = save(tmp_path, 10).path
+    assert native.find(tmp_path, str(later), pytest.fail) == later
+    assert native.find(tmp_path / "other", str(path), pytest.fail) == path
+    with pytest.raises(UserError, match="it is of step 5, and the run's folder has later ones: step-00000010"):
+        native.find(tmp_path, str(path), pytest.fail)
 
 
 def test_a_file_is_replaced_whole(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from ds_train.compress.coupling import Coupling, Gate, Structure
 from ds_train.compress.gates import Gates, lowest, worth
 from ds_train.compress.structure import find_structure
 from ds_train.config import RunConfig
-from ds_train.engine.prune import find_prunable
+from ds_train.engine.prunable import find_prunable
 from ds_train.errors import UserError
 from ds_train.models.cpu_products import use_fp32_products
 from ds_train.models.load import build_model, outline
@@ -207,3 +207,27 @@ def test_a_router_that_is_a_linear_layer_of_another_forward() -> None:
     assert torch.equal(found[:, 1], torch.full((3,), -torch.inf, dtype=torch.bfloat16))
     torch.testing.assert_close(found[:, ::2], expected[:, ::2])
     assert gates.sums["experts", 0, "0"].shape == (4,)
+
+
+def test_a_router_under_what_zero_3_puts_in_place_of_the_linear_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    from deepspeed.runtime.zero.linear import zero3_linear_wrap
+
+    class Router(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.randn(4, 8))
+
+        def forward(self, hidden: Tensor) -> Tensor:
+            other = torch.nn.functional.linear(hidden, torch.ones(4, 8))
+            return torch.nn.functional.linear(hidden, self.weight).softmax(-1) + 0.0 * other
+
+    monkeypatch.setattr(torch.nn.functional, "linear", zero3_linear_wrap)
+    model, hidden = torch.nn.Sequential(Router()), torch.randn(3, 8)
+    coupling = Coupling("experts", 0, 4, (), (Gate("0", "router"),))
+    gates = Gates(model, Structure((coupling,), "", 1))
+    gates.set("experts", 0, [1.0, 0.0, 1.0, 1.0])
+    found = model(hidden)
+    expected = (hidden @ model[0].weight.T)[:, [0, 2, 3]].softmax(-1)
+    torch.testing.assert_close(found[:, [0, 2, 3]], expected)
+    assert (found[:, 1] == 0).all()
+    assert torch.nn.functional.linear is zero3_linear_wrap

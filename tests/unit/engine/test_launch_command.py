@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from ds_train.engine import network
-from ds_train.engine.agent import exit_code, rank_environment
+from ds_train.engine.agent import _whole_orders, exit_code, rank_environment
 from ds_train.engine.hosts import LOCALHOST, LOST, explain, module_command
 from ds_train.engine.launch import World, carried_environment, launcher_command
 from ds_train.engine.survey import hosts_of
@@ -136,4 +136,19 @@ def test_visible_devices_are_the_slots_of_this_machine(monkeypatch: pytest.Monke
     assert hosts_of(None, "", "", 1) == [Host(LOCALHOST, (2,))]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-8932f937")
     with pytest.raises(UserError, match="by number only"):
+        hosts_of(None, "", "", None)
+
+
+def test_an_order_that_the_network_cut_in_two_is_one_order() -> None:
+    assert _whole_orders(b"stop 12") == ([], b"stop 12")
+    assert _whole_orders(b"stop 12" + b"0.0\n\nstop 0.0\n\n") == ([120.0, 0.0], b"")
+
+
+@pytest.mark.parametrize("visible", ["", "-1"])
+def test_a_machine_whose_devices_are_all_hidden_is_no_machine_without_slots(
+    visible: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DS_ACCELERATOR", "cuda")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    with pytest.raises(UserError, match=r"hides every device.*DS_ACCELERATOR=cpu"):
         hosts_of(None, "", "", None)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import socket
+import subprocess
+import sys
 
 import pytest
 
@@ -36,3 +38,17 @@ def test_rank_0_tells_a_line_per_problem(monkeypatch: pytest.MonkeyPatch, capsys
     monkeypatch.setenv("RANK", "0")
     assert ranks.run_to_exit_code(failing) == EXIT_CODE
     assert capsys.readouterr().err.startswith("error: model.path=/weights: there is no such folder here.")
+
+
+ENDING = """
+import atexit, threading, time
+from ds_train.engine.ranks import end
+atexit.register(lambda: print("exit function"))
+threading.Thread(target=lambda: (time.sleep(0.2), print("thread"))).start()
+end(75)
+"""
+
+
+def test_a_rank_ends_after_its_threads_and_exit_functions() -> None:
+    ended = subprocess.run([sys.executable, "-c", ENDING], capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout.split("\n")) == (75, ["thread", "exit function", ""])

@@ -70,6 +70,20 @@ def test_a_child_that_is_ended_stops_no_run() -> None:
         assert not request.requested
 
 
+def test_a_child_that_goes_on_holds_up_no_end() -> None:
+    request = StopRequest(grace_s=60)
+    with request:
+        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        child.start()
+        started = time.monotonic()
+    try:
+        assert time.monotonic() - started < 5.0
+        assert not request.requested
+    finally:
+        child.kill()
+        child.join()
+
+
 def test_the_end_of_the_launcher_is_a_wish_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
     launcher = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     monkeypatch.setattr(stop, "_launchers", lambda: [psutil.Process(launcher.pid)])

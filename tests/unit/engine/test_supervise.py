@@ -12,7 +12,7 @@ from ds_train.checkpoint.manifest import MANIFEST, newest_step
 from ds_train.config import RunConfig
 from ds_train.engine.launch import Ended, World
 from ds_train.engine.supervise import Policy, Supervisor, largest_launch
-from ds_train.errors import UserError
+from ds_train.errors import UserError, user_error
 from ds_train.plan.hostfile import Host
 
 HOSTS = [Host(f"h{number}", (0, 1)) for number in range(4)]
@@ -134,6 +134,55 @@ def test_told_to_stop_it_stops_the_ranks_and_starts_nothing(make: Callable[..., 
     assert supervisor.supervise(HOSTS).code == 75
     assert runs.stopped == [130.0, 0.0]
     assert restarts(runs) == []
+
+
+def test_told_to_stop_while_it_starts_the_ranks_it_stops_them(
+    make: Callable[..., tuple[Runs, Supervisor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs, supervisor = make((75, 4))
+    start = runs.start
+
+    def starting(world: World, more: Sequence[str]) -> Runs:
+        supervisor.stop()
+        return start(world, more)
+
+    monkeypatch.setattr(supervisor, "_start", starting)
+    assert supervisor.supervise(HOSTS).code == 75
+    assert runs.stopped == [130.0]
+
+
+def test_hosts_that_are_all_gone_for_a_while_are_waited_for(make: Callable[..., tuple[Runs, Supervisor]]) -> None:
+    runs, supervisor = make((255, 4), (0, None))
+    find, looked = runs.find, []
+
+    def finding(hosts: Sequence[Host]) -> tuple[list[Host], World]:
+        looked.append(len(runs.hosts))
+        if len(looked) in (2, 3):
+            raise user_error("hostfile", "no host answers")
+        return find(hosts)
+
+    supervisor._find = finding
+    assert supervisor.supervise(HOSTS).code == 0
+    assert looked == [0, 1, 1, 1]
+    assert [line["failures_in_a_row"] for line in restarts(runs)] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("launches", [0, 1])
+def test_hosts_that_stay_away_are_said_to(make: Callable[..., tuple[Runs, Supervisor]], launches: int) -> None:
+    """Before the first launch at once, since the hostfile may be wrong."""
+    runs, supervisor = make(*[(1, None)] * launches, limit=3)
+    find, looked = runs.find, []
+
+    def finding(hosts: Sequence[Host]) -> tuple[list[Host], World]:
+        looked.append(hosts)
+        if len(looked) > launches:
+            raise user_error("hostfile", "no host answers")
+        return find(hosts)
+
+    supervisor._find = finding
+    with pytest.raises(UserError, match="no host answers"):
+        supervisor.supervise(HOSTS)
+    assert len(looked) == (4 if launches else 1)
 
 
 def test_no_host_can_carry_the_recipe(recipe: Callable[..., RunConfig]) -> None:

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from ds_train.config import RunConfig, parse
 from ds_train.data.tokenizer import load_tokenizer
 from ds_train.errors import UserError
-from ds_train.models.load import build_model, initialize_weights, load_model_config
+from ds_train.models.load import build_model, initialize_weights, keep_generation_config, load_model_config, outline
 
 
 def recipe(*overrides: str) -> RunConfig:
@@ -97,3 +98,15 @@ def test_an_unreachable_hub_id_is_one_line(monkeypatch: pytest.MonkeyPatch) -> N
     ) as caught:
         load_model_config(run, load_tokenizer(recipe()))
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_generation_settings_are_those_of_the_pretrained_model(tmp_path: Path) -> None:
+    run = recipe()
+    config = load_model_config(run, load_tokenizer(run))
+    GenerationConfig(do_sample=True, top_k=7, eos_token_id=[2, 5]).save_pretrained(tmp_path)
+    (tmp_path / "none").mkdir()
+    for path, top_k in ((tmp_path, 7), (tmp_path / "none", None), (None, None)):
+        model = outline(run, config)
+        source = run.model_copy(update={"model": run.model.model_copy(update={"path": path and str(path)})})
+        keep_generation_config(source, model)
+        assert model.generation_config.top_k == top_k

@@ -48,6 +48,8 @@ TEACHER = str(Path(__file__).with_name("taught"))
 SHORT_TEACHER = str(Path(__file__).with_name("teacher"))
 FLASH = {"model.attention": "flash_attention_2", "batch.micro_samples": 1}
 PRUNE = {"compress.prune.ffn": 0.5}
+GEMMA3N = {"model.arch": "gemma3n_text"}
+PER_LAYER = {"compress.prune.ffn": [0.5] * 8, "compress.prune.budget": "per-layer"}
 CASES = [
     Broken(
         "prune-sizes", {"compress.prune.heads": 0.25, "parallel.tensor": 2},
@@ -60,7 +62,32 @@ CASES = [
     ),
     Broken("prune-sizes", {"compress.prune.heads": 0.1}, "all of the 4 heads would stay"),
     Broken("prune-end", PRUNE | {"compress.prune.start": 0.6}, "it is before compress.prune.start=0.6"),
-    Broken("prune-parameters", {"compress.prune.layers": 1, "compress.prune.parameters": 9}, "nothing says what goes"),
+    Broken(
+        "prune-budget", PRUNE | {"compress.prune.budget": "global"},
+        "compress.prune.budget=global: a llama config has one feed-forward size for all layers. Fix: set it to uniform",
+    ),
+    Broken(
+        "prune-budget", {"compress.prune.ffn": {0: 0.5}, "compress.prune.budget": "per-layer"}, "one feed-forward size",
+    ),
+    Broken("prune-budget-unread", {"compress.prune.heads": 0.5, "compress.prune.budget": "global"}, "none go"),
+    Broken("prune-shares", {"compress.prune.ffn": [0.5] * 8}, "set compress.prune.budget=per-layer"),
+    Broken("prune-share", GEMMA3N | PRUNE | {"compress.prune.budget": "per-layer"}, "a share for each layer"),
+    Broken(
+        "prune-shares-layers", GEMMA3N | PER_LAYER | {"compress.prune.ffn": [0.5, 0.25]}, "2 shares for 8 layers",
+    ),
+    Broken("prune-shares-layers", GEMMA3N | PER_LAYER | {"compress.prune.ffn": {8: 0.5}}, "from 0 to 7"),
+    Broken("prune-shares-fewer", GEMMA3N | PER_LAYER | {"compress.prune.layers": 2}, "a run of their own"),
+    Broken("prune-target", {"compress.prune.layers": 1, "compress.prune.parameters": 9}, "nothing says what goes"),
+    Broken("prune-target", {"compress.prune.latency": 0.5}, "compress.prune.latency=0.5: nothing says what goes"),
+    Broken(
+        "prune-targets", PRUNE | {"compress.prune.parameters": 9, "compress.prune.latency": 0.5},
+        "compress.prune.latency=0.5: shares are scaled to compress.prune.parameters already. Fix: leave one",
+    ),
+    Broken("prune-latency-unread", PRUNE | {"compress.prune.latency_samples": 4}, "no time is asked for"),
+    Broken(
+        "prune-latency-length", PRUNE | {"compress.prune.latency_ms": 5.0, "compress.prune.latency_length": 2048},
+        "compress.prune.latency_length=2048: the model takes samples of 1024 tokens",
+    ),
     Broken("prune-compile", PRUNE | {"model.compile": True}, "set model.compile=false"),
     Broken(
         "prune-stages", {"compress.prune.layers": 1, "parallel.pipeline": 2, "parallel.stage_layers": [4, 4]},
@@ -424,6 +451,7 @@ CASES = [
     Broken("raw-section", {"deepspeed.fp16.hysteresis": 4}, "deepspeed.fp16"),
     Broken("raw-communication", {"deepspeed.communication_data_type": "float32"}, "fp32, fp16 or bf16"),
     Broken("raw-communication", {"deepspeed.communication_data_type": 32}, "fp32, fp16 or bf16"),
+    Broken("raw-communication-fp16", {"deepspeed.communication_data_type": "FP16"}, "gradients below 6e-8"),
     Broken(
         "raw-gds",
         STAGE3 | {"parallel.offload_params": "nvme", "parallel.nvme_path": "/tmp", "deepspeed.aio.use_gds": True},
@@ -448,6 +476,9 @@ CLEAN = [
     ({**FLASH, "model.activation_checkpointing": True}, 4, "cuda"),
     (CLASSIFIER, 2, "cpu"),
     (BERT | {"task.kind": "masked-lm"}, 2, "cpu"),
+    (GEMMA3N | PER_LAYER, 2, "cpu"),
+    (GEMMA3N | {"compress.prune.ffn": {7: 0.5}, "compress.prune.budget": "per-layer"}, 2, "cpu"),
+    (GEMMA3N | PRUNE | {"compress.prune.budget": "global", "compress.prune.layers": 2}, 2, "cpu"),
     ({"model": {"path": "some/model"}, "data.tokenizer": "model"}, 2, "cpu"),
     (
         {"data.source": "hub", "data.path": "a/b", "data.subset": "c", "data.streaming": True, "data.split": "x",

@@ -125,4 +125,6 @@ def test_what_a_roll_back_leaves_out_never_comes_again(recipe: Recipe, how: str)
                 assert gone.isdisjoint(window for window, _ in windows_of(shape))
             seen += windows_of(shape)
         assert len(seen) == len(set(seen)), "no sample comes twice"
+        came = {window for window, _ in seen}
+        assert came | gone == set(range(max(came) + 1)), "no other window is left out"
     assert [skip.step for skip in far_back.skips] == [20, 24, 10]

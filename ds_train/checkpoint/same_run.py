@@ -1,0 +1,83 @@
+"""Which keys of a recipe make it another run, that no checkpoint of the old one can be continued with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ds_train.errors import Problem, UserError
+
+if TYPE_CHECKING:
+    from ds_train.checkpoint.native import TrainState
+
+# Keys that change what a step computes. Everything else (logging, saving, evaluation, workers) may change on resume.
+_MEANING = (
+    "seed",
+    "model",
+    "task",
+    "data",
+    "batch.global_samples",
+    "precision",
+    "optimizer",
+    "curriculum",
+    "token_drop",
+    "layer_drop",
+    "patch",
+    "compress",
+    "deepspeed",
+)
+_FREE = (
+    "model.activation_checkpointing",
+    "model.attention",
+    "model.compile",
+    "model.lean_activations",
+    "data.cache_dir",
+    "data.workers",
+    "optimizer.kernel",
+    "compress.prune.parallel",
+    "compress.distill.placement",
+)
+_PLACES_OF_DATA = ("data.path", "data.validation_path")
+
+
+def check_resumable(state: TrainState, recipe: Mapping[str, Any], data_fingerprint: str) -> None:
+    """Refuse to continue a checkpoint under a recipe that means another run. The layout may be any, and so may the
+    place of data whose content is the same.
+
+    Raises:
+        UserError: naming every key that differs and both values.
+    """
+    same_data = state.data_fingerprint == data_fingerprint
+    problems = [
+        Problem(key, f"the checkpoint was made with {old}", "restore it, or set another `name` to start anew", new)
+        for key, old, new in _differences(state.recipe, recipe)
+        if not (same_data and key in _PLACES_OF_DATA)
+    ]
+    if not problems and not same_data:
+        problems = [Problem("data", "the prepared data has changed since the checkpoint", "restore the source files")]
+    if problems:
+        raise UserError(problems)
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    old_leaves, new_leaves = leaves(old), leaves(new)
+    return [
+        (key, old_leaves.get(key), new_leaves.get(key))
+        for key in sorted(old_leaves.keys() | new_leaves.keys())
+        if old_leaves.get(key) != new_leaves.get(key) and _is_below(key, _MEANING) and not _is_below(key, _FREE)
+    ]
+
+
+def _is_below(key: str, roots: Sequence[str]) -> bool:
+    return any(key == root or key.startswith(root + ".") for root in roots)
+
+
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Every value of nested mappings by its dotted key."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            found |= leaves(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
+    return found

@@ -1,0 +1,38 @@
+"""`ds-train`: look at the schema, plan a run, prepare its data, watch it, report on it."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from ds_train import __version__
+from ds_train.cli import data, launching, models, ranks, recipes, runs
+from ds_train.errors import EXIT_CODE, UserError
+
+
+def main() -> None:
+    """Entry point. What the user got wrong is printed a line per problem, with exit code 2."""
+    try:
+        app()
+    except UserError as error:
+        for problem in error.problems:
+            print(f"error: {problem}", file=sys.stderr)
+        sys.exit(EXIT_CODE)
+
+
+def version() -> None:
+    """The version of ds_train."""
+    print(__version__)
+
+
+# In the order of `ds-train --help`. They import heavy libraries inside: `schema` and `plan` answer without torch.
+COMMANDS = (
+    recipes.schema, recipes.plan, recipes.calibrate, data.prepare, data.tokenizers, ranks.lr_find, ranks.prune,
+    launching.launch, launching.supervise, launching.doctor, ranks.profile, models.export, models.reshard,
+    data.explain_step, models.quantize, models.sparsify, runs.report, runs.top, version,
+)  # fmt: skip
+
+app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, help=__doc__)
+for command in COMMANDS:
+    app.command()(command)

@@ -1,0 +1,27 @@
+"""Arguments and options that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Recipe = Annotated[str, typer.Argument(help="Path of a YAML recipe.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key=value]...", help="Recipe keys to replace.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+
+Hostfile = Annotated[
+    Path | None, typer.Option("--hostfile", "-H", help="Hosts, `name slots=N` a line; this machine without it.")
+]
+Include = Annotated[str, typer.Option("--include", "-i", help="Hosts and slots to use: worker-0@worker-1:0,2.")]
+Exclude = Annotated[str, typer.Option("--exclude", "-e", help="Hosts and slots not to use.")]
+Ranks = Annotated[
+    int | None, typer.Option(min=1, help="Ranks in all; every slot without it, every device of this machine, or 1.")
+]
+MasterAddr = Annotated[
+    str | None, typer.Option(help="Address of the first host that ranks meet at; the one ssh reaches it by.")
+]
+MasterPort = Annotated[
+    int | None, typer.Option(min=1, max=65535, help="Port that ranks meet at; a free one where it is taken.")
+]

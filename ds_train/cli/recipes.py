@@ -1,0 +1,141 @@
+"""`schema`, `plan`, `calibrate`: what can be asked about a recipe without training it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ds_train.cli.options import AsJson, Overrides, Recipe
+from ds_train.config import RunConfig, load
+from ds_train.errors import user_error
+
+
+def schema(
+    key: Annotated[str, typer.Argument(help="A key or section, such as parallel.zero_stage; all without it.")] = "",
+    as_json: AsJson = False,
+) -> None:
+    """The reference of every recipe key, or a JSON Schema that editors use."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.padding import Padding
+
+    from ds_train.config.load import known_keys, nearest
+    from ds_train.config.reference import json_schema, reference
+
+    if as_json:
+        print(json.dumps(json_schema(), indent=2))
+        return
+    rows = reference(key)
+    if not rows:
+        guess = nearest(key, known_keys())
+        raise user_error("schema", "a recipe has no such key", f"did you mean {guess}?" if guess else "", key)
+    console = Console(highlight=False)
+    for row in rows:
+        default = f" (default: {row.default})" if row.default else ""
+        console.print(f"[bold]{row.key}[/]  {escape(row.type + default)}")
+        console.print(Padding(escape(row.text), (0, 0, 0, 4), expand=False))
+
+
+def plan(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    cluster: Annotated[
+        str | None, typer.Option(help="Cluster to plan for: 16x8:H100 (hosts x devices:kind), or a hostfile.")
+    ] = None,
+    ranks: Annotated[int, typer.Option(min=1, help="Ranks of the launch on machines like this one.")] = 1,
+    ranks_per_host: Annotated[
+        int | None, typer.Option(min=1, help="Ranks of one host; all of them without it.")
+    ] = None,
+    device: Annotated[
+        str, typer.Option(help="Kind of device: cpu, cuda, xpu, hpu, npu; this machine's own without it.")
+    ] = "",
+    auto: Annotated[bool, typer.Option("--auto", help="Choose every field that may be auto.")] = False,
+    why: Annotated[
+        str | None, typer.Option(help="Explain one way to run it: zero3, pipe2+tensor4, zero2+offload+micro4 ...")
+    ] = None,
+    as_json: AsJson = False,
+    plot: Annotated[bool, typer.Option("--plot", help="Draw every schedule of the recipe, here and as a PNG.")] = False,
+    plot_file: Annotated[Path | None, typer.Option(help="The PNG; NAME-curves.png here without it.")] = None,
+) -> None:
+    """What a launch would do, need and reach: layout, memory, step time, or every reason why not. Starts nothing."""
+    from ds_train.engine.session import Placed, after_cut
+    from ds_train.plan import show
+    from ds_train.plan.clusters import cluster_of
+    from ds_train.plan.make import make_plan
+    from ds_train.plan.search import with_auto
+    from ds_train.plan.topology import Cluster, device_here, known_device
+    from ds_train.plan.why import explain
+
+    run = load(recipe, overrides or [])
+    if cluster is not None:
+        imagined = cluster_of(cluster)
+    else:
+        known = known_device(device, "--device") if device else device_here()
+        on_host = ranks_per_host or ranks
+        if ranks % on_host:
+            fix = f"give a divisor of {ranks}; hosts are alike"
+            raise user_error("--ranks-per-host", f"doesn't divide the {ranks} ranks", fix, on_host)
+        imagined = Cluster(ranks, on_host, known, here=known == device_here())
+    if auto:
+        run = with_auto(run)
+    if why is not None:
+        explained = explain(run, imagined, why)
+        if as_json:
+            print(json.dumps(explained.to_dict(), indent=2))
+        else:
+            show.show_explanation(explained)
+        return
+    made = make_plan(run, imagined)
+    after_cut(Placed(run, made), imagined)
+    if as_json:
+        print(json.dumps(made.to_dict(), indent=2, default=str))
+    else:
+        show.show_plan(made)
+        if plot:
+            _plot_curves(run, plot_file or Path(f"{run.name}-curves.png"))
+
+
+def _plot_curves(run: RunConfig, path: Path) -> None:
+    from ds_train.schedule.curves import recipe_curves
+    from ds_train.track.plot import save_curves, sketch
+
+    found = recipe_curves(run)
+    for curve in found.curves:
+        print("\n".join(sketch(curve.name, curve.values)))
+    print(f"over {found.axis}, up to {found.tokens[-1]:,.10g}; drawn in {path.resolve()}")
+    save_curves(path, found.axis, found.tokens, [(curve.name, curve.values) for curve in found.curves])
+
+
+def calibrate(
+    ranks: Annotated[
+        str, typer.Option(help="Numbers of ranks to measure, such as 1,2,4; every power of two that fits without it.")
+    ] = "",
+    device: Annotated[str, typer.Option(help="Kind of device; this machine's own without it.")] = "",
+) -> None:
+    """Measure this machine (products, memory, collectives) for the plans that are made on it. Takes a minute."""
+    from ds_train.engine.calibrate import calibrate as measure
+    from ds_train.engine.calibrate import default_counts
+    from ds_train.plan.hardware import store_calibration
+    from ds_train.plan.topology import device_here, known_device
+
+    kind = known_device(device, "--device") if device else device_here()
+    try:
+        counts = sorted({int(count) for count in ranks.split(",")}) if ranks else default_counts(kind)
+    except ValueError:
+        raise user_error("--ranks", "not a list of numbers", "write 1,2,4", ranks) from None
+    if counts[0] < 1:
+        raise user_error("--ranks", "there is at least one rank", "write 1,2,4", ranks)
+    measured = measure(kind, counts, lambda text: print(text, file=sys.stderr))
+    for count, total in measured.totals.items():
+        share = 1 / int(count)
+        print(
+            f"{count} rank{'s' if count != '1' else ''}, each: "
+            f"fp32 {total['flops_fp32'] * share / 1e9:,.0f} GFLOP/s, bf16 {total['flops_bf16'] * share / 1e9:,.0f}, "
+            f"memory {total['memory_bytes_per_second'] * share / 1e9:.1f} GB/s"
+            + (f", link {total['link_bytes_per_second'] * share / 1e9:.2f} GB/s" if count != "1" else "")
+        )
+    print(store_calibration(measured))

@@ -1,0 +1,34 @@
+"""A checkpoint goes on under a recipe that computes the same, and under no other."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from ds_train.checkpoint.native import TrainState
+from ds_train.checkpoint.same_run import check_resumable
+from ds_train.errors import UserError
+
+
+def test_what_may_and_what_may_not_change_on_resume() -> None:
+    recipe = {
+        "seed": 1,
+        "data": {"source": "text", "workers": 1},
+        "track": {"wandb": "off"},
+        "optimizer": {"betas": [0.9, 0.95]},
+    }
+    saved = TrainState(5, 50, json.loads(json.dumps(recipe)), {"ranks": 2}, {}, "abc")
+    check_resumable(saved, recipe | {"track": {"wandb": "online"}}, "abc")
+    check_resumable(saved, recipe | {"data": {"source": "text", "workers": 4}}, "abc")
+    check_resumable(saved, recipe | {"optimizer": {"betas": (0.9, 0.95)}}, "abc")
+    later = {"compress": {"prune": {"parallel": {"tensor": 2}}}}
+    check_resumable(saved, recipe | later, "abc")
+    moved = recipe | {"data": {"source": "text", "workers": 1, "path": "/elsewhere"}}
+    check_resumable(saved, moved, "abc")
+    with pytest.raises(UserError, match=r"data\.path=/elsewhere: the checkpoint was made with None"):
+        check_resumable(saved, moved, "xyz")
+    with pytest.raises(UserError, match=r"(?s)data.source=stdlib.*made with text.*seed=2"):
+        check_resumable(saved, recipe | {"seed": 2, "data": {"source": "stdlib"}}, "abc")
+    with pytest.raises(UserError, match="data has changed"):
+        check_resumable(saved, recipe, "xyz")

@@ -1,0 +1,53 @@
+"""The doctor plans a recipe on the hosts as a launch would, from its first step to its last."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from ds_train.config import RunConfig
+from ds_train.engine import doctor
+from ds_train.engine.findings import Finding
+from ds_train.plan.hostfile import Host
+
+Recipe = Callable[..., RunConfig]
+
+
+@pytest.fixture
+def plan_lines(monkeypatch: pytest.MonkeyPatch) -> Callable[[RunConfig], list[str]]:
+    """What the doctor says of a recipe on two ranks of this machine, without building kernels or starting ranks."""
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setattr(doctor, "_kernels", lambda surveyed: [])
+    monkeypatch.setattr(doctor, "_collective", lambda world: Finding("ok", "collective", "not tried"))
+
+    def examined(run: RunConfig) -> list[str]:
+        found = doctor.examine([Host("localhost", (0, 1))], run)
+        return [str(finding) for finding in found if finding.check in ("recipe", "collective")]
+
+    return examined
+
+
+def pruned(recipe: Recipe, **parallel: Any) -> RunConfig:
+    return recipe(compress={"prune": {"layers": 1, "parallel": parallel}})
+
+
+def test_the_layout_from_the_cut_on_is_looked_at(recipe: Recipe, plan_lines: Callable[[RunConfig], list[str]]) -> None:
+    found = plan_lines(pruned(recipe, tensor=2, zero_stage=2))
+    assert found[0] == "ok    recipe      2 ranks as pipe 1, data 2, sequence 1, tensor 1, ZeRO-1"
+    assert "ok    recipe      from the cut on 2 ranks as pipe 1, data 1, sequence 1, tensor 2, ZeRO-2" in found
+    assert found[-1] == "ok    collective  not tried"
+
+
+def test_what_is_wrong_with_it_is_a_failure(recipe: Recipe, plan_lines: Callable[[RunConfig], list[str]]) -> None:
+    failure, *others, untried = plan_lines(pruned(recipe, tensor=3))
+    assert not [line for line in others if not line.startswith("fail")], others
+    assert failure.startswith(
+        "fail  recipe      compress.prune.parallel.pipeline x tensor x sequence: it doesn't divide"
+    )
+    assert untried == "note  collective  tried when nothing else fails"
+
+
+def test_a_layout_that_stays_is_a_line(recipe: Recipe, plan_lines: Callable[[RunConfig], list[str]]) -> None:
+    assert len([line for line in plan_lines(recipe()) if line.startswith("ok    recipe")]) == 1
