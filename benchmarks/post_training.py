@@ -1,7 +1,8 @@
 """Held-out loss of a small Llama after post-training quantization: to nearest, by GPTQ and by AWQ.
 
-The model of ds_configs/quickstart.yaml, trained on the standard library for longer, is rounded to 4 and 8 bits in each
-way. Losses are those of the packed folders, loaded by transformers alone, over the same held-out windows.
+A model of bytes in the form of ds_configs/quickstart.yaml, trained on the standard library for some minutes, is rounded
+to 4 and 8 bits in each way. Losses are those of the packed folders, loaded by transformers alone, over the same
+held-out windows.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 from launching import launch
 
 METHODS = ("rtn", "gptq", "awq")
+SIZE = {"model.hidden_size": 128, "model.intermediate_size": 384, "data.sequence_length": 128, "schedule.steps": 800}
 
 
 def main() -> None:
@@ -27,8 +29,9 @@ def main() -> None:
         run = Path(root) / "small"
         keys = [
             f"name={run.name}", f"run_root={run.parent}", f"data.cache_dir={root}/cache", "checkpoint.save_final=false",
-            "checkpoint.every_steps=null", "track.sample_prompt=null", "track.peak_tflops=1.0", "schedule.steps=1200",
-            "data.sequence_length=128", *options.overrides,
+            "checkpoint.every_steps=null", "track.sample_prompt=null", "track.peak_tflops=1.0", "data.tokenizer=bytes",
+            "data.train_vocabulary=null", "optimizer.lr=4.0e-3", *(f"{key}={value}" for key, value in SIZE.items()),
+            *options.overrides,
         ]  # fmt: skip
         launch(["launch/train.py", "ds_configs/quickstart.yaml", *keys], options.ranks)
         batches = held_out(run, options.held_out)

@@ -25,7 +25,9 @@ def plain_relation(queries: Tensor, others: Tensor, visible: Tensor) -> Tensor:
     """Probabilities (T, T) of one sample and head, a token at a time."""
     rows = []
     for place, query in enumerate(queries):
-        scores = torch.tensor([float(query.detach() @ other.detach()) / queries.shape[-1] ** 0.5 for other in others]).double()
+        scores = torch.tensor(
+            [float(query.detach() @ other.detach()) / queries.shape[-1] ** 0.5 for other in others]
+        ).double()
         weights = scores.exp() * visible[place]
         rows.append(weights / weights.sum())
     return torch.stack(rows)
