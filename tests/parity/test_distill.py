@@ -52,6 +52,9 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
 }
 
 
+PLACED = ("sharded", "offloaded")
+
+
 def kl(target: Tensor, other: Tensor) -> Tensor:
     return functional.kl_div(other, target, reduction="sum", log_target=True)
 
@@ -262,5 +265,14 @@ def test_a_teacher_in_shares_fills_the_cache(folders: dict[str, Path], tmp_path:
 
 
 @pytest.mark.exhaustive
-def test_every_layout(folders: dict[str, Path], tmp_path: Path) -> None:
-    check(tmp_path, folders, {case: list(layouts) for case, (_, layouts) in CASES.items()})
+@pytest.mark.parametrize("case", [case for case in CASES if case not in PLACED])
+def test_every_layout(case: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    check(tmp_path, folders, {case: list(CASES[case][1])})
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("layout", TWO_RANKS)
+def test_it_does_not_matter_where_a_teacher_is(layout: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    check(tmp_path, folders, {case: [layout] for case in ("hidden", *PLACED)})
+    for case in PLACED:
+        assert history_of(tmp_path, f"{case}-{layout}") == history_of(tmp_path, f"hidden-{layout}"), case
