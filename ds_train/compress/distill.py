@@ -43,10 +43,12 @@ class Distilling:
         """See `Objective`."""
         for comparison in self._comparisons:
             comparison.begin(batch)
-        targets: Targets = self._teacher.targets(batch)
         labels_N = batch["labels"].reshape(-1)
         if self._section.logits == "none":
+            assert self.teacher is not None
+            self.teacher.run(batch)
             return CrossEntropy(labels_N, shard)
+        targets: Targets = self._teacher.targets(batch)
         return Distillation(self._section.logits, self._section.temperature, self.alpha, labels_N, targets, shard)
 
     def extra_loss(self) -> Tensor | None:
