@@ -54,7 +54,7 @@ _STAGE_3: dict[str, dict[str, Any]] = {
     "checked": {"enable_sanity_checks": True, "log_trace_cache_warnings": True, "memory_efficient_linear": False},
     "plain-modules": {"override_module_apply": False},
     # What is called with its inputs by position; of self_attn, whose are named, parameters are gone too early.
-    "leaves": {"leaf_module": {"classes": ["LlamaMLP"], "names": ["model.norm"], "name_suffixes": ["layernorm"]}},
+    "leaves": {"leaf_module": {"classes": ["LlamaMLP"], "names": ["model.layers.0.mlp"], "name_suffixes": ["mlp"]}},
 }
 
 
