@@ -133,7 +133,7 @@ def run_ours(
         "parallel": {"zero_stage": STAGE},
         "precision": {"dtype": "bf16"},
         "optimizer": {"lr": LR, "betas": [0.9, 0.999], "weight_decay": 0.01},
-        "schedule": {"steps": steps, "kind": "linear", "warmup_fraction": 0.0, "final_ratio": 0.0},
+        "schedule": {"steps": steps, "kind": "constant", "warmup_fraction": 0.0},
         "checkpoint": {"save_final": False, "export": False},
         "track": {"peak_tflops": peak},
     }  # fmt: skip

@@ -20,10 +20,11 @@ from itertools import islice
 from pathlib import Path
 
 import yaml
-from against_hf_trainer import LENGTH, LLAMA_34M, MICRO, write_corpus
+from against_hf_trainer import LENGTH, LLAMA_34M, MICRO, Setting, run_rival, write_corpus
 from launching import ROOT
 from tables import machine, put_into_docs, show
 
+RIVAL = "Hugging Face Trainer with DeepSpeed"
 VARIANTS: dict[str, tuple[list[str], str]] = {  # name: keys of the recipe, libraries of ds_kernels that are left out
     "everything": ([], ""),
     "attention by torch (`model.attention: sdpa`)": (["model.attention=sdpa"], ""),
@@ -44,24 +45,30 @@ def main() -> None:
     if options.worker:
         work(options.worker[0], options.worker[1:], options.steps)
     with tempfile.TemporaryDirectory() as name:
-        recipe = write_recipe(Path(name))
-        rounds = [{name: measured(recipe, name, options.steps) for name in VARIANTS} for _ in range(options.rounds)]
+        folder = Path(name)
+        recipe = write_recipe(folder)
+        rounds = [one_round(folder, recipe, options.steps) for _ in range(options.rounds)]
     whole = statistics.median(one["everything"]["cpu_s"] for one in rounds)
     rows = []
-    for name in VARIANTS:
+    for name in rounds[0]:
         seconds = sorted(one[name]["cpu_s"] for one in rounds)
         rows.append([
-            name if name == "everything" else f"without: {name}" if "compile" not in name else f"instead: {name}",
+            name,
             f"{statistics.median(seconds):.2f} ({seconds[0]:.2f} - {seconds[-1]:.2f})",
             f"{statistics.median(seconds) / whole:.2f}",
             f"{statistics.median(one[name]['peak_mb'] for one in rounds):,.0f}",
-            f"{rounds[0][name]['loss']:.4f}",
         ])  # fmt: skip
-    headings = ("", "processor seconds a step", "of everything's", "peak MB", "last loss")
+    headings = ("", "processor seconds a step", "of everything's", "peak MB")
     title = f"34M Llama, bf16, one rank with one thread, micro-batch {MICRO} x {LENGTH}, {options.rounds} rounds"
     show([machine(), title], headings, rows)
     if options.docs:
         put_into_docs("features", [machine(), title], headings, rows)
+
+
+def one_round(folder: Path, recipe: Path, steps: int) -> dict[str, dict[str, float]]:
+    """The rival, then every variant."""
+    rival = run_rival(folder, folder / "corpus.txt", Setting(1, 1), steps)
+    return {RIVAL: rival} | {name: measured(recipe, name, steps) for name in VARIANTS}
 
 
 def write_recipe(folder: Path) -> Path:
@@ -114,15 +121,14 @@ def work(recipe: str, overrides: list[str], steps: int) -> None:
     plan = make_plan(run, Cluster(1, 1, "cpu"))
     prepared = prepare(run, progress=False)
     parts = assemble(run, plan, info, prepared_tokenizer(prepared), prepared)
-    seconds, losses = [], []
+    seconds = []
     started = time.process_time()
     timeline = make_timeline(run, parts.data.samples_per_epoch)
-    for result in islice(train_steps(run, plan, info, parts, timeline), steps):
+    for _ in islice(train_steps(run, plan, info, parts, timeline), steps):
         seconds.append(time.process_time() - started)
-        losses.append(result.loss)
         started = time.process_time()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(json.dumps({"cpu_s": statistics.median(seconds[2:]), "peak_mb": peak, "loss": losses[-1]}), flush=True)
+    print(json.dumps({"cpu_s": statistics.median(seconds[2:]), "peak_mb": peak}), flush=True)
     os._exit(0)
 
 

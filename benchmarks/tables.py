@@ -16,7 +16,7 @@ DOCS = Path(__file__).resolve().parent.parent / "docs" / "performance.md"
 
 
 def machine() -> str:
-    """Processor, its bf16 units, cores, and versions of what decides on speed."""
+    """Processor, its bf16 units, cores, how busy they were (15 minutes), and versions of what decides on speed."""
     cpu = platform.processor() or platform.machine()
     flags = ""
     info = Path("/proc/cpuinfo")
@@ -26,7 +26,8 @@ def machine() -> str:
         units = [unit for unit in ("avx512f", "avx512_bf16", "amx_bf16") if re.search(rf"\b{unit}\b", text)]
         flags = f" ({', '.join(units)})"
     names = ", ".join(f"{name} {version(name)}" for name in ("torch", "deepspeed", "transformers"))
-    return f"{cpu}{flags}, {len(os.sched_getaffinity(0))} cores; {names}; Python {platform.python_version()}"
+    cores, load = len(os.sched_getaffinity(0)), os.getloadavg()[2]
+    return f"{cpu}{flags}, {cores} cores, load {load:.1f}; {names}; Python {platform.python_version()}"
 
 
 def show(notes: Sequence[str], headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -46,7 +47,7 @@ def put_into_docs(name: str, notes: Sequence[str], headings: Sequence[str], rows
     """Replace what docs/performance.md has between the marks of `name`."""
     lines = [f"| {' | '.join(row)} |" for row in (headings, ["---"] + ["---:"] * (len(headings) - 1), *rows)]
     block = "\n".join([*(f"{note[0].upper()}{note[1:]}.\n" for note in notes), *lines])
-    begin, end = f"<!-- {name} -->\n", "\n<!-- end -->"
+    begin, end = f"<!-- {name} -->\n", "<!-- end -->"
     text = DOCS.read_text(encoding="utf-8")
     at = text.index(begin) + len(begin)
-    DOCS.write_text(text[:at] + block + text[text.index(end, at) :], encoding="utf-8")
+    DOCS.write_text(f"{text[:at]}{block}\n{text[text.index(end, at) :]}", encoding="utf-8")

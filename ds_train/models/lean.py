@@ -138,4 +138,5 @@ class _GatedProduct(torch.autograd.Function):
         gate_F, up_F = ctx.saved_tensors
         gate_F, activated_F = ctx.activated.last(gate_F)
         (grad_gate,) = torch.autograd.grad(activated_F, gate_F, upstream[0] * up_F)
-        return grad_gate, upstream[0] * activated_F.detach(), None
+        # Its own graph is over, so that the activation can make room.
+        return grad_gate, activated_F.detach().mul_(upstream[0]), None

@@ -63,10 +63,8 @@ class TimeModel:
         run = memory.run
         flops = self._hardware.flops
         # CPUs that multiply 16 bits more slowly than fp32 widen them (models/cpu_products.py).
-        peak = flops[run.precision.dtype]
-        if self._hardware.device == "cpu":
-            peak = max(peak, flops["fp32"])
-        self._flops = peak * self._hardware.attainable
+        self._widens = self._hardware.device == "cpu" and flops[run.precision.dtype] <= flops["fp32"]
+        self._flops = flops["fp32" if self._widens else run.precision.dtype] * self._hardware.attainable
         self._width = memory.width
         self._length = run.data.sequence_length
 
@@ -142,9 +140,8 @@ class TimeModel:
         products = flops / self._flops
         kept, _ = model.activations.layers(share, work)
         traffic = kept * _TRAFFIC_PER_KEPT_BYTE * again / 3 + 3 * model.activations.loss(share, work)
-        if self._hardware.device == "cpu":
-            # Without matrix units 16-bit operands are widened (models/cpu_products.py); conversions cost as much.
-            traffic *= 4 / self._width
+        if self._widens:
+            traffic *= 4 / self._width  # conversions cost as much
         # Weights are read in each pass, their gradients written and added.
         traffic += share.elements * self._width * (again + 2)
         memory = traffic / self._hardware.memory_bytes_per_second
