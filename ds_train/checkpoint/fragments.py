@@ -180,7 +180,7 @@ def _places(engine: Any, part: Part, everything: bool) -> Iterator[Sequence[_Pla
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
         yield from _places_of_stage_3(optimizer, everything)
     elif isinstance(optimizer, DeepSpeedZeroOptimizer):
-        yield _mapped_places(optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups)
+        yield _partitioned_places(optimizer)
     elif isinstance(optimizer, BF16_Optimizer):
         yield _mapped_places(optimizer.bf16_groups, optimizer.fp32_groups_flat_partition)
     elif isinstance(optimizer, torch.optim.Optimizer):
@@ -189,8 +189,25 @@ def _places(engine: Any, part: Part, everything: bool) -> Iterator[Sequence[_Pla
         raise TypeError(f"DeepSpeed's {type(optimizer).__name__} isn't known here")
 
 
+def _partitioned_places(zero: Any) -> list[_Place]:
+    """ZeRO 1 and 2: parameters lie in one flat buffer, of which each rank has an equal run.
+
+    DeepSpeed's own links are wrong where `round_robin_gradients` has changed their order (stage_1_and_2.py:824).
+    """
+    places = []
+    for number, master in enumerate(zero.single_partition_of_fp32_groups):
+        first = torch.distributed.get_rank(group=zero.real_dp_process_group[number]) * zero.partition_size[number]
+        in_order = zip(zero.round_robin_bit16_groups[number], zero.round_robin_bit16_offsets[number], strict=True)
+        for parameter, offset in in_order:
+            start = max(offset, first)
+            stop = min(offset + parameter.numel(), first + zero.partition_size[number])
+            if start < stop:
+                places.append(_Place(parameter, master, start - first, start - offset, stop - start))
+    return places
+
+
 def _mapped_places(groups: Sequence[Sequence[nn.Parameter]], masters: Sequence[Tensor]) -> list[_Place]:
-    """ZeRO 1 and 2 and the bf16 optimizer: DeepSpeed has linked each parameter to its run of the flat partition."""
+    """The bf16 optimizer: DeepSpeed has linked each parameter to its run of the flat partition."""
     places = []
     for group, master in zip(groups, masters, strict=True):
         for parameter in group:

@@ -83,6 +83,10 @@ REFUSED: dict[str, tuple[str, str]] = {
     "disable_allgather": _UNREAD,
     "vocabulary_size": _UNREAD,
     "zero_optimization.allgather_partitions": _UNREAD,
+    "zero_optimization.stage3_module_granularity_threshold": (
+        "a whole model becomes one leaf, whose gradients are reduced before they are there (zero/stage3.py:1533)",
+        "leave it out; leaf_module names modules",
+    ),
     "zero_optimization.save_muon_momentum_buffer_in_memory": ("there is no Muon here", "leave it out"),
     "bf16.bf16_master_weights_and_grads": _MASTER,
     "bf16.bf16_optimizer_states": _MASTER,
