@@ -140,7 +140,7 @@ def _rank(path: str) -> None:
     import torch
     import torch.distributed as dist
 
-    from ds_train.engine.ranks import leave, meet, rank_info, return_freed_memory
+    from ds_train.engine.ranks import end, leave, meet, rank_info, return_freed_memory
 
     info = rank_info()
     if info.device == "cpu":
@@ -222,6 +222,7 @@ def _rank(path: str) -> None:
         figures["device_memory_bytes"] = float(module.mem_get_info()[1])
     Path(path).write_text(json.dumps(figures))
     leave()
+    end(0)
 
 
 def _product(rows: int, inputs: int, outputs: int, dtype: Any, where: Any) -> Callable[[], Any]:

@@ -19,7 +19,7 @@ def main() -> None:
     import torch
     import torch.distributed as dist
 
-    from ds_train.engine.ranks import leave, meet, rank_info
+    from ds_train.engine.ranks import end, leave, meet, rank_info
 
     info = rank_info()
     meet(info, timedelta(seconds=TIMEOUT_S))
@@ -52,6 +52,7 @@ def main() -> None:
         }  # fmt: skip
         print(RESULT + json.dumps(record), flush=True)
     leave()
+    end(0)
 
 
 if __name__ == "__main__":

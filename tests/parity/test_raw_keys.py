@@ -53,7 +53,8 @@ _STAGE_3: dict[str, dict[str, Any]] = {
     "one-by-one": {"stage3_allgather_sequential": True, "contiguous_gradients": False},
     "checked": {"enable_sanity_checks": True, "log_trace_cache_warnings": True, "memory_efficient_linear": False},
     "plain-modules": {"override_module_apply": False},
-    "leaves": {"leaf_module": {"classes": ["LlamaMLP"], "names": ["layers.1"], "name_suffixes": ["self_attn"]}},
+    # What is called with its inputs by position; of self_attn, whose are named, parameters are gone too early.
+    "leaves": {"leaf_module": {"classes": ["LlamaMLP"], "names": ["model.layers.0.mlp"], "name_suffixes": ["mlp"]}},
 }
 
 
