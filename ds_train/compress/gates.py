@@ -193,9 +193,10 @@ class _Norm(_Gated):
         if not isinstance(self.module, nn.LayerNorm):
             return self._forward(hidden * mask * scale) / scale
         mean = (hidden * mask).sum(-1, keepdim=True) * (scale**2 / mask.numel())
-        normal = self._forward((hidden - mean) * mask * scale)
-        bias = self.module.bias
-        return normal / scale if bias is None else (normal - bias) / scale + bias * mask
+        own, centred = self.module, (hidden - mean) * mask * scale
+        # Without the bias: in a closed channel its gradient would be a difference of equal sums, and Adam's step large.
+        normal = F.layer_norm(centred, own.normalized_shape, own.weight, None, own.eps)
+        return normal / scale if own.bias is None else normal / scale + own.bias * mask
 
 
 class _Router(_Gated):

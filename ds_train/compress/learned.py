@@ -65,19 +65,28 @@ class LearnedGates:
     def learn(self, step: int, gradients: Mapping[Place, Tensor]) -> None:
         """Go on by the loss's gradient by the gates that step `step` had. What isn't finite teaches nothing."""
         self.learned += 1
+        slopes = {
+            place: gradients[place] * hard_concrete(values, self._noise(step, place, len(values)))[1]
+            for place, values in self.log_alpha.items()
+        }
+        rates = {kind: self._rate(kind, slopes) for kind in {kind for kind, _ in slopes}}
         for own in self._shared:
-            slopes = {
-                place: gradients[place] * hard_concrete(self.log_alpha[place], self._noise(step, place, units))[1]
-                for place, units in own.units.items()
-            }
-            # By their root mean square, and not each by its own: what the loss hardly sees must not move as far.
-            size = float(torch.cat([*slopes.values()]).square().mean().sqrt())
-            rate = _RATE / math.sqrt(self._steps) / size if 0.0 < size < math.inf else 0.0
             moved = {
-                place: self.log_alpha[place] - rate * slope if rate else self.log_alpha[place]
-                for place, slope in slopes.items()
+                place: self.log_alpha[place] - rates[place[0]] * slopes[place]
+                if rates[place[0]]
+                else self.log_alpha[place]
+                for place in own.units
             }
             self._hold(own, moved)
+
+    def _rate(self, kind: str, slopes: Mapping[Place, Tensor]) -> float:
+        """What slopes of a kind are multiplied by: by the root mean square of all of them, not of each layer's own.
+
+        An expert that is alone open, say, has a gradient of nothing but rounding.
+        """
+        of_kind = torch.cat([slope for (other, _), slope in slopes.items() if other == kind])
+        size = float(of_kind.square().mean().sqrt())
+        return _RATE / math.sqrt(self._steps) / size if 0.0 < size < math.inf else 0.0
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint has to hold, as plain values."""

@@ -13,11 +13,12 @@ from ds_kernels import Choice
 from ds_kernels.memory import hand_back_memory
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ds_train.compress.distill import Distilling
+from ds_train.compress.compared import check_relations
+from ds_train.compress.distill import Distilling, TeacherBeside
 from ds_train.compress.packed import Packing
 from ds_train.compress.qat import Rounding, linear_layers
 from ds_train.compress.sparsity import keep_zeros
-from ds_train.compress.teacher import check_teacher
+from ds_train.compress.teacher import check_teacher, teacher_path
 from ds_train.config import RunConfig
 from ds_train.data.build import DataBundle, load_data
 from ds_train.engine.distilling import check_teacher_shared, distil
@@ -34,7 +35,7 @@ from ds_train.optim.build import build_optimizer, choose_kernel
 from ds_train.optim.fuse import fuse_passes
 from ds_train.optim.guard import guard_steps
 from ds_train.parallel.build import Part, build_part
-from ds_train.parallel.check import check_documents_apart, check_layout, check_token_dropping
+from ds_train.parallel.check import check_documents_apart, check_layer_dropping, check_layout, check_token_dropping
 from ds_train.parallel.mesh import Mesh
 from ds_train.parallel.sequence import leave_sequence
 from ds_train.parallel.tensor import gradient_norm
@@ -62,6 +63,13 @@ class Assembly:
     rounding: Rounding | None = None
     packing: Packing | None = None
     prunable: Prunable | None = None
+
+    @property
+    def teacher(self) -> PreTrainedModel | None:
+        """The teacher that runs on this rank, if any does."""
+        beside = self.part.pipeline.stage.beside if self.part.pipeline is not None else None
+        runner = beside if isinstance(beside, TeacherBeside) else self.distilling
+        return None if runner is None or runner.teacher is None else runner.teacher.model
 
     @property
     def model(self) -> PreTrainedModel:
@@ -128,7 +136,15 @@ def assemble(
         check_layout(run, config, later, Mesh(later, info.rank), get_accelerator().current_device_name())
     if run.token_drop.kind != "none":
         check_token_dropping(run, config)
+    if run.layer_drop.kind != "none":
+        check_layer_dropping(run, config)
     teacher = check_teacher(taught, config, tokenizer) if run.compress.distill.active else None
+    if teacher is not None and not Path(teacher_path(taught)).expanduser().is_dir():
+        # As for the model: the sizes of a hub teacher are known only now.
+        make_plan(taught, plan.cluster)
+    if teacher is not None and run.compress.distill.relations > 0:
+        check_relations(run, config, "model")
+        check_relations(run, teacher, "compress.distill.teacher")
     for sequence in {layout.sequence, later.sequence} - {1}:
         if teacher is not None:
             check_teacher_shared(taught, teacher, sequence, info)

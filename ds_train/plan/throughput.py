@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 
 from ds_train.plan.hardware import Hardware, Link
-from ds_train.plan.memory import Choice, MemoryModel
+from ds_train.plan.memory import Choice, MemoryModel, runs_teacher
 from ds_train.plan.shares import Share
 from ds_train.plan.topology import Cluster
 
@@ -134,7 +134,7 @@ class TimeModel:
         body = share.multiply_adds - share.head_multiply_adds
         scores = 2 * self._length * model.activations.attention_width * layers / layout.tensor
         flops = 2 * work.tokens * (again * (body + scores) + 3 * share.head_multiply_adds)
-        if share.has_head:
+        if runs_teacher(model.run, share, model.shares.layers):
             # The teacher's forward pass, whole on every rank that takes the loss (compress/teacher.py).
             flops += 2 * work.tokens * model.teacher_elements
         products = flops / self._flops

@@ -91,6 +91,17 @@ def test_units_that_the_loss_needs_stay_and_what_is_not_finite_teaches_nothing()
     torch.testing.assert_close(moved, moved[:1].expand(64))  # the number that is open falls all the same
 
 
+def test_a_layer_whose_gradient_is_rounding_moves_no_further() -> None:
+    places = {("experts", layer): 4 for layer in range(2)}
+    gates = LearnedGates([Shared({place: units}, 2) for place, units in places.items()], 100, 0)
+    before = dict(gates.log_alpha)
+    gates.learn(
+        0, {("experts", 0): torch.tensor([3.0, -2.0, 1.0, 5.0]).double(), ("experts", 1): torch.full((4,), 1e-8)}
+    )
+    moved = gates.log_alpha["experts", 1] - before["experts", 1]
+    torch.testing.assert_close(moved, moved.mean().expand(4), rtol=0, atol=1e-7)
+
+
 def test_open_units_fall_in_a_line_to_those_that_stay_and_layers_may_share_them() -> None:
     places = {("ffn", 0): 10, ("ffn", 1): 10}
     gates = LearnedGates([Shared(places, 8), Shared({("heads", 0): 4}, 4)], 4, 0)
