@@ -8,7 +8,7 @@ from ds_train.errors import Problem
 from ds_train.plan.facts import Facts
 from ds_train.plan.model_size import ALIASES
 from ds_train.plan.prune import problems, units_left
-from ds_train.plan.rules.base import DROPPING, KeyRule, Rule, above_one, all_of, at, given, nvme, size_of
+from ds_train.plan.rules.base import DROPPING, TENSOR, KeyRule, Rule, above_one, all_of, at, given, nvme, size_of
 from ds_train.plan.topology import Layout
 from ds_train.plan.transformers_keys import takes_list
 
@@ -139,6 +139,12 @@ RULES: tuple[Rule | KeyRule, ...] = (
     Rule(
         "prune-shares-fewer", "compress.prune.layers", lambda f: _by_layer(f) and f.run.compress.prune.layers > 0,
         "which layers go is chosen in the run, whatever shares they have", "prune layers in a run of their own",
+    ),
+    Rule(
+        "prune-gates-tensor", "compress.prune.score",
+        all_of(_pruning, at("compress.prune.score", "gates"), TENSOR, lambda f: f.arch and "head_dim" not in f.config_keys),
+        lambda f: f"with tensor ranks the gradients of {f.arch} under gates aren't those of one rank to rounding",
+        "set parallel.tensor=1, or compress.prune.score=taylor",
     ),
     Rule(
         "prune-end", "compress.prune.end",
