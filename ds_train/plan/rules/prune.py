@@ -88,6 +88,10 @@ def _other_layers(facts: Facts) -> str | None:
     return f"there is no layer {beyond[0]}: they count from 0 to {layers - 1}" if beyond else None
 
 
+def _without_head_size(facts: Facts) -> bool:
+    return bool(facts.config_keys) and "head_dim" not in facts.config_keys
+
+
 def _too_long(facts: Facts) -> bool:
     length, positions = facts.run.compress.prune.latency_length, size_of(facts, "positions")
     return length is not None and positions is not None and length > positions
@@ -142,7 +146,7 @@ RULES: tuple[Rule | KeyRule, ...] = (
     ),
     Rule(
         "prune-gates-tensor", "compress.prune.score",
-        all_of(_pruning, at("compress.prune.score", "gates"), TENSOR, lambda f: f.arch and "head_dim" not in f.config_keys),
+        all_of(_pruning, at("compress.prune.score", "gates"), TENSOR, _without_head_size),
         lambda f: f"with tensor ranks the gradients of {f.arch} under gates aren't those of one rank to rounding",
         "set parallel.tensor=1, or compress.prune.score=taylor",
     ),
