@@ -85,9 +85,12 @@ planner: install-dev
 	$(BIN)/python benchmarks/planner_published.py
 	$(BIN)/python benchmarks/planner.py
 
-# Against Hugging Face Trainer on the same model and data (minutes).
+# docs/performance.md: beside Hugging Face Trainer, what each feature pays, the start (half an hour on 2 quiet cores).
 bench: install-dev
-	$(BIN)/python benchmarks/against_hf_trainer.py
+	$(BIN)/python benchmarks/against_hf_trainer.py --compile --share --docs against_hf_trainer
+	$(BIN)/python benchmarks/against_hf_trainer.py --placements 2x1 --vocabulary 32768 131072 --docs vocabulary
+	$(BIN)/python benchmarks/features.py --docs
+	$(BIN)/python benchmarks/start.py --docs
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -62,9 +62,9 @@ class _Rows:
     def all(self) -> dict[str, Any]:
         from ds_train.checkpoint import offline
 
-        def rounded(name: str, bits: int, group: int, by_gptq: bool) -> Path:
+        def rounded(name: str, bits: int, group: int, method: Any) -> Path:
             folder = self._root / f"{name}-{self._seed}"
-            offline.quantize(self._teacher.parent, folder, bits, group, by_gptq, None, 256)
+            offline.quantize(self._teacher.parent, folder, bits, group, method, None, 256)
             return folder
 
         taught = [
@@ -76,9 +76,10 @@ class _Rows:
         int4 = ["compress.quantize.weights=int4", f"compress.quantize.group={GROUP}"]
         return {
             "fp32": lambda name: self._train(name, self._weights, "fp32", "optimizer.lr=1.0e-4"),
-            "int8 to nearest": lambda name: rounded(name, 8, 0, False),
-            "int4 to nearest": lambda name: rounded(name, 4, GROUP, False),
-            "int4 gptq": lambda name: rounded(name, 4, GROUP, True),
+            "int8 to nearest": lambda name: rounded(name, 8, 0, "rtn"),
+            "int4 to nearest": lambda name: rounded(name, 4, GROUP, "rtn"),
+            "int4 gptq": lambda name: rounded(name, 4, GROUP, "gptq"),
+            "int4 awq": lambda name: rounded(name, 4, GROUP, "awq"),
             "fp32 more": lambda name: self._train(name, self._teacher, "more", "optimizer.lr=2.0e-5"),
             "int8 trained": lambda name: self._train(name, self._teacher, "more", "optimizer.lr=2.0e-5", *int8),
             "int4 trained": lambda name: self._train(name, self._teacher, "more", "optimizer.lr=2.0e-5", *int4),

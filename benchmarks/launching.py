@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from ds_train.engine.port import free_port
@@ -13,19 +15,32 @@ from ds_train.engine.port import free_port
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def launch(command: Sequence[str], ranks: int, threads: int = 1, timeout_s: float = 3600) -> str:
+def launch(command: Sequence[str], ranks: int, threads: int = 1) -> str:
     """Run a script under the deepspeed launcher on CPU ranks; its output. Ends this process with it on failure."""
+    with started(command, ranks, threads) as process:
+        assert process.stdout is not None
+        return process.stdout.read()
+
+
+@contextmanager
+def started(command: Sequence[str], ranks: int, threads: int = 1) -> Iterator[subprocess.Popen[str]]:
+    """A script under the deepspeed launcher on CPU ranks, waited for. Ends this process with its words on failure."""
     binaries = Path(sys.executable).parent
     env = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
     env["PATH"] = f"{binaries}{os.pathsep}{env['PATH']}"
     arguments = ["--num_accelerators", str(ranks), "--master_port", str(free_port()), *command]
-    done = subprocess.run(
-        [binaries / "deepspeed", *arguments], cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout_s
-    )
-    _remove_shared_buffers()
-    if done.returncode:
-        sys.exit(done.stdout[-4000:] + done.stderr[-4000:])
-    return done.stdout
+    with tempfile.TemporaryFile("w+") as words:
+        with subprocess.Popen(
+            [binaries / "deepspeed", *arguments], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=words, text=True
+        ) as process:
+            yield process
+            assert process.stdout is not None
+            said = "" if process.stdout.closed else process.stdout.read()
+            process.wait()
+        _remove_shared_buffers()
+        if process.returncode:
+            words.seek(0)
+            sys.exit(f"{said[-4000:]}{words.read()[-4000:]}")
 
 
 def _remove_shared_buffers() -> None:

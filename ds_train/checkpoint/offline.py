@@ -16,7 +16,7 @@ from ds_train.checkpoint.native import FORMAT, STATE, open_fragments, read_state
 from ds_train.checkpoint.shards import FragmentFiles, write_fragments
 from ds_train.compress.cut import config_after
 from ds_train.compress.packed import Packing
-from ds_train.compress.post_training import quantize_folder, thin_folder
+from ds_train.compress.post_training import Method, Rounded, quantize_folder, thin_folder
 from ds_train.compress.sparsity import Pattern, Score
 from ds_train.config import RunConfig, dump, load
 from ds_train.config.quantize import QuantizeSection
@@ -51,16 +51,16 @@ def export(checkpoint: Path, folder: Path, dtype: torch.dtype) -> None:
 
 
 def quantize(
-    source: Path, folder: Path, bits: int, group: int, by_gptq: bool, recipe: Path | None, samples: int
-) -> tuple[int, int]:
-    """Write a run's export, or any transformers folder, with rounded weights; bytes of the weights before and after.
+    source: Path, folder: Path, bits: int, group: int, method: Method, recipe: Path | None, samples: int
+) -> Rounded:
+    """Write a run's export, or any transformers folder, with rounded weights.
 
     Raises:
         UserError: there is no model, no data to look at, or the layers can't be rounded so.
     """
-    model, batches = _model_and_samples(source, recipe, samples if by_gptq else 0)
+    model, batches = _model_and_samples(source, recipe, samples if method != "rtn" else 0)
     section = QuantizeSection.model_validate({"weights": f"int{bits}", "group": group})
-    return quantize_folder(model, folder, section, "gptq" if by_gptq else "rtn", batches)
+    return quantize_folder(model, folder, section, method, batches)
 
 
 def sparsify(source: Path, folder: Path, pattern: Pattern, score: Score, recipe: Path | None, samples: int) -> float:

@@ -21,6 +21,7 @@ _MEANING = (
     "optimizer",
     "curriculum",
     "token_drop",
+    "layer_drop",
     "patch",
     "compress",
     "deepspeed",
@@ -34,6 +35,7 @@ _FREE = (
     "data.workers",
     "optimizer.kernel",
     "compress.prune.parallel",
+    "compress.distill.placement",
 )
 _PLACES_OF_DATA = ("data.path", "data.validation_path")
 

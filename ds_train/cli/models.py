@@ -46,21 +46,20 @@ def quantize(
     folder: Annotated[Path, typer.Argument(help="Folder that transformers will load; replaced if it is there.")],
     bits: Annotated[int, typer.Option(help="Bits of a weight: 4 or 8.")] = 8,
     group: Annotated[int, typer.Option(min=0, help="Inputs that share a scale; 0 is one scale a row.")] = 0,
-    method: Annotated[str, typer.Option(help="rtn (to nearest) or gptq (with samples).")] = "rtn",
-    recipe: Annotated[
-        Path | None, typer.Option(help="Recipe whose data gptq looks at; the run's own without it.")
-    ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Samples that gptq looks at.")] = 128,
+    method: Annotated[str, typer.Option(help="rtn (to nearest), gptq or awq (with samples).")] = "rtn",
+    recipe: Annotated[Path | None, typer.Option(help="Recipe of the samples; the run's own without it.")] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Samples that are looked at.")] = 128,
 ) -> None:
     """Round a trained model's linear layers to few bits, packed as compressed-tensors. Takes one process."""
     if bits not in (4, 8):
         raise user_error("--bits", "no such number of bits", "4 or 8", bits)
-    if method not in ("rtn", "gptq"):
-        raise user_error("--method", "no such method", "rtn or gptq", method)
+    if method not in ("rtn", "gptq", "awq"):
+        raise user_error("--method", "no such method", "rtn, gptq or awq", method)
     from ds_train.checkpoint import offline
 
-    before, after = offline.quantize(source, folder, bits, group, method == "gptq", recipe, samples)
-    print(f"{folder.resolve()}: {after / 1e6:,.2f} MB of weights, {before / 1e6:,.2f} MB before")
+    done = offline.quantize(source, folder, bits, group, method, recipe, samples)  # type: ignore[arg-type]
+    scaled = f"; the inputs of {done.scaled} linear layers are scaled" if method == "awq" else ""
+    print(f"{folder.resolve()}: {done.after / 1e6:,.2f} MB of weights, {done.before / 1e6:,.2f} MB before{scaled}")
 
 
 def sparsify(

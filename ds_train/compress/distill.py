@@ -1,25 +1,24 @@
 """Distillation in a run: what a micro-batch is trained on beside its labels.
 
-Shapes: B samples, T tokens, D hidden of the model, N = B x T.
+Shapes: D hidden of the model, N tokens.
 """
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any
+from collections.abc import Collection, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
+from ds_train.compress.compared import Comparison
 from ds_train.compress.distill_loss import Distillation, Targets
-from ds_train.compress.teacher import Teacher, first_tensor
+from ds_train.compress.teacher import Teacher
 from ds_train.compress.teacher_cache import TeacherCache
 from ds_train.config.distill import DistillSection
 from ds_train.models.load import fold_seed
-from ds_train.models.loss import IGNORE_INDEX, ChunkLoss, CrossEntropy, VocabularyShard
+from ds_train.models.loss import ChunkLoss, CrossEntropy, VocabularyShard
 from ds_train.models.tasks import Batch
-from ds_train.models.token_drop import repeated_layers
 
 PROJECTIONS = "distill_projections"
 """Name in the model of the matrices from its hidden states to the teacher's; they aren't exported."""
@@ -28,88 +27,81 @@ PROJECTIONS = "distill_projections"
 class Distilling:
     """An `Objective`: the labels and a teacher."""
 
-    def __init__(self, section: DistillSection, teacher: Teacher | TeacherCache) -> None:
-        self._section, self._teacher = section, teacher
+    def __init__(
+        self, section: DistillSection, teacher: Teacher | TeacherCache, comparisons: Sequence[Comparison] = ()
+    ) -> None:
+        self._section, self._teacher, self._comparisons = section, teacher, comparisons
         self.alpha = section.alpha
         """Share of the teacher's logits in the loss from now on."""
-        self._hidden: HiddenStates | None = None
 
-    def compare_layers(self, model: PreTrainedModel, pairs: list[tuple[int, int]]) -> None:
-        """From now on the layers' outputs are compared too; `model` has projections (`add_projections`)."""
-        assert isinstance(self._teacher, Teacher)
-        self._hidden = HiddenStates(model, self._teacher, pairs, self._section.hidden)
+    @property
+    def teacher(self) -> Teacher | None:
+        """The teacher, where it is a model."""
+        return self._teacher if isinstance(self._teacher, Teacher) else None
 
     def chunk_loss(self, batch: Batch, shard: VocabularyShard | None) -> ChunkLoss:
         """See `Objective`."""
-        if self._hidden is not None:
-            self._hidden.begin(batch)
-        targets: Targets = self._teacher.targets(batch)
+        for comparison in self._comparisons:
+            comparison.begin(batch)
         labels_N = batch["labels"].reshape(-1)
         if self._section.logits == "none":
+            assert self.teacher is not None
+            self.teacher.run(batch)
             return CrossEntropy(labels_N, shard)
+        targets: Targets = self._teacher.targets(batch)
         return Distillation(self._section.logits, self._section.temperature, self.alpha, labels_N, targets, shard)
 
     def extra_loss(self) -> Tensor | None:
         """See `Objective`."""
-        return None if self._hidden is None else self._hidden.end()
+        return sum_of(self._comparisons)
 
 
-class HiddenStates:
-    """Mean squared differences of layers' outputs, taken by hooks while the model runs."""
+class TeacherBeside:
+    """What a stage before a pipeline's last compares with the teacher, of which it has as many layers as it needs."""
 
-    def __init__(self, model: Any, teacher: Teacher, pairs: list[tuple[int, int]], weight: float) -> None:
-        self._weight = weight / len(pairs)
-        self._theirs: dict[int, Tensor] = {}
-        self._weights_BT: Tensor | None = None
-        self._sum: Tensor | None = None
-        layers, projections = repeated_layers(model), [*model.get_submodule(PROJECTIONS).children()]
-        for number, (own, other) in enumerate(pairs):
-            teacher.layers[other].register_forward_hook(partial(self._keep, number))
-            layers[own].register_forward_hook(partial(self._compare, number, projections[number]))
+    def __init__(self, teacher: Teacher, comparisons: Sequence[Comparison]) -> None:
+        self.teacher, self._comparisons = teacher, comparisons
 
     def begin(self, batch: Batch) -> None:
-        """The next forward passes, the teacher's first, are of this micro-batch."""
-        labels, tokens_BT = batch["labels"], batch["input_ids"]
-        counts_B1 = (labels != IGNORE_INDEX).view(len(labels), -1).sum(-1, keepdim=True)
-        mask = batch.get("attention_mask")
-        real_BT = mask if mask is not None and mask.dim() == 2 else torch.ones_like(tokens_BT)
-        self._weights_BT = counts_B1 * real_BT / real_BT.sum(-1, keepdim=True).clamp(min=1)
-        self._sum = None
+        """Let the teacher see the micro-batch, and the model's layers next."""
+        for comparison in self._comparisons:
+            comparison.begin(batch)
+        self.teacher.run(batch)
 
     def end(self) -> Tensor | None:
-        """The loss of the model's forward pass."""
-        total, self._sum, self._weights_BT = self._sum, None, None
-        self._theirs.clear()
-        return total
-
-    def _keep(self, number: int, _: nn.Module, __: Any, output: Any) -> None:
-        self._theirs[number] = first_tensor(output)
-
-    def _compare(self, number: int, projection: nn.Module, _: nn.Module, __: Any, output: Any) -> None:
-        if self._weights_BT is None or not torch.is_grad_enabled():
-            return
-        difference_BTD = projection(first_tensor(output)).float() - self._theirs[number].float()
-        loss: Tensor = self._weight * (difference_BTD.square().mean(-1) * self._weights_BT).sum()
-        self._sum = loss if self._sum is None else self._sum + loss
+        """The loss of the stage's layers."""
+        return sum_of(self._comparisons)
 
 
-def add_projections(model: nn.Module, outline: nn.Module, count: int, widths: tuple[int, int], seed: int) -> None:
+def sum_of(comparisons: Sequence[Comparison]) -> Tensor | None:
+    """The loss of what layers are compared in, if any are on this rank."""
+    losses = [loss for loss in (comparison.end() for comparison in comparisons) if loss is not None]
+    return torch.stack(losses).sum() if losses else None
+
+
+def add_projections(
+    model: nn.Module, outline: nn.Module, count: int, widths: tuple[int, int], seed: int,
+    own_pairs: Collection[int] | None = None,
+) -> nn.ModuleDict:  # fmt: skip
     """Give `model`, and its `outline` if that is another one, a matrix per pair of layers, from (D) to the teacher's.
 
-    They start as the identity, cut or filled with rows drawn from the seed.
+    They start as the identity, cut or filled with rows drawn from the seed. `model` has those of `own_pairs` alone,
+    where it is a part; gives these.
     """
     dtype = next(parameter.dtype for parameter in model.parameters())
     draw = torch.Generator().manual_seed(fold_seed(seed, PROJECTIONS))
     own, other = widths
-    weights = []
-    for _ in range(count):
+    weights = {}
+    for number in range(count):
         weight = torch.randn(other, own, generator=draw) * own**-0.5
         weight[: min(widths)] = torch.eye(min(widths), own)
-        weights.append(weight)
+        weights[number] = weight
     for owner, device in {id(outline): (outline, "meta"), id(model): (model, "cpu")}.values():
-        layers = [nn.Linear(own, other, bias=False, device=device, dtype=dtype) for _ in weights]
+        chosen = [*weights] if owner is outline or own_pairs is None else sorted(own_pairs)
+        layers = {str(number): nn.Linear(own, other, bias=False, device=device, dtype=dtype) for number in chosen}
         if device != "meta":
             with torch.no_grad():
-                for layer, weight in zip(layers, weights, strict=True):
-                    layer.weight.copy_(weight)
-        owner.add_module(PROJECTIONS, nn.ModuleList(layers))
+                for name, layer in layers.items():
+                    layer.weight.copy_(weights[int(name)])
+        owner.add_module(PROJECTIONS, nn.ModuleDict(layers))
+    return cast(nn.ModuleDict, model.get_submodule(PROJECTIONS))

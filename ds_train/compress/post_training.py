@@ -1,60 +1,70 @@
-"""A trained transformers folder made smaller on one process: rounded or thinned out, with samples or without.
-
-Shapes: B samples, T tokens, N tokens in all, I inputs of a layer.
-"""
+"""A trained transformers folder made smaller on one process: rounded or thinned out, with samples or without."""
 
 from __future__ import annotations
 
-import inspect
 import shutil
-from collections.abc import Callable, Collection, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-import torch
 import transformers
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
+from ds_train.compress.awq import round_layer
+from ds_train.compress.calibration import LayerRun, layer_by_layer
 from ds_train.compress.gptq import gptq
 from ds_train.compress.packed import Packing
 from ds_train.compress.qat import linear_names
 from ds_train.compress.sparsity import Pattern, Score, thin
-from ds_train.compress.teacher import first_tensor
 from ds_train.config.quantize import QuantizeSection
 from ds_train.errors import first_line, user_error
-from ds_train.models.token_drop import repeated_layers
 
-Method = Literal["rtn", "gptq"]
+Method = Literal["rtn", "gptq", "awq"]
+
+
+class Rounded(NamedTuple):
+    """Bytes of the weights before and after, and linear layers whose inputs `awq` has scaled."""
+
+    before: int
+    after: int
+    scaled: int
 
 
 def quantize_folder(
     source: Path, folder: Path, section: QuantizeSection, method: Method, batches: Sequence[Mapping[str, Tensor]] = ()
-) -> tuple[int, int]:
-    """Write the model in `source` with rounded weights to `folder`; (bytes of the weights before, after).
+) -> Rounded:
+    """Write the model in `source` with rounded weights to `folder`.
 
     Args:
-        batches: what the model is shown for `gptq`, without labels.
+        batches: what the model is shown for other methods than `rtn`, without labels.
 
     Raises:
         UserError: no model can be loaded from there, or its layers can't be rounded so.
     """
     model = _load(source)
     packing = Packing.of(section, model)
-    scales: dict[str, Tensor] | None = None
-    if method == "gptq":
-        scales = {}
+    scales: dict[str, Tensor] = {}
+    scaled = 0
 
-        def rounded(name: str, weight: Tensor, products: Tensor) -> Tensor:
+    def by_gptq(run: LayerRun) -> None:
+        for name, products in run.products().items():
+            weight = run.linear[name].weight
             values, scales[name] = gptq(weight, products, packing.grid)
-            return values
+            weight.copy_(values)
 
-        _layer_by_layer(model, packing.names, batches, rounded)
+    def by_awq(run: LayerRun) -> None:
+        nonlocal scaled
+        own, folded = round_layer(run, packing.grid)
+        scales.update(own)
+        scaled += folded
+
+    if method != "rtn":
+        layer_by_layer(model, packing.names, batches, by_gptq if method == "gptq" else by_awq)
     model.config.quantization_config = packing.config(model)
-    _write(model, packing.state(model.state_dict(), scales), source, folder)
-    return _bytes(source), _bytes(folder)
+    _write(model, packing.state(model.state_dict(), scales or None), source, folder)
+    return Rounded(_bytes(source), _bytes(folder), scaled)
 
 
 def thin_folder(
@@ -75,8 +85,13 @@ def thin_folder(
             if name in linear:
                 parameter.data = thin(parameter.data, None, pattern, score)
     else:
-        names = frozenset(name.removesuffix(".weight") for name in linear)
-        _layer_by_layer(model, names, batches, lambda _, weight, products: thin(weight, products, pattern, score))
+
+        def by_score(run: LayerRun) -> None:
+            for name, products in run.products().items():
+                weight = run.linear[name].weight
+                weight.copy_(thin(weight, products, pattern, score))
+
+        layer_by_layer(model, frozenset(name.removesuffix(".weight") for name in linear), batches, by_score)
     _write(model, model.state_dict(), source, folder)
     weights = [parameter for name, parameter in model.named_parameters() if name in linear]
     return sum(int((one == 0).sum()) for one in weights) / sum(one.numel() for one in weights)
@@ -111,86 +126,6 @@ def _load(source: Path) -> Any:
         fix = "give a run's folder, or a transformers folder"
         reason = f"no model can be loaded from there ({first_line(error)})"
         raise user_error("quantize", reason, fix, str(source)) from error
-
-
-@torch.no_grad()
-def _layer_by_layer(
-    model: Any, chosen: Collection[str], batches: Sequence[Mapping[str, Tensor]],
-    change: Callable[[str, Tensor, Tensor], Tensor],
-) -> None:  # fmt: skip
-    """Change the weights of the `chosen` linear layers, each for the inputs that the changed layers before it give.
-
-    Args:
-        change: (name, weight (O, I), sum of the inputs' products (I, I)) -> the new weight.
-    """
-    layers = repeated_layers(model)
-    calls = _calls(model, layers, batches)
-    states = [args[0] for args, _ in calls[0]]
-    masks = [batch.get("attention_mask") for batch in batches]
-    names = {id(module): name for name, module in model.named_modules()}
-    for layer, given in zip(layers, calls, strict=True):
-        linear: list[Any] = [module for module in layer.modules() if names.get(id(module)) in chosen]
-        products = _products(layer, linear, states, given, masks)
-        for module in linear:
-            module.weight.copy_(change(names[id(module)], module.weight, products[id(module)]))
-        states = [_output(layer, *call) for call in zip(states, given, strict=True)]
-
-
-_Call = tuple[tuple[Any, ...], dict[str, Any]]
-"""What a layer is called with; its hidden states come first."""
-
-
-def _calls(model: Any, layers: Sequence[nn.Module], batches: Sequence[Mapping[str, Tensor]]) -> list[list[_Call]]:
-    """What each layer is called with for each micro-batch; the hidden states are those of the first layer alone."""
-    calls: list[list[_Call]] = [[] for _ in layers]
-
-    def note(number: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        first = list(inspect.signature(type(layer).forward).parameters)[1]
-        hidden = args[0] if args else kwargs[first]
-        others = {name: value for name, value in kwargs.items() if name != first}
-        calls[number].append(((hidden if number == 0 else None, *args[1:]), others))
-
-    handles = [
-        layer.register_forward_pre_hook(partial(note, number), with_kwargs=True) for number, layer in enumerate(layers)
-    ]
-    try:
-        for batch in batches:
-            model(**batch, **({"use_cache": False} if hasattr(model.config, "use_cache") else {}))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return calls
-
-
-def _output(layer: nn.Module, hidden_BTD: Tensor, call: _Call) -> Tensor:
-    args, kwargs = call
-    return first_tensor(layer(hidden_BTD, *args[1:], **kwargs))
-
-
-def _products(
-    layer: nn.Module, linear: Sequence[nn.Module], states: Sequence[Tensor], calls: Sequence[_Call],
-    masks: Sequence[Tensor | None],
-) -> dict[int, Tensor]:  # fmt: skip
-    """Sum over all tokens of x x^T, (I, I) fp32, for the inputs x of each module; padding counts for nothing."""
-    sums: dict[int, Tensor] = {}
-    current: list[Tensor | None] = [None]
-
-    def add(module: nn.Module, args: tuple[Any, ...]) -> None:
-        inputs, (mask,) = args[0], current
-        if mask is not None and mask.shape == inputs.shape[:2]:
-            inputs = inputs[mask.bool()]
-        inputs_NI = inputs.reshape(-1, inputs.shape[-1]).float()
-        own = inputs_NI.t() @ inputs_NI
-        sums[id(module)] = sums[id(module)].add_(own) if id(module) in sums else own
-
-    handles = [module.register_forward_pre_hook(add) for module in linear]
-    try:
-        for hidden_BTD, call, current[0] in zip(states, calls, masks, strict=True):
-            _output(layer, hidden_BTD, call)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return sums
 
 
 def _bytes(folder: Path) -> int:

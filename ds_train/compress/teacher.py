@@ -5,6 +5,7 @@ Shapes: B samples, T tokens, N = B x T, D the teacher's hidden, V vocabulary.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ds_train.compress.distill_loss import Targets, TeacherHead, TeacherLogits
+from ds_train.compress.teacher_shares import Shares, whole
 from ds_train.config import RunConfig
 from ds_train.errors import UserError, first_line, user_error
 from ds_train.models.cpu_products import fp32_products_are_faster, use_fp32_products
@@ -60,48 +62,91 @@ def check_teacher(run: RunConfig, config: PreTrainedConfig, tokenizer: PreTraine
 
 
 class Teacher:
-    """A whole model on this rank that no optimizer knows of."""
+    """A model that no optimizer knows of: whole on this rank, or in shares on the ranks that run it together."""
 
-    def __init__(self, run: RunConfig, device: Any) -> None:
-        """
+    def __init__(self, run: RunConfig, device: Any, group: Any = None, layers: int | None = None) -> None:
+        """Collective over the ranks of `group`, None for all, where the recipe's teacher is in shares.
+
+        Args:
+            layers: those that are needed, from the first; None keeps all, and gives targets.
+
         Raises:
             UserError: it can't be loaded, or lacks the head of the recipe's task.
         """
         section, path = run.compress.distill, teacher_path(run)
         dtype = DTYPES[run.precision.dtype if section.dtype == "auto" else section.dtype]
-        own_start = section.teacher is None
+        own_start, shares = section.teacher is None, None
+        if section.placement != "memory":
+            shares = Shares(dtype, section.placement == "offloaded", group)
         try:
-            loaded, info = AUTO_CLASSES[run.task.kind].from_pretrained(
-                path, dtype=dtype, trust_remote_code=run.model.trust_remote_code, output_loading_info=True,
-                **({"revision": run.model.revision or "main"} if own_start else {}),
-            )  # fmt: skip
+            with contextlib.nullcontext() if shares is None else shares.loading():
+                loaded, info = AUTO_CLASSES[run.task.kind].from_pretrained(
+                    path, dtype=dtype, trust_remote_code=run.model.trust_remote_code, output_loading_info=True,
+                    **({"revision": run.model.revision or "main"} if own_start else {}),
+                )  # fmt: skip
         except (OSError, ValueError) as error:
             raise _cannot_load(path, error) from error
         if info["missing_keys"]:
             _refuse(run, f"it isn't trained for {run.task.kind}: it has no {max(info['missing_keys'])}", path)
-        self.model: PreTrainedModel = loaded.eval().requires_grad_(False).to(device)
+        self.model: PreTrainedModel = loaded.eval().requires_grad_(False)
         self.model.config.use_cache = False
+        if layers is not None:
+            _leave_layers(self.model, layers)
+        self._running = contextlib.nullcontext if shares is None else shares.running
+        if shares is None:
+            self.model.to(device)
+        else:
+            shares.divide(self.model)
+            for buffer in self.model.buffers():
+                buffer.data = buffer.data.to(device)
         if fp32_products_are_faster(device, dtype):
             use_fp32_products(self.model)
         if run.task.kind == "causal-lm" and run.data.rows_have_documents:
-            _check_documents(run, self.model, path)
+            with self._running():
+                _check_documents(run, self.model, path)
         self.layers: list[nn.Module] = repeated_layers(self.model)
+        """Its repeated blocks."""
         self._head = plain_head(self.model)
         if self._head is not None:
             self._head.forward = lambda hidden: hidden  # type: ignore[method-assign, assignment]
 
     @torch.no_grad()
+    def run(self, batch: Batch) -> None:
+        """Let the hooks on its layers see the micro-batch."""
+        with self._running():
+            self.model(**_inputs(batch))
+
+    @torch.no_grad()
     def targets(self, batch: Batch) -> Targets:
         """What it says about the micro-batch's tokens, in the order of the flattened labels."""
-        inputs = model_inputs(batch)
-        if TOKEN_IDS in batch:  # in a pipeline `input_ids` are what the stage before has made of them
-            inputs["input_ids"] = batch[TOKEN_IDS]
-        output = self.model(**inputs).logits
+        with self._running():
+            output = self.model(**_inputs(batch)).logits
         flat = output.reshape(-1, output.shape[-1])
-        return TeacherLogits(flat) if self._head is None else TeacherHead(flat, self._head.weight, self._head.bias)
+        if self._head is None:
+            return TeacherLogits(flat)
+        weight_VD = whole(self._head.weight)
+        assert weight_VD is not None
+        return TeacherHead(flat, weight_VD, whole(self._head.bias))
 
 
-def paired_layers(pairs: Sequence[tuple[int, int]] | None, ours: int, theirs: int) -> list[tuple[int, int]]:
+def _leave_layers(model: nn.Module, count: int) -> None:
+    """Keep the first `count` of the repeated blocks."""
+    layers = repeated_layers(model)
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and [*module] == layers:
+            del module[count:]
+
+
+def _inputs(batch: Batch) -> dict[str, Tensor]:
+    inputs = model_inputs(batch)
+    if TOKEN_IDS in batch:  # in a pipeline `input_ids` are what the stage before has made of them
+        inputs["input_ids"] = batch[TOKEN_IDS]
+    return inputs
+
+
+def paired_layers(
+    pairs: Sequence[tuple[int, int]] | None, ours: int, theirs: int, key: str = "hidden_layers"
+) -> list[tuple[int, int]]:
     """(layer of the model, layer of the teacher), as given or each at the same share of the depth.
 
     Raises:
@@ -113,7 +158,7 @@ def paired_layers(pairs: Sequence[tuple[int, int]] | None, ours: int, theirs: in
     for own, other in pairs:
         if own >= ours or other >= theirs:
             reason = f"the model has {ours} layers and the teacher {theirs}, counted from 0"
-            raise user_error("compress.distill.hidden_layers", reason, "give layers that are there", [own, other])
+            raise user_error(f"compress.distill.{key}", reason, "give layers that are there", [own, other])
     return list(pairs)
 
 

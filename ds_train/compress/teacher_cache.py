@@ -11,8 +11,11 @@ hash of all that decides the content.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import shutil
+import socket
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,15 +27,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ds_train.compress.distill_loss import TeacherHead, TopLogits
-from ds_train.compress.teacher import Teacher, teacher_path
+from ds_train.compress.teacher import KEY, Teacher, teacher_path
 from ds_train.config import RunConfig
 from ds_train.data.batches import Batches
 from ds_train.data.prepare import SHAPE_KEYS
+from ds_train.errors import user_error
 from ds_train.models.loss import IGNORE_INDEX
 from ds_train.models.tasks import SAMPLE_IDS, Batch
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+_SEEN_S = 10.0
+"""Seconds that a network file system may take to show a new file."""
+
 _PLACE = (1 << 40) - 1
 """What of a sample's id is its place along the run (data/batches.py)."""
 
@@ -89,9 +96,35 @@ def cached_teacher(
         box[0] = folder, (folder / MANIFEST).is_file()
     dist.broadcast_object_list(box, src=0)
     folder, there = box[0]
+    _check_seen(cache, folder.name)
     if not there:
         _make(folder, Teacher(run, device), run, batches, device, micro_samples, count)
     return TeacherCache(folder, batches)
+
+
+def _check_seen(cache: Path, name: str) -> None:
+    """Refuse a folder in which ranks of other hosts don't see what rank 0 writes. Collective.
+
+    Raises:
+        UserError: on every rank, with the hosts that don't.
+    """
+    mark = cache / f"{name}.seen"
+    if dist.get_rank() == 0:
+        cache.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+    dist.barrier()
+    until = time.monotonic() + _SEEN_S
+    while not mark.exists() and time.monotonic() < until:
+        time.sleep(0.1)
+    blind: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(blind, None if mark.exists() else socket.gethostname())
+    if dist.get_rank() == 0:
+        mark.unlink(missing_ok=True)
+    hosts = sorted({host for host in blind if host is not None})
+    if hosts:
+        reason = f"all ranks fill the teacher's cache there, and {', '.join(hosts)} doesn't see what rank 0 writes"
+        fix = "choose a folder that all hosts share, or set compress.distill.cache_top=0"
+        raise user_error("data.cache_dir", reason, fix, str(cache))
 
 
 def _make(
@@ -108,10 +141,15 @@ def _make(
     temperature = run.compress.distill.temperature
     place = partial / f"part-{rank:05d}"
     with place.with_suffix(".tokens").open("wb") as tokens, place.with_suffix(".logp").open("wb") as logp:
-        for start in range(firsts[rank], firsts[rank + 1], micro_samples):
+        # All ranks run a teacher that is in shares as often as the one with the most samples.
+        most = max(stop - first for first, stop in itertools.pairwise(firsts))
+        for start in range(firsts[rank], firsts[rank] + most, micro_samples):
             samples = range(start, min(start + micro_samples, firsts[rank + 1]))
-            batch = {key: value.to(device) for key, value in batches.of_samples(samples).items()}
+            shown = samples or range(1)
+            batch = {key: value.to(device) for key, value in batches.of_samples(shown).items()}
             top = _likeliest(teacher, batch, count, temperature)
+            if not samples:
+                continue
             tokens.write(top.tokens_NK.to("cpu", torch.int32).numpy().tobytes())
             logp.write(top.logp_NE.float().cpu().numpy().tobytes())
             counts.append(batches.label_counts(samples))
@@ -137,7 +175,11 @@ def _likeliest(teacher: Teacher, batch: Batch, count: int, temperature: float) -
         TopLogits.of(_logits(targets, places[start : start + rows]), count, temperature)
         for start in range(0, max(1, len(places)), rows)
     ]
-    return TopLogits(torch.cat([top.tokens_NK for top in tops]), torch.cat([top.logp_NE for top in tops]))
+    found = TopLogits(torch.cat([top.tokens_NK for top in tops]), torch.cat([top.logp_NE for top in tops]))
+    if not bool(found.logp_NE.isfinite().all()):
+        reason = "it gives logits that aren't finite numbers for some of the training samples"
+        raise user_error(KEY, reason, "give another teacher, or compress.distill.dtype=fp32 if that is what it needs")
+    return found
 
 
 def _logits(targets: Any, places: Tensor) -> Tensor:

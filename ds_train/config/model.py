@@ -31,7 +31,8 @@ class ModelSection(Section):
     all stay."""
 
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"] = "auto"
-    """Attention implementation. `auto` takes sdpa where the family has it, else what transformers chooses."""
+    """Attention implementation. `auto` takes sdpa where the family has it, else what transformers chooses; in bf16 on
+    CPUs that have AVX512_BF16 and no AMX, causal sdpa goes by tiles of ds_kernels. `sdpa` is torch's own everywhere."""
 
     trust_remote_code: bool = False
     """Run modelling code that comes with a hub model. Only for authors that you trust."""

@@ -14,6 +14,7 @@ from ds_train.config.curriculum import CurriculumSection
 from ds_train.config.data import DataSection
 from ds_train.config.faults import FaultsSection
 from ds_train.config.health import HealthSection
+from ds_train.config.layer_drop import LayerDropSection
 from ds_train.config.model import ModelSection
 from ds_train.config.optimizer import OptimizerSection
 from ds_train.config.parallel import ParallelSection
@@ -66,6 +67,9 @@ class RunConfig(Section):
 
     token_drop: TokenDropSection = TokenDropSection()
     """Tokens that middle layers leave out."""
+
+    layer_drop: LayerDropSection = LayerDropSection()
+    """Layers that steps leave out."""
 
     patch: PatchSection = PatchSection()
     """Several tokens a position at first."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -9,18 +10,21 @@ from pathlib import Path
 from typing import Any
 
 from ds_kernels import Choice
+from ds_kernels.memory import hand_back_memory
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ds_train.compress.distill import Distilling
+from ds_train.compress.compared import check_relations
+from ds_train.compress.distill import Distilling, TeacherBeside
 from ds_train.compress.packed import Packing
 from ds_train.compress.qat import Rounding, linear_layers
 from ds_train.compress.sparsity import keep_zeros
-from ds_train.compress.teacher import check_teacher
+from ds_train.compress.teacher import check_teacher, teacher_path
 from ds_train.config import RunConfig
 from ds_train.data.build import DataBundle, load_data
 from ds_train.engine.distilling import check_teacher_shared, distil
 from ds_train.engine.prunable import Prunable, find_prunable
 from ds_train.engine.ranks import RankInfo, on_main_first
+from ds_train.models.cpu_attention import tiles_are_faster, use_tiled_attention
 from ds_train.models.cpu_products import fp32_products_are_faster, use_fp32_products
 from ds_train.models.kept_layers import start_from_kept_layers
 from ds_train.models.lean import use_lean_layers
@@ -31,7 +35,7 @@ from ds_train.optim.build import build_optimizer, choose_kernel
 from ds_train.optim.fuse import fuse_passes
 from ds_train.optim.guard import guard_steps
 from ds_train.parallel.build import Part, build_part
-from ds_train.parallel.check import check_documents_apart, check_layout, check_token_dropping
+from ds_train.parallel.check import check_documents_apart, check_layer_dropping, check_layout, check_token_dropping
 from ds_train.parallel.mesh import Mesh
 from ds_train.parallel.sequence import leave_sequence
 from ds_train.parallel.tensor import gradient_norm
@@ -59,6 +63,13 @@ class Assembly:
     rounding: Rounding | None = None
     packing: Packing | None = None
     prunable: Prunable | None = None
+
+    @property
+    def teacher(self) -> PreTrainedModel | None:
+        """The teacher that runs on this rank, if any does."""
+        beside = self.part.pipeline.stage.beside if self.part.pipeline is not None else None
+        runner = beside if isinstance(beside, TeacherBeside) else self.distilling
+        return None if runner is None or runner.teacher is None else runner.teacher.model
 
     @property
     def model(self) -> PreTrainedModel:
@@ -125,7 +136,15 @@ def assemble(
         check_layout(run, config, later, Mesh(later, info.rank), get_accelerator().current_device_name())
     if run.token_drop.kind != "none":
         check_token_dropping(run, config)
+    if run.layer_drop.kind != "none":
+        check_layer_dropping(run, config)
     teacher = check_teacher(taught, config, tokenizer) if run.compress.distill.active else None
+    if teacher is not None and not Path(teacher_path(taught)).expanduser().is_dir():
+        # As for the model: the sizes of a hub teacher are known only now.
+        make_plan(taught, plan.cluster)
+    if teacher is not None and run.compress.distill.relations > 0:
+        check_relations(run, config, "model")
+        check_relations(run, teacher, "compress.distill.teacher")
     for sequence in {layout.sequence, later.sequence} - {1}:
         if teacher is not None:
             check_teacher_shared(taught, teacher, sequence, info)
@@ -134,6 +153,8 @@ def assemble(
         keep_generation_config(taught, part.model)
     if fp32_products_are_faster(info.device, part.model.dtype):
         use_fp32_products(part.model)
+    elif run.model.attention == "auto" and not run.model.compile and tiles_are_faster(info.device, part.model.dtype):
+        use_tiled_attention()
     quantize = run.compress.quantize
     packing = Packing.of(quantize, part.outline) if quantize.bits else None
     rounding = Rounding(run, part.model, mesh.tensor) if quantize.bits else None
@@ -159,8 +180,12 @@ def assemble(
         check_documents_apart(run, config, engine)
         engine.train()
     if run.model.compile:
+        # Compiled code outlives this process, as the machine's other caches do.
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path("~/.cache/ds_train/compiled").expanduser()))
         for layer in repeated_layers(part.model):
             layer.compile()
+    # What building a model takes isn't what steps need.
+    hand_back_memory()
     clock = clock or step_clock(info.device)
     if part.pipeline is not None:
         time_pipeline(engine, clock)

@@ -6,6 +6,7 @@ Done again it is skipped again, so it works in every layout: no rank needs to kn
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
@@ -28,7 +29,7 @@ class Finding:
 
     `tensor` says which of the module's it is: its output, its own parameter, or a gradient. `from_finite` where what
     went into the module was finite. `rows` are the samples of the micro-batch that have such values, where the tensor
-    tells; `documents` are theirs, or all of the micro-batch.
+    tells; `documents` are theirs, or all of the micro-batch. `of_teacher` where the module is one of the teacher's.
     """
 
     phase: Literal["forward", "backward"]
@@ -41,12 +42,14 @@ class Finding:
     rank: int = 0
     stage: int = 0
     documents: tuple[Portion, ...] = field(default=(), repr=False)
+    of_teacher: bool = False
 
     def __str__(self) -> str:
         names = [f"{part.source} (tokens {part.start} to {part.stop - 1})" for part in self.documents[:_SHOWN]]
         more = len(self.documents) - _SHOWN
         rest = f" and {more} more" if more > 0 else ""
-        place = f"{self.module} ({self.module_class}), {self.tensor}, in the {self.phase} pass"
+        whose = "the teacher's " if self.of_teacher else ""
+        place = f"{whose}{self.module} ({self.module_class}), {self.tensor}, in the {self.phase} pass"
         where = f"micro-batch {self.micro_batch} on rank {self.rank}"
         return f"{place} of {where}, samples of {', '.join(names)}{rest}"
 
@@ -59,9 +62,12 @@ def find_nonfinite(run: RunConfig, parts: Assembly, timeline: Timeline, step: in
     shape = timeline.at(step)
     batches = parts.data.train.take(shape)
     _, _, weight = begin_step(run, parts, timeline, shape, batches)
-    with NonfiniteHooks(parts.model) as hooks:
+    theirs = NonfiniteHooks(parts.teacher) if parts.teacher is not None else None
+    with NonfiniteHooks(parts.model) as hooks, theirs or nullcontext():
         update(parts, batches, weight)
     own = hooks.found
+    if theirs is not None and theirs.found is not None:
+        own = replace(theirs.found, of_teacher=True)
     if own is not None:
         slots = parts.data.train.slots(shape)[own.micro_batch]
         documents = parts.data.train.portions(slots[list(own.rows)] if own.rows else slots, shape)
@@ -80,7 +86,7 @@ def _order(finding: Finding) -> tuple[Any, ...]:
     """Where a value comes from goes before where it went: stages pass it on forwards, and gradients backwards."""
     forward = finding.phase == "forward"
     stage = finding.stage if forward else -finding.stage
-    return not forward, not finding.from_finite, stage, finding.micro_batch, finding.rank
+    return not forward, not finding.of_teacher, not finding.from_finite, stage, finding.micro_batch, finding.rank
 
 
 class NonfiniteHooks:

@@ -151,7 +151,11 @@ def _note_start(
     state: TrainState | None,
 ) -> None:  # fmt: skip
     """Say what a run begins with, and what it goes on from."""
+    from ds_kernels.memory import memory_library
+
     tracker.note(f"optimizer kernel: {parts.kernel}")
+    if parts.engine.device.type == "cpu" and isinstance(memory_library(), Exception):
+        tracker.note(f"large freed blocks go back to the system: {first_line(memory_library())}")
     if parts.prunable is not None and parts.prunable.note is not None:
         tracker.note(parts.prunable.note)
     if parts.part.stage_layers:

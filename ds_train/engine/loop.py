@@ -22,8 +22,10 @@ from ds_train.engine.watchdog import Watchdog
 from ds_train.models.load import fold_seed
 from ds_train.models.tasks import Batch, carry_nonfinite
 from ds_train.optim.build import set_learning_rate
+from ds_train.optim.unused import without_gradient
 from ds_train.plan.make import RunPlan
 from ds_train.schedule.distill import teacher_share
+from ds_train.schedule.layer_drop import draw_layers
 from ds_train.schedule.learning_rate import learning_rate_factor
 from ds_train.schedule.timeline import StepShape, Timeline
 from ds_train.schedule.token_drop import kept_tokens
@@ -174,6 +176,10 @@ def begin_step(
     place, layout = mesh.place, mesh.layout
     if parts.part.dropping is not None:
         parts.part.dropping.kept = kept_tokens(run.token_drop, shape.length, shape.before, timeline.total_tokens)
+    if parts.part.layer_drop is not None:
+        layers = parts.part.layer_drop
+        layers.draw(draw_layers(run.layer_drop, layers.count, run.seed, shape.before, timeline.total_tokens))
+        without_gradient(parts.engine, layers.unused)
     if parts.distilling is not None:
         parts.distilling.alpha = teacher_share(run.compress.distill, shape.before, timeline.total_tokens)
     if parts.rounding is not None:

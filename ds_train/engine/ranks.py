@@ -71,7 +71,7 @@ def rank_info() -> RankInfo:
 
 
 def meet(info: RankInfo, timeout: timedelta = MEETING_TIMEOUT) -> None:
-    """Initialise torch.distributed through DeepSpeed, quietly and without compiling anything."""
+    """Initialise torch.distributed through DeepSpeed, quietly, and without compiling anything that takes long."""
     os.environ["DS_ACCELERATOR"] = info.device
     for key, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(key, value)
@@ -90,14 +90,19 @@ def meet(info: RankInfo, timeout: timedelta = MEETING_TIMEOUT) -> None:
     # Before the first collective: groups of NCCL belong to a device.
     get_accelerator().set_device(info.local_rank)
     deepspeed.init_distributed(timeout=timeout, verbose=False)
+    if info.device == "cpu":
+        from ds_kernels.memory import reuse_memory
+
+        reuse_memory()
 
 
 def return_freed_memory() -> None:
     """Let large freed blocks go back to the system at once, on Linux CPUs; call it before the first tensor is made.
 
-    glibc otherwise raises its threshold for own mappings to 32 MB, and tensors below it fragment the heap. What is
-    given back has to be mapped again, 4 KiB at a time, which took a tenth of a step: so torch asks for huge pages for
-    blocks of 2 MB and more (c10/core/impl/alloc_cpu.cpp).
+    glibc otherwise raises its threshold for own mappings to 32 MB, and what lies below it fragments the heap. Tensors
+    of that size are another allocator's (ds_kernels/memory.py). Where that isn't there, what is given back has to be
+    mapped again, 4 KiB at a time, so torch asks for huge pages for blocks of 2 MB and more
+    (c10/core/impl/alloc_cpu.cpp).
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None

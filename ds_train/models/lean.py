@@ -81,9 +81,9 @@ class _RootMeanSquareNorm(torch.autograd.Function):
 
 
 def _gated(module: Any, hidden_D: Tensor) -> Tensor:
-    activation = module.act_fn
+    activated = _Activated(module.act_fn)
     gate_F, up_F = module.gate_proj(hidden_D), module.up_proj(hidden_D)
-    product_F = _GatedProduct.apply(gate_F, up_F, activation)
+    product_F = _GatedProduct.apply(gate_F, up_F, activated)
     place, size = product_F.untyped_storage().data_ptr(), product_F.numel()
     gate_F, up_F = gate_F.detach(), up_F.detach()
 
@@ -97,25 +97,46 @@ def _gated(module: Any, hidden_D: Tensor) -> Tensor:
         if isinstance(packed, Tensor):
             return packed
         with torch.no_grad():
-            return (activation(gate_F) * up_F).as_strided(*packed)
+            return (activated.again(gate_F)[1] * up_F).as_strided(*packed)
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         return module.down_proj(product_F)
+
+
+class _Activated:
+    """The activation of a gate, worked out once in a backward pass: for the projection's gradient, then for the two."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        self.function = function
+        self._made: tuple[Tensor, Tensor] | None = None
+
+    def again(self, gate_F: Tensor) -> tuple[Tensor, Tensor]:
+        """The gate, and its activation as a function of that."""
+        if self._made is None:
+            gate_F = gate_F.detach().requires_grad_()
+            with torch.enable_grad():
+                self._made = gate_F, self.function(gate_F)
+        return self._made
+
+    def last(self, gate_F: Tensor) -> tuple[Tensor, Tensor]:
+        """`again`, to keep no longer."""
+        made, self._made = self.again(gate_F), None
+        return made
 
 
 class _GatedProduct(torch.autograd.Function):
     """`activation(gate) * up` (arXiv 2002.05202); keeps the two."""
 
     @staticmethod
-    def forward(ctx: Any, gate_F: Tensor, up_F: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
+    def forward(ctx: Any, gate_F: Tensor, up_F: Tensor, activated: _Activated) -> Tensor:
         ctx.save_for_backward(gate_F, up_F)
-        ctx.activation = activation
-        return activation(gate_F) * up_F
+        ctx.activated = activated
+        return activated.function(gate_F) * up_F
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, Tensor, None]:
-        gate_F, up_F = (saved.detach().requires_grad_() for saved in ctx.saved_tensors)
-        with torch.enable_grad():
-            product_F = ctx.activation(gate_F) * up_F
-        grad_gate, grad_up = torch.autograd.grad(product_F, (gate_F, up_F), upstream[0])
-        return grad_gate, grad_up, None
+        gate_F, up_F = ctx.saved_tensors
+        gate_F, activated_F = ctx.activated.last(gate_F)
+        (grad_gate,) = torch.autograd.grad(activated_F, gate_F, upstream[0] * up_F)
+        # Its own graph is over, so that the activation can make room.
+        return grad_gate, activated_F.detach().mul_(upstream[0]), None

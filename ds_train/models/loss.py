@@ -13,16 +13,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from ds_kernels.entropy import entropy_in_place, entropy_takes
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from ds_train.models.cpu_products import fp32_products_are_faster
+from ds_train.plan.activations import chunk_tokens
 
 IGNORE_INDEX = -100
 """Label of a position that is not predicted (torch's and transformers' convention)."""
-
-CHUNK_LOGITS = 2 * 2**20
-"""Logits held at once: 8 MB in fp32."""
 
 ChunkLoss = Callable[[Tensor, slice, bool], tuple[Tensor, Tensor | None]]
 """(logits (C, V) of a chunk, its place among the tokens, whether a gradient is wanted) -> (summed loss, its gradient of
@@ -147,8 +147,8 @@ def own_rows(labels_C: Tensor, logits_CV: Tensor, shard: VocabularyShard | None)
     return rows_C.masked_fill((rows_C < 0) | (rows_C >= logits_CV.shape[-1]), IGNORE_INDEX)
 
 
-def _chunks(tokens: int, vocabulary: int) -> list[slice]:
-    size = max(1, CHUNK_LOGITS // vocabulary)
+def _chunks(tokens: int, vocabulary: int, in_place: bool = False) -> list[slice]:
+    size = chunk_tokens(vocabulary, in_place)
     return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
 
 
@@ -157,6 +157,15 @@ class CrossEntropy:
 
     def __init__(self, labels_N: Tensor, shard: VocabularyShard | None = None) -> None:
         self._labels_N, self._shard = labels_N, shard
+
+    def takes(self, logits_CV: Tensor) -> bool:
+        """Whether `in_place` can be given logits like these."""
+        return self._shard is None and entropy_takes(logits_CV, self._labels_N)
+
+    def in_place(self, logits_CV: Tensor, chunk: slice, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
+        """As the call, with a gradient that takes the logits' place, in their dtype."""
+        loss = entropy_in_place(logits_CV, self._labels_N[chunk], IGNORE_INDEX, with_gradient)
+        return loss, logits_CV if with_gradient else None
 
     def __call__(self, logits_CV: Tensor, chunk: slice, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
         labels_C, shard = self._labels_N[chunk], self._shard
@@ -191,40 +200,67 @@ class _LinearLoss(torch.autograd.Function):
         if fp32_products_are_faster(hidden_ND.device, dtype):
             hidden_ND, weight_VD = hidden_ND.float(), weight_VD.float()
             bias_V = None if bias_V is None else bias_V.float()
+        # These logits are nobody else's.
+        in_place = False
+        if isinstance(loss_of, CrossEntropy) and loss_of.takes(hidden_ND.new_empty(0, weight_VD.shape[0])):
+            in_place, loss_of = True, loss_of.in_place
+        chunks = _chunks(len(hidden_ND), weight_VD.shape[0], in_place)
         loss = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
         grad_hidden = torch.empty_like(hidden_ND) if needs_hidden else None
-        # fp32, so that the sum over chunks is not rounded to 16 bits at each of them.
-        grad_weight = torch.zeros_like(weight_VD, dtype=torch.float32) if needs_weight else None
-        grad_bias = torch.zeros_like(bias_V, dtype=torch.float32) if needs_bias and bias_V is not None else None
-        for chunk in _chunks(len(hidden_ND), weight_VD.shape[0]):
+        grad_weight = _SumOfChunks(weight_VD, len(chunks)) if needs_weight else None
+        grad_bias = _SumOfChunks(bias_V, len(chunks)) if needs_bias and bias_V is not None else None
+        for chunk in chunks:
             hidden_CD = hidden_ND[chunk]
             chunk_loss, grad_CV = loss_of(functional.linear(hidden_CD, weight_VD, bias_V), chunk, needs_any)
             loss += chunk_loss
             if grad_CV is None:
                 continue
             if grad_bias is not None:
-                grad_bias += grad_CV.sum(0)
+                grad_bias.add(grad_CV.sum(0, dtype=torch.float32))
             grad_CV = grad_CV.to(hidden_ND.dtype)
             if grad_hidden is not None:
                 torch.mm(grad_CV, weight_VD, out=grad_hidden[chunk])
             if grad_weight is not None:
-                if grad_weight.dtype == grad_CV.dtype:
-                    grad_weight.addmm_(grad_CV.t(), hidden_CD)
-                else:
-                    grad_weight += grad_CV.t() @ hidden_CD
+                grad_weight.add_product(grad_CV.t(), hidden_CD)
         if shard is not None and grad_hidden is not None:
             shard.sum(grad_hidden)
         ctx.save_for_backward(
-            *(None if gradient is None else gradient.to(dtype) for gradient in (grad_hidden, grad_weight, grad_bias))
+            None if grad_hidden is None else grad_hidden.to(dtype),
+            *(None if part is None else part.total(dtype) for part in (grad_weight, grad_bias)),
         )
         return loss
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
         hidden, weight, bias = (
-            None if grad is None else grad * upstream[0].to(grad.dtype) for grad in ctx.saved_tensors
+            # In place: another backward pass through this would be told that they are gone.
+            None if gradient is None else gradient.mul_(upstream[0].to(gradient.dtype))
+            for gradient in ctx.saved_tensors
         )
         return hidden, weight, bias, None, None
+
+
+class _SumOfChunks:
+    """A gradient that chunks add to: in fp32, so that the sum isn't rounded to 16 bits at each of them."""
+
+    def __init__(self, like: Tensor, chunks: int) -> None:
+        self._sum = torch.zeros_like(like, dtype=torch.float32) if chunks > 1 else None
+
+    def add(self, part: Tensor) -> None:
+        """Add a chunk's gradient."""
+        self._sum = part if self._sum is None else self._sum.add_(part)
+
+    def add_product(self, left: Tensor, right: Tensor) -> None:
+        """Add the product of two matrices."""
+        if self._sum is not None and self._sum.dtype == left.dtype:
+            self._sum.addmm_(left, right)
+        else:
+            self.add(left @ right)
+
+    def total(self, dtype: torch.dtype) -> Tensor | None:
+        """The sum; nothing where no chunk had a gradient."""
+        return None if self._sum is None else self._sum.to(dtype)
 
 
 class _LogitsLoss(torch.autograd.Function):

@@ -8,11 +8,13 @@ from functools import partial
 from typing import Any, TypeVar
 
 import torch.distributed as dist
+from ds_kernels.memory import hand_back_memory
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ds_train.config import RunConfig
 from ds_train.errors import UserError, first_line, user_error
+from ds_train.models.layer_drop import LayerDropping
 from ds_train.models.load import build_model, matrix_parameters, outline, shares_embedding
 from ds_train.models.tasks import TaskLoss
 from ds_train.models.tensor_plan import tensor_plan
@@ -35,7 +37,7 @@ class Part:
     `model` is the transformers model (a stage's has stand-ins for what is elsewhere); `module` and `mpu` go to
     `deepspeed.initialize`. `task` is None in a pipeline, where the last stage has it. `outline` is the whole model on
     torch's meta device, or `model` itself where it is whole. `stage_layers` are the layers of each pipeline stage.
-    `dropping` is there where the recipe's middle layers drop tokens.
+    `dropping` is there where the recipe's middle layers drop tokens, `layer_drop` where steps leave out layers.
     """
 
     model: PreTrainedModel
@@ -49,6 +51,7 @@ class Part:
     sequence: SequenceParallel | None = None
     stage_layers: tuple[int, ...] = ()
     dropping: TokenDropping | None = None
+    layer_drop: LayerDropping | None = None
 
     @property
     def loss(self) -> TaskLoss:
@@ -87,8 +90,10 @@ def build_part(run: RunConfig, config: PreTrainedConfig, plan: RunPlan, mesh: Me
     mpu = mesh if layout.tensor * layout.sequence > 1 else None
     drop = run.token_drop
     dropping = None if drop.kind == "none" else TokenDropping(model, run.seed, drop.whole_layers)
-    parameters = matrix_parameters(sketch)
-    return Part(model, model, mesh, mpu, sketch, parameters, task, sequence=sequence, dropping=dropping)
+    return Part(
+        model, model, mesh, mpu, sketch, matrix_parameters(sketch), task, sequence=sequence, dropping=dropping,
+        layer_drop=None if run.layer_drop.kind == "none" else LayerDropping(model),
+    )  # fmt: skip
 
 
 def cannot_cut(config: PreTrainedConfig, layout: Layout, reason: str) -> UserError:
@@ -164,6 +169,7 @@ def _in_turn(plan: RunPlan, build: Callable[[], Built]) -> Built:
     for _ in range(own):
         dist.barrier()
     built = build()
+    hand_back_memory()
     for _ in range(own + 1, turns):
         dist.barrier()
     return built
@@ -185,4 +191,5 @@ def _pipeline_part(run: RunConfig, config: PreTrainedConfig, plan: RunPlan, mesh
         pipeline=pipeline,
         stage_layers=tuple(cutter.sizes),
         dropping=None if drop.kind == "none" else pipeline.stage.drop_tokens(run.seed, drop.whole_layers),
+        layer_drop=None if run.layer_drop.kind == "none" else pipeline.stage.drop_layers(),
     )

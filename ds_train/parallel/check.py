@@ -15,8 +15,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ds_train.config import RunConfig
 from ds_train.errors import UserError, first_line, user_error
+from ds_train.models.layer_drop import LayerDropping
 from ds_train.models.load import build_model, shares_embedding
-from ds_train.models.look_alike import small_run
+from ds_train.models.look_alike import per_layer, small_run
 from ds_train.models.loss import IGNORE_INDEX
 from ds_train.models.packing import check_packing
 from ds_train.models.tasks import Batch, TaskLoss
@@ -27,6 +28,7 @@ from ds_train.parallel.pipeline import Stage, stage_inputs
 from ds_train.parallel.sequence import SequenceParallel, leave_sequence
 from ds_train.parallel.tensor import Shard
 from ds_train.plan.topology import Layout
+from ds_train.schedule.layer_drop import LayerDraw
 
 _SAMPLES, _LENGTH, _LAYERS = 2, 12, 4
 _SEEDS = 8
@@ -97,6 +99,36 @@ def check_token_dropping(run: RunConfig, config: PreTrainedConfig) -> None:
         reason = first_line(error) or type(error).__name__
     if reason is not None:
         raise user_error("token_drop.kind", f"{config.model_type}: {reason}", "set none", run.token_drop.kind)
+
+
+def check_layer_dropping(run: RunConfig, config: PreTrainedConfig) -> None:
+    """Ask a look-alike whether a layer that is left out is one that isn't there.
+
+    Raises:
+        UserError: it isn't, with the reason; no look-alike can be made.
+    """
+    try:
+        small_run, small = _small(run, config, Layout(1, 1, 1, 1))
+        count, given = small.num_hidden_layers, small.to_dict()
+        lists = {key: value[:-1] for key, value in per_layer(given, count).items()}
+        shorter = build_model(small_run, type(small)(**(given | lists | {"num_hidden_layers": count - 1})), {}, 0)
+        whole: Any = build_model(small_run, small, {}, 0)
+        shorter.load_state_dict(whole.state_dict(), strict=False)
+        dropping = LayerDropping(whole)
+        batch = {key: value for key, value in _batch(run, small).items() if key != "labels"}
+        with torch.no_grad():
+            expected = shorter(**batch).logits
+            for layer in range(count):  # of the others, that they run without it
+                dropping.draw(LayerDraw(frozenset([layer]), (1.0,) * count))
+                found = whole(**batch).logits
+        same = torch.allclose(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+        reason = None if same else "a layer that is left out isn't as one that isn't there"
+    except UserError:
+        raise
+    except Exception as error:  # the code of any family may refuse in its own way
+        reason = first_line(error) or type(error).__name__
+    if reason is not None:
+        raise user_error("layer_drop.kind", f"{config.model_type}: {reason}", "set none", run.layer_drop.kind)
 
 
 def difference(run: RunConfig, config: PreTrainedConfig, layout: Layout, mesh: Mesh, device: str = "cpu") -> str | None:

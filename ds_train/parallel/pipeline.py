@@ -17,7 +17,7 @@ import contextlib
 import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 import torch.distributed as dist
@@ -26,6 +26,7 @@ from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ds_train.models.layer_drop import LayerDropping
 from ds_train.models.tasks import SAMPLE_IDS, TOKEN_IDS, Batch, TaskLoss, carry_nonfinite, model_inputs
 from ds_train.models.token_drop import TokenDropping
 from ds_train.plan.families import FAMILIES
@@ -120,6 +121,16 @@ def cut_to_stage(model: PreTrainedModel, cut: Cut, first: int, stop: int) -> Non
             layers[index] = _Elsewhere(layers[index], gives_tuple=family is not None and family.tuples)
 
 
+class Beside(Protocol):
+    """What a stage trains on besides what it hands to the next one."""
+
+    def begin(self, batch: Batch) -> None:
+        """The next forward pass is of this micro-batch."""
+
+    def end(self) -> Tensor | None:
+        """Its loss: a differentiable scalar."""
+
+
 class Stage(nn.Module):
     """One stage: the model's outline, called with a tuple of tensors as DeepSpeed's pipeline wants it.
 
@@ -149,11 +160,19 @@ class Stage(nn.Module):
             layers[stop].role = "exit"
         self.task = TaskLoss(model, vocabulary_group) if self.is_last else None
         self.dropping: TokenDropping | None = None
+        self.beside: Beside | None = None
+        """What a stage before the last has a loss of its own of."""
+        self.beside_weight, self.beside_sum = 1.0, torch.zeros((), dtype=torch.float64)
+        """What that loss is multiplied by, as the last stage's is, and its sum over the micro-batches of a step."""
 
     def drop_tokens(self, seed: int, whole_layers: int) -> TokenDropping:
         """Let this stage's middle layers of the model drop tokens."""
         self.dropping = TokenDropping(self.model, seed, whole_layers, skip=(_Elsewhere,))
         return self.dropping
+
+    def drop_layers(self) -> LayerDropping:
+        """Let this stage's layers be left out."""
+        return LayerDropping(self.model, skip=(_Elsewhere,))
 
     def forward(self, inputs: tuple[Tensor, ...]) -> Any:
         batch = dict(zip(("input_ids", *self.travellers), inputs, strict=True))
@@ -166,10 +185,17 @@ class Stage(nn.Module):
         if self.task is not None:
             compute = self.task.train_loss if torch.is_grad_enabled() else self.task.scores
             return compute(self.call_with, batch)
+        beside = self.beside if torch.is_grad_enabled() else None
+        if beside is not None:
+            beside.begin(batch)
         try:
             self.call_with(**model_inputs(batch))
         except _StageEnd as end:
-            return end.hidden_BTD.contiguous(), *inputs[1:]
+            hidden_BTD, loss = end.hidden_BTD.contiguous(), None if beside is None else beside.end()
+            if loss is not None:
+                self.beside_sum += loss.detach()
+                hidden_BTD = _WithLoss.apply(hidden_BTD, loss, self.beside_weight)
+            return hidden_BTD, *inputs[1:]
         raise RuntimeError("the model's forward never reached the next stage's layers")
 
     def call_with(self, input_ids: Tensor, **others: Tensor) -> Any:
@@ -187,6 +213,19 @@ class Stage(nn.Module):
         """The end stages' copy of a weight that embedding and head share."""
         module = self.model.get_input_embeddings() if self.is_first else self.model.get_output_embeddings()
         return cast(nn.Parameter, module.weight)
+
+
+class _WithLoss(torch.autograd.Function):
+    """Hidden states as they are; when their gradient comes back, so does the loss's, which nothing else leads to."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, loss: Tensor, weight: float) -> Tensor:
+        ctx.weight, ctx.dtype = weight, loss.dtype
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, Tensor, None]:
+        return upstream[0], torch.tensor(ctx.weight, dtype=ctx.dtype, device=upstream[0].device), None
 
 
 def stage_inputs(batch: Batch) -> tuple[tuple[Tensor, ...], tuple[str, ...]]:
@@ -237,14 +276,17 @@ class Pipeline(PipelineModule):
         """One optimizer step of `engine`, DeepSpeed's around this pipeline. Collective.
 
         Returns:
-            Summed loss of the micro-batches, fp64; 0 on stages other than the last.
+            Summed loss of the micro-batches, fp64; on stages other than the last, of what lies beside.
         """
         self._weight = weight
+        # DeepSpeed divides the last stage's by the number of micro-batches.
+        self.stage.beside_weight = weight / len(batches)
         if self.carries_tokens:
             batches = [{**batch, TOKEN_IDS: batch["input_ids"]} for batch in batches]
         self._prepare(engine, batches)
+        self.stage.beside_sum = torch.zeros((), dtype=torch.float64, device=engine.device)
         engine.train_batch(_entries(batches))
-        return self._sums[0]
+        return self._sums[0] + self.stage.beside_sum
 
     def evaluate(self, engine: Any, batches: Sequence[Batch]) -> Tensor:
         """What `TaskLoss.scores` gives, summed over the micro-batches; zeros on stages other than the last."""

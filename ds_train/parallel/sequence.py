@@ -33,8 +33,9 @@ class SequenceParallel:
         attention = model.config._attn_implementation
         if attention != ATTENTION:
             raise ValueError(f"its attention is {attention}, and tokens are exchanged around {ATTENTION} only")
-        self._group = group
-        self._rank, self._ranks = dist.get_rank(group), dist.get_world_size(group)
+        self.group = group
+        """The ranks that share the tokens of a sample."""
+        self._rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
 
     def share(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """This rank's tokens of a micro-batch (B, T) -> (B, T / S), and what the forward pass of them needs.
@@ -46,14 +47,19 @@ class SequenceParallel:
         length = whole["input_ids"].shape[1]
         if "position_ids" not in whole:
             whole["position_ids"] = torch.arange(length, device=whole["input_ids"].device).expand_as(whole["input_ids"])
-        _ACTIVE.group, _ACTIVE.length = self._group, length
+        _ACTIVE.group, _ACTIVE.length = self.group, length
         _ACTIVE.positions_BT = whole["position_ids"] if "attention_mask" not in whole else None
-        own = slice(self._rank * length // self._ranks, (self._rank + 1) * length // self._ranks)
-        return {key: value if key == "attention_mask" else value[:, own].contiguous() for key, value in whole.items()}
+        return {key: value if key == "attention_mask" else self.own(value) for key, value in whole.items()}
+
+    def own(self, whole_BT: Tensor) -> Tensor:
+        """This rank's tokens of a tensor of all."""
+        length = whole_BT.shape[1]
+        start, stop = (number * length // self.ranks for number in (self._rank, self._rank + 1))
+        return whole_BT[:, start:stop].contiguous()
 
     def _padded(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The micro-batch, with padding at the end where its length isn't a multiple of the ranks."""
-        missing = -batch["input_ids"].shape[1] % self._ranks
+        missing = -batch["input_ids"].shape[1] % self.ranks
         if not missing:
             return dict(batch)
         filling = {"labels": IGNORE_INDEX}

@@ -17,8 +17,17 @@ from ds_train.plan.outline import Outline, Parameter
 from ds_train.plan.shares import Share, Shares
 from ds_train.plan.transformers_keys import modeling_source
 
-CHUNK_LOGITS = 2 * 2**20
-"""Logits that the fused head and loss hold at once (models/loss.py)."""
+_CHUNK_LOGITS, _CHUNK_IN_PLACE, _CHUNK_TOKENS = 2 * 2**20, 16 * 2**20, 256
+
+
+def chunk_tokens(vocabulary: int, in_place: bool) -> int:
+    """Tokens whose logits the fused head and loss hold at once (models/loss.py).
+
+    8 MB of logits in fp32, with as much for their gradient; 32 MB in 16 bits where that takes their place. Never so few
+    tokens that products are thin, and that adding up the gradients of a large head takes longer than making them.
+    """
+    return max(_CHUNK_TOKENS, (_CHUNK_IN_PLACE if in_place else _CHUNK_LOGITS) // vocabulary)
+
 
 # What an activation function keeps, in multiples of F, beside the input of the next product where that isn't its
 # output itself. The tanh forms that are written out in Python keep five tensors.
@@ -132,11 +141,14 @@ class Activations:
         if self._outline.head == "score":  # of classifiers
             return float(norm)
         if self._outline.plain_head:
-            chunk = min(CHUNK_LOGITS, work.tokens * rows) * 4
+            in_place = work.device == "cpu" and work.dtype_bytes == 2  # ds_kernels/entropy.py
+            tokens = min(chunk_tokens(rows, in_place), work.tokens)
+            chunk = tokens * rows * (work.dtype_bytes if in_place else 3 * 4)
             weight = rows * self._hidden
-            # The gradients of hidden states and weight are made in the forward pass; in the backward pass they are
-            # multiplied into a second copy, after the chunks are gone.
-            return float(norm + work.tokens * self._hidden * 4 + weight * 4 + max(3 * chunk, weight * work.dtype_bytes))
+            # The gradients of hidden states and weight are made in the forward pass. Chunks of them are added up in
+            # fp32, and rounded when the chunks are gone.
+            sums = weight * 4 if tokens < work.tokens else 0
+            return float(norm + work.tokens * self._hidden * 4 + sums + max(chunk, weight * work.dtype_bytes))
         return float(norm + work.tokens * rows * (2 * work.dtype_bytes + 3 * 4))
 
     def masks(self, work: Work) -> float:

@@ -123,6 +123,7 @@ _REPLACED = {
     "amp": "leave it out; precision.dtype=bf16 or fp16 is mixed precision",
     "elasticity": "leave it out; a checkpoint resumes on any number of ranks",
     "curriculum_learning": "leave it out; `curriculum` of the recipe does this",
+    "progressive_layer_drop": "leave it out; `layer_drop` of the recipe does this, its keep for theta",
     "zero_optimization.mics_shard_size": "leave it out; see parallel.secondary_partition",
 }
 

@@ -89,8 +89,10 @@ def make_plan(run: RunConfig, cluster: Cluster) -> RunPlan:
 
 def like_steps(run: RunConfig) -> int | None:
     """Optimizer steps of a run whose steps are all alike; None where they aren't, or their number depends on data."""
-    reduced = run.curriculum.kind != "none" or run.patch.size > 1 or run.token_drop.kind != "none"
-    if reduced or (run.schedule.steps is None and run.schedule.tokens is None):
+    dropped = run.token_drop.kind != "none" or run.layer_drop.kind != "none"
+    if dropped or run.curriculum.kind != "none" or run.patch.size > 1:
+        return None
+    if run.schedule.steps is None and run.schedule.tokens is None:
         return None
     tokens = run.batch.global_samples * run.data.sequence_length
     return run.schedule.steps or -(-(run.schedule.tokens or 0) // tokens)

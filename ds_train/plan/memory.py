@@ -27,6 +27,9 @@ _MOMENTS = {"adamw": 2, "adam": 2, "adagrad": 1, "sgd": 1}
 # Gradients that DeepSpeed copies side by side for one all-reduce (engine.py: buffered_allreduce_fallback).
 _ALL_REDUCE_ELEMENTS = 500_000_000
 
+_PREFETCHED = 50_000_000
+"""Parameters of a teacher in shares that are gathered ahead (zero/config.py: prefetch_bucket_size)."""
+
 _RUNTIME_ON_DEVICES = 1.5 * 2**30
 """Driver context, libraries' workspaces and communicators of a device."""
 
@@ -137,10 +140,18 @@ class MemoryModel:
             return self.width
         return WIDTH[self.run.precision.gradient_dtype]
 
-    @property
-    def _teacher_bytes(self) -> int:
-        dtype = self.run.compress.distill.dtype
-        return self.teacher_elements * (self.width if dtype == "auto" else WIDTH[dtype])
+    def _teacher_bytes(self, share: Share, choice: Choice) -> tuple[float, float]:
+        """(on the device, in host memory) on a stage that takes the loss or compares layers (compress/teacher.py)."""
+        distill, layout = self.run.compress.distill, choice.layout
+        if not runs_teacher(self.run, share, self.shares.layers):
+            return 0, 0
+        width = self.width if distill.dtype == "auto" else WIDTH[distill.dtype]
+        size = self.teacher_elements * width
+        if distill.placement == "memory":
+            return size, 0
+        gathered = min(self.teacher_elements, _PREFETCHED) * width
+        own = size * layout.pipe / layout.ranks
+        return (gathered + own, 0) if distill.placement == "sharded" else (gathered, own)
 
     @cached_property
     def bucket(self) -> int:
@@ -168,9 +179,9 @@ class MemoryModel:
             "gradients": states.gradients,
             "optimizer": states.optimizer,
             "buffers": states.buffers,
-            # The stage that takes the loss has it whole (compress/teacher.py).
-            "teacher": self._teacher_bytes if number == choice.layout.pipe - 1 else 0,
         }
+        steady["teacher"], in_host_memory = self._teacher_bytes(share, choice)
+        states.host["teacher"] = states.host.get("teacher", 0) + in_host_memory
         passing = {
             "activations": activations,
             "logits and loss": loss,
@@ -285,6 +296,17 @@ class MemoryModel:
         if asked == "auto":
             return self._device != "cpu" and choice.layout.ranks > 1 and choice.layout.pipe == 1
         return asked
+
+
+def runs_teacher(run: RunConfig, share: Share, layers: int) -> bool:
+    """Whether ranks with a stage of the model's `layers` run the teacher: to take the loss, or to compare layers."""
+    distill = run.compress.distill
+    compared: set[int] = set()
+    if distill.hidden > 0:
+        compared |= {own for own, _ in distill.hidden_layers or ()} or set(range(layers))
+    if distill.relations > 0:
+        compared |= {own for own, _ in distill.relation_layers or ()} or {layers - 1}
+    return share.has_head or any(share.first <= layer < share.stop for layer in compared)
 
 
 def teacher_elements(run: RunConfig) -> int:

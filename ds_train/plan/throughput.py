@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 
 from ds_train.plan.hardware import Hardware, Link
-from ds_train.plan.memory import Choice, MemoryModel
+from ds_train.plan.memory import Choice, MemoryModel, runs_teacher
 from ds_train.plan.shares import Share
 from ds_train.plan.topology import Cluster
 
@@ -25,6 +25,8 @@ _DRAW_ON_CPU_S = 8e-9
 _OPERATIONS_OF_HOOKS = 100
 # Share of the gradients' exchange that can hide behind the backward pass, where devices have streams.
 _HIDDEN_SHARE = 0.7
+# Queries, keys, values and output, which sequence ranks exchange (parallel/sequence.py).
+_STATES_OF_ATTENTION = 4
 _NEAREST_INT8 = 0.5
 
 
@@ -61,10 +63,8 @@ class TimeModel:
         run = memory.run
         flops = self._hardware.flops
         # CPUs that multiply 16 bits more slowly than fp32 widen them (models/cpu_products.py).
-        peak = flops[run.precision.dtype]
-        if self._hardware.device == "cpu":
-            peak = max(peak, flops["fp32"])
-        self._flops = peak * self._hardware.attainable
+        self._widens = self._hardware.device == "cpu" and flops[run.precision.dtype] <= flops["fp32"]
+        self._flops = flops["fp32" if self._widens else run.precision.dtype] * self._hardware.attainable
         self._width = memory.width
         self._length = run.data.sequence_length
 
@@ -80,7 +80,7 @@ class TimeModel:
         busy = products + memory + tensor + sequence
         pipeline = busy * (layout.pipe - 1) / choice.accumulation
         if layout.pipe > 1:
-            message = self._model.work(choice).tokens * self._model.activations.hidden * self._width
+            message = self._message(choice)
             link = self._link(layout.data * layout.sequence * layout.tensor, 2)
             # Forward and backward, both waited for; once more to fill the pipeline.
             pipeline += 2 * (choice.accumulation + layout.pipe - 1) * _seconds(message, link)
@@ -100,6 +100,29 @@ class TimeModel:
         attention = 2 * self._length * self._model.activations.attention_width * self._model.shares.layers
         return 6.0 * samples * self._length * (share.multiply_adds + attention)
 
+    def exchanged(self, share: Share, choice: Choice) -> dict[str, int]:
+        """Bytes of the messages of a step, whole, by kind of collective, that data and sequence ranks exchange.
+
+        Of each a rank sends (n - 1) / n, twice that of an all-reduce. Gradients of ZeRO 0 and 1 go once a step, of 2
+        and 3 with every micro-batch. ZeRO-3 gathers weights in each forward and backward pass, those of the head, where
+        the one follows the other, once; what its `max_live_parameters` keeps between them is gathered less often.
+        """
+        if choice.shards == 1:
+            return {}
+        size, width, times = share.elements * self._width, self._width, choice.accumulation
+        head = round(share.head_multiply_adds) * width
+        messages = {
+            0: {"all_reduce": size},
+            1: {"all_reduce": size, "all_gather": size},
+            2: {"all_reduce": size * times, "all_gather": size},
+            3: {"all_gather": (2 * size - head) * times, "reduce_scatter": size * times},
+        }[choice.stage]
+        if choice.layout.sequence > 1:
+            passes = 3 if choice.checkpointing else 2
+            states = (share.stop - share.first) * _STATES_OF_ATTENTION * passes
+            messages["all_to_all"] = states * self._message(choice) // choice.layout.tensor * times
+        return messages
+
     # -- parts -------------------------------------------------------------------------------------------------------
 
     def _micro_batch(self, share: Share, choice: Choice) -> tuple[float, float, float, float]:
@@ -111,22 +134,21 @@ class TimeModel:
         body = share.multiply_adds - share.head_multiply_adds
         scores = 2 * self._length * model.activations.attention_width * layers / layout.tensor
         flops = 2 * work.tokens * (again * (body + scores) + 3 * share.head_multiply_adds)
-        if share.has_head:
+        if runs_teacher(model.run, share, model.shares.layers):
             # The teacher's forward pass, whole on every rank that takes the loss (compress/teacher.py).
             flops += 2 * work.tokens * model.teacher_elements
         products = flops / self._flops
         kept, _ = model.activations.layers(share, work)
         traffic = kept * _TRAFFIC_PER_KEPT_BYTE * again / 3 + 3 * model.activations.loss(share, work)
-        if self._hardware.device == "cpu":
-            # Without matrix units 16-bit operands are widened (models/cpu_products.py); conversions cost as much.
-            traffic *= 4 / self._width
+        if self._widens:
+            traffic *= 4 / self._width  # conversions cost as much
         # Weights are read in each pass, their gradients written and added.
         traffic += share.elements * self._width * (again + 2)
         memory = traffic / self._hardware.memory_bytes_per_second
         if self._hardware.device == "cpu":
             memory += model.activations.drawn(share, work) * (2 if choice.checkpointing else 1) * _DRAW_ON_CPU_S
         memory += layers * _OPERATIONS_OF_LAYER * again / 3 * self._hardware.kernel_s
-        message = work.tokens * model.activations.hidden * self._width
+        message = self._message(choice)
         tensor = sequence = 0.0
         if layout.tensor > 1:
             rows, columns = model.shares.exchanges
@@ -137,7 +159,7 @@ class TimeModel:
             link = self._link(layout.tensor, layout.sequence)
             share_sent = (layout.sequence - 1) / layout.sequence
             passes = 3 if choice.checkpointing else 2
-            sequence = layers * 4 * passes * (_seconds(message / layout.tensor * share_sent, link))
+            sequence = layers * _STATES_OF_ATTENTION * passes * (_seconds(message / layout.tensor * share_sent, link))
         return products, memory, tensor, sequence
 
     def _data(self, share: Share, choice: Choice, backward: float) -> float:
@@ -145,34 +167,38 @@ class TimeModel:
         ranks, run = choice.shards, self._model.run
         if ranks == 1:
             return 0.0
-        link = self._link(choice.layout.tensor, ranks)
-        size = share.elements * self._width
-        gather = (ranks - 1) / ranks * size
+        link, messages = self._link(choice.layout.tensor, ranks), self.exchanged(share, choice)
+        sent = (ranks - 1) / ranks
         buckets = max(1, math.ceil(share.elements / self._model.bucket))
         if choice.stage == 0:
-            return _all_reduce(size, ranks, link)
+            return _all_reduce(messages["all_reduce"], ranks, link)
+        gathered = sent * messages["all_gather"]
         if choice.stage == 1:
             # Gradients of the whole step are all-reduced, then each rank's new weights are gathered.
-            reduced = _all_reduce(size, ranks, link) + buckets * link.latency_s
-            return self._visible(reduced, backward / choice.accumulation, choice) + gather / link.bytes_per_second
+            reduced = _all_reduce(messages["all_reduce"], ranks, link) + buckets * link.latency_s
+            return self._visible(reduced, backward / choice.accumulation, choice) + gathered / link.bytes_per_second
         if choice.stage == 2:
-            once = _all_reduce(size, ranks, link) + buckets * link.latency_s
+            once = _all_reduce(messages["all_reduce"] / choice.accumulation, ranks, link) + buckets * link.latency_s
             reduced = self._visible(once * choice.accumulation, backward, choice)
-            return reduced + gather / link.bytes_per_second + buckets * link.latency_s
-        weights = gather * (_NEAREST_INT8 if run.parallel.quantized_weights else 1.0)
-        gradients = gather * (_NEAREST_INT8 / 2 if run.parallel.quantized_gradients else 1.0)
+            return reduced + gathered / link.bytes_per_second + buckets * link.latency_s
+        shrunk = _NEAREST_INT8 if run.parallel.quantized_weights else 1.0
+        forward = shrunk * sent * share.elements * self._width * choice.accumulation
+        backward_again = shrunk * gathered - forward
+        gradients = sent * messages["reduce_scatter"] * (_NEAREST_INT8 / 2 if run.parallel.quantized_gradients else 1.0)
         second = run.parallel.secondary_partition
         near = self._link(choice.layout.tensor, min(second, ranks)) if second > 1 else link
         # A gather per module with weights of its own, in the forward and in the backward pass.
         modules = sum(count for piece, count in share.pieces if piece.matrix)
         latency = modules * link.latency_s * (math.log2(ranks) + 1)
-        micro = (
-            weights / link.bytes_per_second + weights / near.bytes_per_second + gradients / link.bytes_per_second
-            + 3 * latency
-        )  # fmt: skip
+        exchange = (forward + gradients) / link.bytes_per_second + backward_again / near.bytes_per_second
+        exchange += 3 * latency * choice.accumulation
         if self._hardware.device == "cpu":  # nothing runs beside DeepSpeed's own hooks
-            micro += 3 * modules * _OPERATIONS_OF_HOOKS * self._hardware.kernel_s
-        return self._visible(micro * choice.accumulation, backward * 1.5, choice)
+            exchange += 3 * modules * _OPERATIONS_OF_HOOKS * self._hardware.kernel_s * choice.accumulation
+        return self._visible(exchange, backward * 1.5, choice)
+
+    def _message(self, choice: Choice) -> int:
+        """Bytes of the hidden states of a rank's tokens of a micro-batch."""
+        return self._model.work(choice).tokens * self._model.activations.hidden * self._width
 
     def _visible(self, exchange: float, compute: float, choice: Choice) -> float:
         if not self._model.overlaps(choice):

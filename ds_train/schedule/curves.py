@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from ds_train.config import RunConfig
 from ds_train.schedule.distill import teacher_share
+from ds_train.schedule.layer_drop import kept_share
 from ds_train.schedule.learning_rate import learning_rate_factor, plan_length
 from ds_train.schedule.prune import closed_share, prune_steps
 from ds_train.schedule.timeline import cut_timeline
@@ -51,6 +52,10 @@ def recipe_curves(run: RunConfig, points: int = POINTS) -> Curves:
         starts = [timeline.at(step - 1) for step in steps]
         kept = [kept_tokens(run.token_drop, shape.length, shape.before, total) for shape in starts]
         curves.append(Curve("tokens that middle layers take", tuple(map(float, kept))))
+    if run.layer_drop.kind != "none":
+        before = [timeline.at(step - 1).before for step in steps]
+        kept_layers = tuple(kept_share(run.layer_drop, place, total) for place in before)
+        curves.append(Curve("share of steps with the last layer", kept_layers))
     distill = run.compress.distill
     if distill.alpha_end is not None:
         before = [timeline.at(step - 1).before for step in steps]

@@ -10,13 +10,20 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable
+from importlib.metadata import version
+from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 
 SOURCES = Path(__file__).parent / "csrc"
 CACHE_VARIABLE = "DS_KERNELS_CACHE"
 """Environment variable with the folder that built libraries are kept in; ~/.cache/ds_kernels without it."""
 
-_CPU_SOURCES = ("opt_math.h", "cpu_body.h", "cpu.cpp", "cpu_body.cpp")
+WITHOUT_VARIABLE = "DS_KERNELS_WITHOUT"
+"""Environment variable with names of libraries, by commas, that are to be left out: cpu, attention, memory, cuda."""
+
+_CPU_BODIES = ("cpu_body.cpp", "cpu_layers.cpp")
+_CPU_SOURCES = ("opt_math.h", "cpu_body.h", "cpu_layers.h", "cpu.cpp", *_CPU_BODIES)
 # No contraction and no fast maths: the bits are those that opt_math.h says.
 _CPU_FLAGS = (
     "-std=c++17", "-O3", "-fPIC", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math",
@@ -31,6 +38,14 @@ ISAS: dict[str, tuple[str, ...]] = {
         "-mprefer-vector-width=512",
     ),
 }  # fmt: skip
+
+_ATTENTION_SOURCE = "cpu_attention.cpp"
+_ATTENTION_FLAGS = (
+    "-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fno-math-errno", "-mavx512bf16", *ISAS["avx512"], "-shared",
+)  # fmt: skip
+
+_MEMORY_SOURCE = "cpu_memory.cpp"
+_MEMORY_FLAGS = ("-std=c++20", "-O2", "-fPIC", "-shared")
 
 _CUDA_SOURCES = ("opt_math.h", "kernels.cuh", "cuda.cu")
 # The runtime is linked in: it loads on hosts without a driver, and torch may have another version of it.
@@ -53,6 +68,19 @@ def build_cpu_library() -> Path:
     return _once(f"cpu-{key}", name, shutil.which(name), lambda compiler, made: _compile_cpu(compiler, isas, made))
 
 
+def build_attention_library() -> Path:
+    """Path of the attention of processors with AVX512_BF16; see `build_cpu_library`."""
+    return _build_one("attention", _ATTENTION_SOURCE, _ATTENTION_FLAGS, ())
+
+
+def build_memory_library() -> Path:
+    """Path of the allocator for the torch that is installed, against whose headers it is built; see
+    `build_cpu_library`."""
+    torch = Path(find_spec("torch").origin).parent  # type: ignore[union-attr, arg-type]
+    libraries = (f"-I{torch / 'include'}", f"-L{torch / 'lib'}", "-lc10")
+    return _build_one("memory", _MEMORY_SOURCE, (*_MEMORY_FLAGS, version("torch")), libraries)
+
+
 def build_cuda_library(architecture: str) -> Path:
     """Path of the library for GPUs of `architecture` ("sm_90"), built now if this host has none of these sources yet.
 
@@ -68,6 +96,17 @@ def build_cuda_library(architecture: str) -> Path:
     return _once(f"cuda-{architecture}-{key}", "nvcc", find_nvcc(), compile_cuda)
 
 
+def _build_one(kind: str, source: str, flags: tuple[str, ...], libraries: tuple[str, ...]) -> Path:
+    """The library of one file; what isn't an option among `flags` is part of its key alone."""
+    name = os.environ.get("CXX", "g++")
+    options = [flag for flag in flags if flag.startswith("-")]
+
+    def compile_one(compiler: str, made: Path) -> None:
+        _run_all([[compiler, *options, str(SOURCES / source), "-o", str(made), *libraries]])
+
+    return _once(f"{kind}-{_key((source,), flags)}", name, shutil.which(name), compile_one)
+
+
 def find_nvcc() -> str | None:
     """nvcc by CUDACXX, the PATH, CUDA_HOME or where CUDA is installed by default."""
     homes = [os.environ.get("CUDA_HOME", ""), "/usr/local/cuda"]
@@ -77,6 +116,8 @@ def find_nvcc() -> str | None:
 
 def _once(folder: str, name: str, compiler: str | None, compile_to: Callable[[str, Path], None]) -> Path:
     """The library of `folder` in the cache by this compiler; by any other where this one isn't there."""
+    if folder.partition("-")[0] in os.environ.get(WITHOUT_VARIABLE, "").split(","):
+        raise BuildError(f"{WITHOUT_VARIABLE} leaves it out")
     place = _cache() / folder
     if compiler is None:
         built = sorted(place.glob("*/library.so"))
@@ -99,11 +140,12 @@ def _once(folder: str, name: str, compiler: str | None, compile_to: Callable[[st
 
 
 def _compile_cpu(compiler: str, isas: dict[str, tuple[str, ...]], made: Path) -> None:
-    body, objects = SOURCES / "cpu_body.cpp", [made.with_name("cpu.o")]
+    objects = [made.with_name("cpu.o")]
     commands = [[compiler, *_CPU_FLAGS, "-c", str(SOURCES / "cpu.cpp"), "-o", str(objects[0])]]
-    for isa, flags in isas.items():
-        objects.append(made.with_name(f"{isa}.o"))
-        commands.append([compiler, *_CPU_FLAGS, *flags, f"-DDSK_ISA={isa}", "-c", str(body), "-o", str(objects[-1])])
+    for (isa, flags), body in product(isas.items(), _CPU_BODIES):
+        objects.append(made.with_name(f"{isa}-{body}.o"))
+        source = str(SOURCES / body)
+        commands.append([compiler, *_CPU_FLAGS, *flags, f"-DDSK_ISA={isa}", "-c", source, "-o", str(objects[-1])])
     _run_all(commands)
     _run_all([[compiler, "-shared", "-fopenmp", *map(str, objects), "-o", str(made)]])
 

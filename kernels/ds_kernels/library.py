@@ -47,6 +47,16 @@ class Rates(ctypes.Structure):
     ]
 
 
+class Entropy(ctypes.Structure):
+    """cpu_layers.h's dsk_entropy."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("logits", "label")),
+        *((name, ctypes.c_int64) for name in ("rows", "width", "labels", "ignored")),
+        *((name, ctypes.c_int32) for name in ("type", "gradient")),
+    ]
+
+
 @dataclass(frozen=True)
 class DeviceStep:
     """Where a step that doesn't wait for the host finds its numbers on the device.
@@ -78,6 +88,7 @@ class CpuLibrary:
         """Raises OSError where it can't be loaded."""
         self._functions: Any = ctypes.CDLL(str(path))
         self._functions.dsk_cpu_sum_of_squares.restype = ctypes.c_double
+        self._functions.dsk_cpu_entropy.restype = ctypes.c_double
         self.isa: int = self._functions.dsk_cpu_isa()
 
     @property
@@ -113,6 +124,11 @@ class CpuLibrary:
                 ctypes.c_int32(self.isa if isa is None else isa),
             )
         )  # fmt: skip
+
+    def entropy(self, arguments: Entropy, threads: int, isa: int | None = None) -> float:
+        """Summed cross-entropy; the caller keeps the memory alive."""
+        wanted = ctypes.c_int32(self.isa if isa is None else isa)
+        return float(self._functions.dsk_cpu_entropy(ctypes.byref(arguments), ctypes.c_int32(threads), wanted))
 
 
 @cache

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import yaml
+from ranks import run_ranks
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
@@ -126,6 +127,46 @@ def plain_optimizer(parameters: list[Any]) -> torch.optim.Optimizer:
         {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.95), eps=1e-8, foreach=False)
+
+
+def plain_steps(
+    recipe: Path, parameters: Sequence[Any], loss_of: Callable[[int, dict[str, Tensor], Tensor], Tensor],
+    after_backward: Callable[[], None] = lambda: None,
+) -> list[tuple[float, float]]:  # fmt: skip
+    """(loss, gradient norm) of each step of a recipe of a constant rate.
+
+    `loss_of` gives that of (step, what the model takes of the global batch, labels), a mean over labels.
+    """
+    optimizer = plain_optimizer([*parameters])
+    history = []
+    for step, batch in enumerate(whole_batches(recipe)):
+        batch.pop("sample_ids", None)
+        labels = batch.pop("labels")
+        for group in optimizer.param_groups:
+            group["lr"] = LR
+        loss = loss_of(step, batch | {"use_cache": False}, labels)
+        optimizer.zero_grad(set_to_none=False)
+        loss.backward()
+        after_backward()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, CLIP)
+        optimizer.step()
+        history.append((loss.item(), norm.item()))
+    return history
+
+
+def load_plain(path: str | Path) -> Any:
+    """The causal model of a folder, as the oracle computes it."""
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64, attn_implementation="eager").train()
+
+
+def mean_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """The plain loss."""
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+
+def train_on_two_ranks(recipes: Iterable[Path]) -> None:
+    """Train them, one after the other in one set of ranks."""
+    run_ranks(2, ["tests/parity/train_many.py", *map(str, recipes)], timeout_s=900).check()
 
 
 def plain_loop(recipe: Path, poison: Sequence[int] = ()) -> list[tuple[float, float]]:

@@ -9,21 +9,22 @@ import numpy as np
 import pytest
 import torch
 from plain_loop import (
-    LR,
     SEED,
     STEPS,
     TWO_RANKS,
     history_of,
-    plain_optimizer,
-    whole_batches,
+    load_plain,
+    plain_steps,
+    train_on_two_ranks,
     write_corpus,
     write_recipe,
     write_weights,
-)  # fmt: skip
+)
 from ranks import run_ranks
 from torch import Tensor
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers.models.llama import modeling_llama
 
 from ds_train.config import load
 from ds_train.models.load import fold_seed
@@ -35,15 +36,23 @@ def without(*names: str) -> dict[str, dict[str, Any]]:
     return {name: layout for name, layout in TWO_RANKS.items() if name not in names}
 
 
+PAIRS = [[0, 1], [3, 1]]
+FOUR_RANKS: dict[str, dict[str, Any]] = {"pipeline2-tensor2": {"pipeline": 2, "tensor": 2}}
 TEMPERATURE, ALPHA, ALPHA_END, TOP, HIDDEN = 2.0, 0.8, 0.2, 5, 0.3
 CASES: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
     "forward": ({"logits": "forward-kl", "alpha_end": ALPHA_END}, TWO_RANKS),
     "cached": ({"logits": "reverse-kl", "alpha_end": ALPHA_END, "cache_top": TOP}, without("sequence2")),
-    "hidden": (
-        {"logits": "js", "alpha_end": ALPHA_END, "hidden": HIDDEN},
-        without("sequence2", "pipeline2"),
+    "hidden": ({"logits": "js", "alpha_end": ALPHA_END, "hidden": HIDDEN}, TWO_RANKS),
+    "sharded": ({"logits": "js", "alpha_end": ALPHA_END, "hidden": HIDDEN, "placement": "sharded"}, TWO_RANKS),
+    "offloaded": ({"logits": "js", "alpha_end": ALPHA_END, "hidden": HIDDEN, "placement": "offloaded"}, TWO_RANKS),
+    "relations": (
+        {"relations": 2.0, "relation_layers": PAIRS, "relation_kinds": ["attention", "query", "key", "value"]},
+        without("sequence2"),
     ),
 }
+
+
+PLACED = ("sharded", "offloaded")
 
 
 def kl(target: Tensor, other: Tensor) -> Tensor:
@@ -70,49 +79,83 @@ def projections(own: int, other: int, count: int) -> list[Tensor]:
     return [weight.double().requires_grad_() for weight in weights]
 
 
+class Attention:
+    """Queries, keys and values of each layer as its attention gets them, (B, H, T, K), from its matrices alone."""
+
+    def __init__(self, model: Any) -> None:
+        self.seen: list[dict[str, Tensor]] = []
+        for layer in model.model.layers:
+            layer.self_attn.register_forward_hook(self._take, with_kwargs=True)
+
+    def _take(self, module: Any, args: Any, kwargs: dict[str, Any], _: Any) -> None:
+        hidden = kwargs["hidden_states"]
+        states = {
+            kind: getattr(module, f"{kind[0]}_proj")(hidden).unflatten(-1, (-1, module.head_dim)).transpose(1, 2)
+            for kind in ("query", "key", "value")
+        }
+        rotary = modeling_llama.apply_rotary_pos_emb(states["query"], states["key"], *kwargs["position_embeddings"])
+        self.seen.append(dict(zip(("query", "key"), rotary, strict=True)) | {"value": states["value"]})
+
+
+def relation(states: dict[str, Tensor], kind: str, seen: Tensor) -> Tensor:
+    """Log-probabilities (B, heads, T, T) of how tokens relate; 4 heads."""
+    if kind == "attention":
+        one, other = states["query"], states["key"].repeat_interleave(2, 1)
+    else:
+        joined = states[kind].transpose(1, 2).flatten(2)
+        one = other = torch.stack(joined.chunk(4, -1), 1)
+    scores = one @ other.transpose(2, 3) / one.shape[-1] ** 0.5
+    return torch.log_softmax(scores.masked_fill(~seen[:, None], -torch.inf), -1)
+
+
+def relations_apart(ours: Attention, theirs: Attention, section: Any, batch: dict[str, Tensor], counts: Tensor) -> Any:
+    document = (batch["position_ids"] == 0).cumsum(-1)
+    seen = (document[:, :, None] == document[:, None]).tril()
+    total: Any = 0.0
+    for own, other in PAIRS:
+        for kind in section.relation_kinds:
+            q, p = (relation(states.seen[at], kind, seen) for states, at in ((ours, own), (theirs, other)))
+            apart = torch.where(seen[:, None], p.exp() * (p - q), 0.0).sum(-1).mean((1, 2))
+            total = total + (apart * counts).sum() / len(PAIRS) / len(section.relation_kinds)
+    return section.relations * total
+
+
 def plain_loop(recipe: Path, teacher_folder: Path) -> list[tuple[float, float]]:
     """(loss, gradient norm) of each step, with whole logits of the whole global batch."""
     run = load(str(recipe))
     section = run.compress.distill
-    model, teacher = (
-        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64, attn_implementation="eager")
-        for path in (run.model.path, teacher_folder)
-    )
-    model.train()
+    model, teacher = load_plain(str(run.model.path)), load_plain(teacher_folder)
     seen: dict[str, list[Tensor]] = {"model": [], "teacher": []}
     for name, one in (("model", model), ("teacher", teacher)):
         for layer in one.model.layers:
             layer.register_forward_hook(lambda _, __, output, name=name: seen[name].append(output))
+    attention = Attention(model), Attention(teacher)
     extra = projections(32, 24, 4) if section.hidden else []
-    optimizer = plain_optimizer([*model.parameters(), *extra])
-    history = []
-    for step, batch in enumerate(whole_batches(recipe)):
-        batch.pop("sample_ids", None)
-        labels = batch.pop("labels")
-        for group in optimizer.param_groups:
-            group["lr"] = LR
+
+    def loss_of(step: int, batch: dict[str, Any], labels: Tensor) -> Tensor:
         kept = labels != -100
         seen.update(model=[], teacher=[])
-        output = model(**batch, use_cache=False)
+        for one in attention:
+            one.seen.clear()
+        output = model(**batch)
         with torch.no_grad():
-            theirs = teacher(**batch, use_cache=False)
+            theirs = teacher(**batch)
         p, q = (torch.log_softmax(out.logits[kept] / TEMPERATURE, -1) for out in (theirs, output))
         if section.cache_top:
             top = theirs.logits[kept].topk(TOP).indices
             p, q = with_rest(p, top), with_rest(q, top)
-        alpha = ALPHA + (ALPHA_END - ALPHA) * step / STEPS
-        loss = alpha * TEMPERATURE**2 * divergence(section.logits, p, q)
-        loss = loss + (1 - alpha) * functional.cross_entropy(output.logits[kept], labels[kept], reduction="sum")
+        alpha = 0.0 if section.logits == "none" else ALPHA + (ALPHA_END - ALPHA) * step / STEPS
+        loss = (1 - alpha) * functional.cross_entropy(output.logits[kept], labels[kept], reduction="sum")
+        if section.logits != "none":
+            loss = loss + alpha * TEMPERATURE**2 * divergence(section.logits, p, q)
         for layer, weight in enumerate(extra):
             square = (seen["model"][layer] @ weight.t() - seen["teacher"][layer // 2]).square().mean(-1).mean(-1)
             loss = loss + HIDDEN / len(extra) * (square * kept.sum(-1)).sum()
-        loss = loss / kept.sum()
-        optimizer.zero_grad()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_([*model.parameters(), *extra], 0.5)
-        optimizer.step()
-        history.append((loss.item(), norm.item()))
-    return history
+        if section.relations:
+            loss = loss + relations_apart(*attention, section, batch, kept.sum(-1))
+        return loss / kept.sum()
+
+    return plain_steps(recipe, [*model.parameters(), *extra], loss_of)
 
 
 @pytest.fixture(scope="module")
@@ -139,13 +182,13 @@ def write_case(folder: Path, folders: dict[str, Path], case: str, layout: str, p
     )  # fmt: skip
 
 
-def check(folder: Path, folders: dict[str, Path], chosen: dict[str, list[str]]) -> None:
+def check(folder: Path, folders: dict[str, Path], chosen: dict[str, list[str]], ranks: int = 2) -> None:
     recipes = {
-        (case, layout): write_case(folder, folders, case, layout, CASES[case][1][layout])
+        (case, layout): write_case(folder, folders, case, layout, (CASES[case][1] | FOUR_RANKS)[layout])
         for case, layouts in chosen.items()
         for layout in layouts
     }
-    run_ranks(2, ["tests/parity/train_many.py", *map(str, recipes.values())], timeout_s=900).check()
+    run_ranks(ranks, ["tests/parity/train_many.py", *map(str, recipes.values())], timeout_s=900).check()
     for case, layouts in chosen.items():
         expected = plain_loop(recipes[case, layouts[0]], folders["teacher"])
         for layout in layouts:
@@ -154,7 +197,17 @@ def check(folder: Path, folders: dict[str, Path], chosen: dict[str, list[str]]) 
 
 
 def test_a_sample_of_layouts(folders: dict[str, Path], tmp_path: Path) -> None:
-    check(tmp_path, folders, {"forward": ["pipeline2"], "cached": ["tensor2"], "hidden": ["zero3"]})
+    check(
+        tmp_path,
+        folders,
+        {
+            "forward": ["zero3"],
+            "cached": ["tensor2"],
+            "hidden": ["pipeline2"],
+            "relations": ["tensor2"],
+            "sharded": ["zero3"],
+        },
+    )
 
 
 @pytest.mark.exhaustive
@@ -167,24 +220,59 @@ def test_a_run_goes_on_in_another_layout(folders: dict[str, Path], tmp_path: Pat
             tmp_path, name, folders["corpus"], folders["weights"], "llama", TWO_RANKS[name], compress=compress,
             checkpoint={"every_steps": 5, "export": True},
         )
-        for name in ("zero2", "zero3", "tensor2")
+        for name in ("zero2", "zero3", "tensor2", "pipeline2")
     }  # fmt: skip
-    run_ranks(2, ["tests/parity/train_many.py", str(recipes["zero2"])]).check()
+    train_on_two_ranks([recipes["zero2"]])
     checkpoint = tmp_path / "runs" / "zero2" / "checkpoints" / "step-00000005"
-    others = [str(recipes[name]) for name in ("zero3", "tensor2")]
+    others = [str(recipes[name]) for name in ("zero3", "tensor2", "pipeline2")]
     run_ranks(2, ["tests/parity/go_on.py", str(checkpoint), *others], timeout_s=600).check()
     expected = history_of(tmp_path, "zero2")
-    for name in ("zero3", "tensor2"):
+    for name in ("zero3", "tensor2", "pipeline2"):
         np.testing.assert_allclose(history_of(tmp_path, name), expected[5:], rtol=1e-5, err_msg=name)
     tokens = torch.arange(40)[None]
     logits = [
         AutoModelForCausalLM.from_pretrained(tmp_path / "runs" / name / "export", dtype=torch.float32)(tokens).logits
         for name in recipes
     ]
-    torch.testing.assert_close(logits[1], logits[0], rtol=0, atol=1e-3)
-    torch.testing.assert_close(logits[2], logits[0], rtol=0, atol=1e-3)
+    for other in logits[1:]:
+        torch.testing.assert_close(other, logits[0], rtol=0, atol=1e-3)
 
 
 @pytest.mark.exhaustive
-def test_every_layout(folders: dict[str, Path], tmp_path: Path) -> None:
-    check(tmp_path, folders, {case: list(layouts) for case, (_, layouts) in CASES.items()})
+def test_stages_of_several_ranks_share_their_teachers(folders: dict[str, Path], tmp_path: Path) -> None:
+    chosen = {case: ["pipeline2"] for case in ("sharded", "offloaded")}
+    check(tmp_path, folders, chosen | {case: ["pipeline2", *FOUR_RANKS] for case in ("hidden", "relations")}, ranks=4)
+    expected = history_of(tmp_path, "hidden-pipeline2")
+    for case in ("sharded", "offloaded"):
+        assert history_of(tmp_path, f"{case}-pipeline2") == expected
+
+
+@pytest.mark.exhaustive
+def test_a_teacher_in_shares_fills_the_cache(folders: dict[str, Path], tmp_path: Path) -> None:
+    histories = []
+    for placement in ("memory", "sharded"):
+        section = {
+            "teacher": str(folders["teacher"]), "logits": "forward-kl", "cache_top": TOP, "placement": placement,
+            "temperature": TEMPERATURE, "dtype": "bf16",
+        }  # fmt: skip
+        recipe = write_recipe(
+            tmp_path, placement, folders["corpus"], folders["weights"], "llama", {"zero_stage": 2},
+            compress={"distill": section}, data={"cache_dir": str(tmp_path / placement)},
+        )  # fmt: skip
+        train_on_two_ranks([recipe])
+        histories.append(history_of(tmp_path, placement))
+    assert histories[0] == histories[1]
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("case", [case for case in CASES if case not in PLACED])
+def test_every_layout(case: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    check(tmp_path, folders, {case: list(CASES[case][1])})
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("layout", TWO_RANKS)
+def test_it_does_not_matter_where_a_teacher_is(layout: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    check(tmp_path, folders, {case: [layout] for case in ("hidden", *PLACED)})
+    for case in PLACED:
+        assert history_of(tmp_path, f"{case}-{layout}") == history_of(tmp_path, f"hidden-{layout}"), case

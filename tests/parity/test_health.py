@@ -10,9 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from plain_loop import GLOBAL, STEPS, plain_loop, write_corpus, write_recipe, write_weights
 from poisoned import BROKEN, NAN, NAN_GRADIENT
 from ranks import run_ranks
+from transformers import AutoModelForCausalLM
 
 from ds_train.data.ledger import explain_step
 
@@ -142,3 +144,28 @@ def test_a_step_that_is_not_finite_changes_nothing_and_its_origin_is_named(tmp_p
 def test_no_layout_lets_poison_into_the_weights(tmp_path: Path) -> None:
     broken = [f"broken-{name}" for name in LAYOUTS]
     check_skips(tmp_path, list(LAYOUTS), [*broken, *FEEDS])
+
+
+@pytest.mark.exhaustive
+def test_a_teacher_that_breaks_is_named(tmp_path: Path) -> None:
+    corpus, weights = write_corpus(tmp_path / "corpus"), write_weights(tmp_path / "llama", "llama")
+    teacher = AutoModelForCausalLM.from_pretrained(weights)
+    teacher.model.layers[1].mlp.down_proj.weight.data[3, 5] = torch.nan
+    teacher.save_pretrained(tmp_path / "teacher")
+    cases: dict[str, tuple[str, dict[str, Any]]] = {
+        "logits-zero2": ("zero2", {"logits": "js"}),
+        "hidden-pipeline": ("pipeline", {"hidden": 0.5}),
+        "sharded-zero3": ("zero3-cpu", {"logits": "js", "placement": "sharded"}),
+    }
+    recipes = [
+        write_recipe(
+            tmp_path, name, corpus, weights, "llama", LAYOUTS[layout][0], health={"max_nonfinite_steps": 2},
+            compress={"distill": {"teacher": str(tmp_path / "teacher"), **section}},
+        )
+        for name, (layout, section) in cases.items()
+    ]  # fmt: skip
+    run_ranks(2, ["tests/parity/poisoned.py", *map(str, recipes)], timeout_s=600).check()
+    for name in cases:
+        (line,) = [record for record in records(tmp_path, name, "health") if record["event"] == "stopped"]
+        assert (line["of_teacher"], line["module"]) == (True, "model.layers.1.mlp.down_proj"), name
+        assert (line["tensor"], line["phase"]) == ("its parameter weight", "forward"), name

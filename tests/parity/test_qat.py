@@ -9,20 +9,19 @@ import numpy as np
 import pytest
 import torch
 from plain_loop import (
-    LR,
     STEPS,
     TWO_RANKS,
     history_of,
-    plain_optimizer,
-    whole_batches,
+    load_plain,
+    mean_cross_entropy,
+    plain_steps,
+    train_on_two_ranks,
     write_corpus,
     write_recipe,
     write_weights,
-)  # fmt: skip
-from ranks import run_ranks
+)
 from torch import Tensor
 from torch.func import functional_call
-from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 from ds_train.config import load
@@ -48,32 +47,20 @@ def round_last(tensor: Tensor, bits: int, group: int = 0) -> Tensor:
 def plain_loop(recipe: Path) -> list[tuple[float, float]]:
     """(loss, gradient norm) of each step."""
     run = load(str(recipe))
-    section = run.compress.quantize
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        run.model.path, dtype=torch.float64, attn_implementation="eager"
-    ).train()
+    section, model = run.compress.quantize, load_plain(str(run.model.path))
     linear = [layer for block in model.model.layers for layer in block.modules() if type(layer) is torch.nn.Linear]
     chosen = {f"{name}.weight" for name, module in model.named_modules() if module in linear}
     if section.activations != "none":
         for layer in linear:
             layer.register_forward_pre_hook(lambda _, args: (round_last(args[0], 8),))
-    optimizer = plain_optimizer([*model.parameters()])
-    history = []
-    for step, batch in enumerate(whole_batches(recipe)):
-        labels = batch.pop("labels")
+
+    def loss_of(step: int, batch: dict[str, Tensor], labels: Tensor) -> Tensor:
         state = dict(model.named_parameters())
         if step >= section.start * STEPS:
             state |= {name: round_last(state[name], section.bits, section.group) for name in chosen}
-        logits = functional_call(model, state, kwargs=batch | {"use_cache": False}).logits
-        loss = functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
-        for group in optimizer.param_groups:
-            group["lr"] = LR
-        optimizer.zero_grad()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
-        optimizer.step()
-        history.append((loss.item(), norm.item()))
-    return history
+        return mean_cross_entropy(functional_call(model, state, kwargs=batch).logits, labels)
+
+    return plain_steps(recipe, [*model.parameters()], loss_of)
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +80,7 @@ def check(folder: Path, folders: tuple[Path, Path], chosen: dict[str, list[str]]
     recipes = {
         (case, layout): write_case(folder, folders, case, layout) for case, names in chosen.items() for layout in names
     }
-    run_ranks(2, ["tests/parity/train_many.py", *map(str, recipes.values())], timeout_s=900).check()
+    train_on_two_ranks(recipes.values())
     for (case, layout), recipe in recipes.items():
         expected = plain_loop(recipe)
         assert expected[0][0] > 1.05 * expected[-1][0], "the reference doesn't learn, so it shows nothing"

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from plain_loop import (
-    LR,
     TWO_RANKS,
     history_of,
-    plain_optimizer,
-    whole_batches,
+    load_plain,
+    mean_cross_entropy,
+    plain_steps,
+    train_on_two_ranks,
     write_corpus,
     write_recipe,
     write_weights,
-)  # fmt: skip
-from ranks import run_ranks
+)
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from ds_train.compress.post_training import thin_folder
@@ -30,33 +30,25 @@ pytestmark = pytest.mark.parity
 
 def plain_loop(recipe: Path) -> list[tuple[float, float]]:
     """(loss, gradient norm) of each step, in float64."""
-    run = load(str(recipe))
-    model: Any = AutoModelForCausalLM.from_pretrained(run.model.path, dtype=torch.float64, attn_implementation="eager")
+    model = load_plain(str(load(str(recipe)).model.path))
     masks = {name: weight != 0 for name, weight in model.named_parameters() if weight.dim() > 1 and ".layers." in name}
-    optimizer = plain_optimizer([*model.parameters()])
-    history = []
-    for batch in whole_batches(recipe):
-        labels = batch.pop("labels")
-        logits = model(**batch, use_cache=False).logits
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
-        for group in optimizer.param_groups:
-            group["lr"] = LR
-        optimizer.zero_grad()
-        loss.backward()
+
+    def mask_gradients() -> None:
         for name, mask in masks.items():
             model.get_parameter(name).grad.mul_(mask)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
-        optimizer.step()
-        history.append((loss.item(), norm.item()))
-    return history
+
+    def loss_of(_: int, batch: dict[str, Tensor], labels: Tensor) -> Tensor:
+        return mean_cross_entropy(model(**batch).logits, labels)
+
+    return plain_steps(recipe, [*model.parameters()], loss_of, mask_gradients)
 
 
 @pytest.mark.exhaustive
 def test_zeros_stay_zero_in_every_layout(tmp_path: Path) -> None:
-    check(tmp_path, 2, list(TWO_RANKS))
+    check(tmp_path, list(TWO_RANKS))
 
 
-def check(folder: Path, ranks: int, layouts: list[str]) -> None:
+def check(folder: Path, layouts: list[str]) -> None:
     corpus, whole = write_corpus(folder / "corpus"), write_weights(folder / "llama", "llama")
     thin_folder(whole, folder / "thin", Pattern(0.5, 4), "magnitude")
     recipes = [
@@ -66,7 +58,7 @@ def check(folder: Path, ranks: int, layouts: list[str]) -> None:
         )
         for name in layouts
     ]  # fmt: skip
-    run_ranks(ranks, ["tests/parity/train_many.py", *map(str, recipes)], timeout_s=900).check()
+    train_on_two_ranks(recipes)
     expected = plain_loop(recipes[0])
     before = AutoModelForCausalLM.from_pretrained(folder / "thin").state_dict()
     for name in layouts:

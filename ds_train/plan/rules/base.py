@@ -117,6 +117,7 @@ TENSOR = above_one("parallel.tensor")
 SEQUENCE = above_one("parallel.sequence")
 PATCHES = above_one("patch.size")
 DROPPING = is_not(at("token_drop.kind", "none"))
+LAYER_DROP = is_not(at("layer_drop.kind", "none"))
 CURRICULUM = is_not(at("curriculum.kind", "none"))
 # DeepSpeed's folders op_builder/{cpu,xpu,hpu} have no quantizer.
 NO_QUANTIZER = on_device("cpu", "xpu", "hpu")

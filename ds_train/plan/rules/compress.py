@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from ds_train.plan.facts import Facts
 from ds_train.plan.model_size import model_size, read_config
+from ds_train.plan.relations import even_heads, other_heads, relation_heads, uneven_heads
 from ds_train.plan.rules.base import (
     CLASSIFYING,
     CURRICULUM,
+    DROPPING,
     HEAD_COUNTS,
     PATCHES,
     PIPELINE,
@@ -39,8 +43,28 @@ def _has_teacher(facts: Facts) -> bool:
 
 _CACHED = all_of(_has_teacher, _above_zero("compress.distill.cache_top"))
 _HIDDEN = _above_zero("compress.distill.hidden")
+_RELATIONS = _above_zero("compress.distill.relations")
 _ROUNDS = is_not(at("compress.quantize.weights", "none"))
 _ROUNDS_LATER = all_of(_ROUNDS, _above_zero("compress.quantize.start"))
+
+
+def _compared(*conditions: Predicate) -> Callable[[Facts], dict[str, Any]]:
+    """Keys that compare layers, where one of `conditions` holds."""
+
+    def broken(facts: Facts) -> dict[str, Any]:
+        keys = ("compress.distill.hidden", "compress.distill.relations")
+        if not any_of(*conditions)(facts):
+            return {}
+        return {key: facts.value(key) for key in keys if facts.value(key) > 0}
+
+    return broken
+
+
+def _on_own_disks(facts: Facts) -> bool:
+    """Whether there are several hosts, and the cache lies where no host sees another's files, whatever is mounted."""
+    folder = Path(facts.run.data.cache_dir).expanduser()
+    several = facts.cluster.ranks > facts.cluster.ranks_per_host
+    return several and any(folder.is_relative_to(place) for place in ("/tmp", "/var/tmp", "/dev/shm"))
 
 
 def _unread(facts: Facts, section: str, *switches: str) -> dict[str, Any]:
@@ -126,8 +150,8 @@ RULES: tuple[Rule | KeyRule, ...] = (
     ),
     KeyRule(
         "distill-unread",
-        lambda f: {} if _has_teacher(f) else _unread(f, "compress.distill", "logits", "hidden"),
-        "there is no teacher, so nothing reads it", "set compress.distill.logits or compress.distill.hidden",
+        lambda f: {} if _has_teacher(f) else _unread(f, "compress.distill", "logits", "hidden", "relations"),
+        "there is no teacher, so nothing reads it", "set compress.distill.logits, hidden or relations",
     ),
     Rule(
         "distill-start", _TEACHER, all_of(_has_teacher, is_not(given(_TEACHER)), is_not(given("model.path"))),
@@ -147,8 +171,8 @@ RULES: tuple[Rule | KeyRule, ...] = (
     ),
     Rule(
         "distill-cache-logits", "compress.distill.cache_top",
-        all_of(_CACHED, any_of(_HIDDEN, at("compress.distill.logits", "none"))),
-        "only logits are kept on disk", "set cache_top=0, or hidden=0 and logits to a divergence",
+        all_of(_CACHED, any_of(_HIDDEN, _RELATIONS, at("compress.distill.logits", "none"))),
+        "only logits are kept on disk", "set cache_top=0, or hidden=0, relations=0 and logits to a divergence",
     ),
     Rule(
         "distill-cache-samples", "compress.distill.cache_top",
@@ -156,22 +180,42 @@ RULES: tuple[Rule | KeyRule, ...] = (
         "samples aren't the same every time they are seen", "set compress.distill.cache_top=0",
     ),
     Rule(
+        "distill-cache-hosts", "data.cache_dir", all_of(_CACHED, _on_own_disks),
+        "the ranks of all hosts fill the teacher's cache together, and this lies on each host's own disk",
+        "choose a folder that all hosts share, or set compress.distill.cache_top=0",
+    ),
+    Rule(
         "distill-cache-sequence", "compress.distill.cache_top", all_of(_CACHED, SEQUENCE),
         "what is on disk goes by whole samples", "set compress.distill.cache_top=0, or parallel.sequence=1",
     ),
-    Rule(
-        "distill-hidden-layout", "compress.distill.hidden", all_of(_HIDDEN, any_of(PIPELINE, SEQUENCE)),
-        "hidden states of other ranks aren't compared",
-        "set parallel.pipeline=1 and parallel.sequence=1; parallel.tensor and ZeRO go with it",
-    ),
-    Rule(
-        "distill-hidden-recomputed", "compress.distill.hidden",
-        all_of(_HIDDEN, at("model.activation_checkpointing", True, "auto")),
+    KeyRule(
+        "distill-compared-recomputed", _compared(at("model.activation_checkpointing", True, "auto")),
         "layers that are computed again would be compared again", "set model.activation_checkpointing=false",
     ),
+    KeyRule(
+        "distill-compared-compile", _compared(at("model.compile", True)), "layers that are compared aren't compiled",
+        "set model.compile=false",
+    ),
+    KeyRule(
+        "distill-compared-scale", _compared(all_of(PIPELINE, at("precision.dtype", "fp16"))),
+        "only a pipeline's last stage knows what fp16 losses are scaled by", "set precision.dtype=bf16",
+    ),
     Rule(
-        "distill-hidden-compile", "model.compile", all_of(_HIDDEN, at("model.compile", True)),
-        "layers whose outputs are compared aren't compiled", "set model.compile=false",
+        "distill-relations-sequence", "compress.distill.relations", all_of(_RELATIONS, SEQUENCE),
+        "sequence ranks hold parts of the relations between tokens, which nobody gathers",
+        "set parallel.sequence=1; parallel.tensor, parallel.pipeline and ZeRO go with it",
+    ),
+    Rule(
+        "distill-relations-dropped", "compress.distill.relations", all_of(_RELATIONS, DROPPING),
+        "a layer that takes some of the tokens relates fewer than the teacher's", "set token_drop.kind=none",
+    ),
+    Rule(
+        "distill-relations-kinds", "compress.distill.relation_kinds", other_heads, lambda f: str(other_heads(f)),
+        "choose among query, key and value, which are cut anew",
+    ),
+    Rule(
+        "distill-relations-heads", "compress.distill.relation_heads", uneven_heads, lambda f: str(uneven_heads(f)),
+        even_heads, relation_heads,
     ),
     Rule(
         "distill-revision", _TEACHER,
@@ -179,8 +223,8 @@ RULES: tuple[Rule | KeyRule, ...] = (
         "the whole model would be taken as it is now, not of model.revision",
         "give the folder of that revision", lambda f: "null",
     ),
-    Rule(
-        "distill-hidden-rows", "compress.distill.hidden", all_of(_HIDDEN, at("data.padding_free", True)),
+    KeyRule(
+        "distill-compared-rows", _compared(at("data.padding_free", True)),
         "a sample's mean isn't taken where samples share a row", "set data.padding_free=false",
     ),
     KeyRule(

@@ -195,10 +195,15 @@ RULES: tuple[Rule | KeyRule, ...] = (
         "prune-roll-back", "health.on_spike", all_of(_pruning, at("health.on_spike", "roll-back")),
         "a checkpoint from before the cut has another size than the model after it", "set health.on_spike=note",
     ),
-    Rule(
-        "prune-hidden-states", "compress.distill.hidden",
-        lambda f: _pruning(f) and f.run.compress.distill.hidden > 0,
-        "its projections don't shrink with the model", "set it to 0; compress.distill.logits goes with pruning",
+    KeyRule(
+        "prune-compared-layers",
+        lambda f: {
+            key: f.value(key)
+            for key in ("compress.distill.hidden", "compress.distill.relations")
+            if _pruning(f) and f.value(key) > 0
+        },
+        "what layers are compared by doesn't shrink with the model",
+        "set it to 0; compress.distill.logits goes with pruning",
     ),
     Rule(
         "prune-quantize", "compress.quantize.weights",

@@ -10,6 +10,7 @@ from ds_train.plan.rules.base import (
     CURRICULUM,
     DROPPING,
     FLASH,
+    LAYER_DROP,
     PATCHES,
     SEQUENCE,
     KeyRule,
@@ -124,5 +125,32 @@ RULES: tuple[Rule | KeyRule, ...] = (
         and 2 * f.run.token_drop.whole_layers >= size_of(f, "num_hidden_layers"),
         lambda f: f"of the model's {size_of(f, 'num_hidden_layers')} layers none is left to drop tokens",
         lambda f: f"at most {(size_of(f, 'num_hidden_layers') - 1) // 2}, or token_drop.kind=none",
+    ),
+    # -- layer dropping ---------------------------------------------------------------------------------------------
+    KeyRule(
+        "layer-drop-unread",
+        lambda f: {} if LAYER_DROP(f) else {
+            f"layer_drop.{key}": f.value(f"layer_drop.{key}")
+            for key, field in type(f.run.layer_drop).model_fields.items()
+            if f.value(f"layer_drop.{key}") != field.default
+        },
+        "no layer is left out, so nothing reads it", "set layer_drop.kind=progressive",
+    ),
+    Rule(
+        "layer-drop-tokens", "layer_drop.kind", all_of(LAYER_DROP, DROPPING),
+        "layers leave out tokens already", "set token_drop.kind=none, or layer_drop.kind=none",
+    ),
+    Rule(
+        "layer-drop-compile", "model.compile", all_of(LAYER_DROP, at("model.compile", True)),
+        "what runs is another graph in every step", "set model.compile=false",
+    ),
+    Rule(
+        "layer-drop-compared", "layer_drop.kind", lambda f: LAYER_DROP(f) and f.run.compress.distill.compares,
+        "a layer that is left out has nothing to compare with the teacher's",
+        "set compress.distill.hidden=0 and relations=0; compress.distill.logits goes with it",
+    ),
+    Rule(
+        "layer-drop-prune", "layer_drop.kind", lambda f: LAYER_DROP(f) and f.run.compress.prune.kinds,
+        "units of layers that steps leave out would score too little", "prune in one run, and drop layers in another",
     ),
 )  # fmt: skip

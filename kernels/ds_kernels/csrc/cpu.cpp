@@ -1,5 +1,6 @@
 // The C ABI of the CPU build: picks the widest instruction set that the processor has, or the one that is asked for.
 #include "cpu_body.h"
+#include "cpu_layers.h"
 
 enum { ISA_PLAIN = 0, ISA_AVX2 = 1, ISA_AVX512 = 2 };
 
@@ -37,5 +38,14 @@ double dsk_cpu_sum_of_squares(const dsk_tensor *tensors, int64_t count, int32_t 
   if (isa == ISA_AVX2) return avx2::sum_of_squares(tensors, count, threads);
 #endif
   return plain::sum_of_squares(tensors, count, threads);
+}
+
+// The summed cross-entropy.
+double dsk_cpu_entropy(const dsk_entropy *e, int32_t threads, int32_t isa) {
+#if defined(__x86_64__)
+  if (isa == ISA_AVX512) return avx512::entropy(*e, threads);
+  if (isa == ISA_AVX2) return avx2::entropy(*e, threads);
+#endif
+  return plain::entropy(*e, threads);
 }
 }

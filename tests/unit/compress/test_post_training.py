@@ -75,13 +75,13 @@ def saved(family: str, folder: Path) -> Any:
 
 
 @pytest.mark.parametrize("family", ["bert", "llama"])
-@pytest.mark.parametrize("method", ["rtn", "gptq"])
+@pytest.mark.parametrize("method", ["rtn", "gptq", "awq"])
 def test_a_rounded_folder_is_near_the_whole_one(family: str, method: Method, tmp_path: Path) -> None:
     model = saved(family, tmp_path / "whole")
     batch = {"input_ids": torch.randint(5, 90, (4, 24)), "attention_mask": torch.ones(4, 24, dtype=torch.int64)}
     batch["attention_mask"][1, -9:] = 0
     section = QuantizeSection(weights="int4", group=16)
-    before, after = quantize_folder(tmp_path / "whole", tmp_path / "small", section, method, [batch, batch])
+    before, after, _ = quantize_folder(tmp_path / "whole", tmp_path / "small", section, method, [batch, batch])
     assert after < 0.6 * before
     assert (tmp_path / "small" / "tokenizer.json").is_file()
     loaded = type(model).from_pretrained(tmp_path / "small", dtype=torch.float32).eval()

@@ -16,7 +16,8 @@ from transformers import (
     BertForMaskedLM,
 )
 
-from ds_train.compress.distill import PROJECTIONS, Distilling, add_projections
+from ds_train.compress.compared import HiddenStates
+from ds_train.compress.distill import Distilling, add_projections
 from ds_train.compress.teacher import Teacher, check_teacher, paired_layers
 from ds_train.config import RunConfig
 from ds_train.config.load import validate
@@ -56,9 +57,10 @@ def test_the_loss_of_a_model_that_gives_logits(task: str, tmp_path: Path) -> Non
     teacher = bert(tmp_path / "teacher", classifies, hidden_size=24, num_hidden_layers=4).eval()
     run = taught(tmp_path / "student", tmp_path / "teacher", task, hidden=0.2)
     check_teacher(run, model.config, byte_tokenizer())
-    add_projections(model, model, 2, (32, 24), 1)
-    objective = Distilling(run.compress.distill, Teacher(run, "cpu"))
-    objective.compare_layers(model, paired_layers(None, 2, 4))
+    matrices = dict(add_projections(model, model, 2, (32, 24), 1).items())
+    theirs = Teacher(run, "cpu")
+    hidden = HiddenStates(model, theirs, dict(enumerate(paired_layers(None, 2, 4))), 0.2 / 2, matrices)
+    objective = Distilling(run.compress.distill, theirs, [hidden])
     loss = TaskLoss(model)
     loss.objective = objective
     tokens, mask = torch.randint(0, 256, (3, 17)), torch.ones(3, 17, dtype=torch.int64)
@@ -70,16 +72,16 @@ def test_the_loss_of_a_model_that_gives_logits(task: str, tmp_path: Path) -> Non
     found = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
     model.zero_grad()
     inputs = {"input_ids": tokens, "attention_mask": mask}
-    projections = list(model.get_submodule(PROJECTIONS))
-    output, theirs = (one(**inputs, output_hidden_states=True) for one in (model, teacher))
-    student, target, kept = output.logits.view(-1, output.logits.shape[-1]), theirs.logits.detach(), labels.view(-1)
+    projections = list(matrices.values())
+    output, taught_by = (one(**inputs, output_hidden_states=True) for one in (model, teacher))
+    student, target, kept = output.logits.view(-1, output.logits.shape[-1]), taught_by.logits.detach(), labels.view(-1)
     at = kept != -100
     p, q = (torch.log_softmax(logits[at] / 3.0, -1) for logits in (target.view(student.shape), student))
     expected = 0.6 * 9.0 * functional.kl_div(q, p, reduction="sum", log_target=True)
     expected = expected + 0.4 * functional.cross_entropy(student[at], kept[at], reduction="sum")
     for number, (own, other) in enumerate(((0, 1), (1, 3))):
         # transformers' hidden states begin with the embeddings.
-        states = output.hidden_states[own + 1], theirs.hidden_states[other + 1].detach()
+        states = output.hidden_states[own + 1], taught_by.hidden_states[other + 1].detach()
         square = (projections[number](states[0]) - states[1]).square().mean(-1)
         per_sample = (square * mask).sum(-1) / mask.sum(-1)
         expected = expected + 0.1 * (per_sample * (labels != -100).view(3, -1).sum(-1)).sum()

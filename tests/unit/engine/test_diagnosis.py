@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -68,6 +69,18 @@ def test_a_parameter_is_named_with_the_rows_that_it_breaks(model: Model) -> None
     assert found is not None
     assert (found.phase, found.module, found.module_class) == ("forward", "embed", "Embedding")
     assert (found.tensor, found.micro_batch, found.rows) == ("its parameter weight", 0, (2,))
+
+
+def test_a_teacher_is_watched_too(model: Model) -> None:
+    model.requires_grad_(False)
+    model.layers[0].down.weight.data[1, 1] = torch.inf
+    with torch.no_grad(), NonfiniteHooks(model) as hooks:
+        model(TOKENS)
+    found = hooks.found
+    assert found is not None
+    assert (found.module, found.tensor, found.rows) == ("layers.0.down", "its parameter weight", (0, 1, 2))
+    words = "the teacher's layers.0.down (Linear), its parameter weight, in the forward pass of micro-batch 0 on rank 0"
+    assert str(replace(found, of_teacher=True)).startswith(words)
 
 
 def test_the_innermost_module_is_named_and_masks_are_no_reason(model: Model) -> None:

@@ -53,6 +53,16 @@ def test_without_a_compiler_the_cpu_kernels_say_so(monkeypatch: pytest.MonkeyPat
         build.build_cpu_library()
 
 
+def test_libraries_can_be_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setenv(build.WITHOUT_VARIABLE, "cpu,memory")
+    for library in (build.build_cpu_library, build.build_memory_library):
+        with pytest.raises(build.BuildError, match="DS_KERNELS_WITHOUT leaves it out"):
+            library()
+    with pytest.raises(build.BuildError, match="there is no no-such-compiler here"):
+        build.build_attention_library()
+
+
 def test_nvcc_is_found_where_cuda_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nvcc = compiler(tmp_path / "bin", "nvcc", WORKS)
     monkeypatch.delenv("CUDACXX", raising=False)

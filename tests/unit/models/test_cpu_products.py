@@ -20,10 +20,16 @@ def _restore_attention() -> Iterator[None]:
     ALL_ATTENTION_FUNCTIONS["sdpa"] = before
 
 
-def test_only_16_bit_cpus_without_matrix_units_widen() -> None:
+@pytest.mark.parametrize("matrices", [False, True])
+@pytest.mark.parametrize("vectors", [False, True])
+def test_only_cpus_that_have_no_unit_for_16_bits_widen(
+    matrices: bool, vectors: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: matrices)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: vectors)
     assert not fp32_products_are_faster("cpu", torch.float32)
     assert not fp32_products_are_faster("cuda", torch.bfloat16)
-    assert fp32_products_are_faster("cpu", torch.bfloat16) is not torch.cpu._is_amx_tile_supported()
+    assert fp32_products_are_faster("cpu", torch.bfloat16) is not (matrices or vectors)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -62,7 +68,8 @@ def test_a_model_is_as_close_to_fp32_as_before(family: str) -> None:
     assert all(parameter.grad is not None for parameter in plain.parameters())
 
 
-def test_the_fused_loss_widens_too() -> None:
+def test_the_fused_loss_widens_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "fp32_products_are_faster", lambda device, dtype: True)
     hidden, weight = torch.randn(40, 16).bfloat16().requires_grad_(), torch.randn(50, 16).bfloat16().requires_grad_()
     labels = torch.randint(0, 50, (40,))
     fused.linear_cross_entropy(hidden, weight, None, labels).backward()

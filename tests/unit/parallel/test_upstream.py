@@ -56,3 +56,24 @@ def test_zero_init_takes_no_dtype_where_there_is_no_fp16(monkeypatch: pytest.Mon
     init = object.__new__(Init)
     init._set_dtype(None, torch.float32)
     assert init.dtype == torch.bfloat16
+
+
+def test_gradients_of_parameters_that_are_not_used_stay_from_earlier_steps() -> None:
+    """Why optim/unused.py clears them."""
+    from deepspeed.runtime.zero import stage3, stage_1_and_2
+
+    assert "if self.micro_step_id == 0:  # don't accumulate" in inspect.getsource(stage3)
+    offload = stage_1_and_2.DeepSpeedZeroOptimizer
+    assert "norm_for_param_grads = {}" in inspect.getsource(offload.reset_cpu_buffers)
+    assert "zero_" not in inspect.getsource(offload.reset_cpu_buffers)
+
+
+def test_zero_3_compares_the_order_of_modules_over_all_ranks() -> None:
+    """Why compress/teacher_shares.py leaves that out where some ranks have a teacher, and lets go of its model."""
+    from deepspeed.runtime.zero import parameter_offload, partitioned_param_coordinator, utils
+
+    assert "dist.broadcast(lst_tensor, src=0, async_op=False)" in inspect.getsource(utils.get_lst_from_rank0)
+    reset = inspect.getsource(partitioned_param_coordinator.PartitionedParameterCoordinator.reset_step)
+    assert "assert_ints_same_as_other_ranks" in reset
+    hooks = inspect.getsource(parameter_offload.DeepSpeedZeRoOffload.setup_zero_stage3_hooks)
+    assert "FWD_MODULE_STACK.append(self.module)" in hooks

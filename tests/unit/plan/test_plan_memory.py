@@ -177,6 +177,16 @@ def test_a_teacher_takes_memory_and_time_where_the_loss_is_taken(tmp_path: Path)
         found = [rank.device.get("teacher", 0) for rank in ranks]
         assert found == pytest.approx([width * parameters for width in widths], rel=0.03)
     assert "teacher" not in model(taught | {"compress.distill.cache_top": 8}).worst(choice).device
+    # In shares, it is there once for all ranks that run it, beside what is gathered ahead: here, all of it.
+    choice, width = Choice(Layout(2, 4, 1, 1), 1, 1, 1), 2
+    on_stages = {"compress.distill.relations": 1.0, "compress.distill.relation_layers": [[0, 1]]}
+    for placement, where in (("sharded", 1 + 1 / 4), ("offloaded", 1.0)):
+        changes = taught | on_stages | {"compress.distill.placement": placement}
+        ranks = model(changes).ranks(choice)
+        found = [rank.device.get("teacher", 0) / (width * parameters) for rank in ranks]
+        assert found == pytest.approx([where, where], rel=0.03)
+        hosts = [rank.host.get("teacher", 0) / (width * parameters) for rank in ranks]
+        assert hosts == pytest.approx([1 / 4 if placement == "offloaded" else 0] * 2, rel=0.03)
     facts = [
         Facts(recipe(WIDE | more), Cluster(8, 8, "cuda", here=False, kind="H100")) for more in ({}, taught)
     ]  # fmt: skip

@@ -31,15 +31,20 @@ class Broken:
     says: str
     also: tuple[str, ...] = ()
     ranks: int = 4
+    ranks_per_host: int | None = None
     device: Device = "cuda"
 
 
 STAGE3 = {"parallel.zero_stage": 3}
 CURRICULUM = {"curriculum.kind": "linear"}
 DROPPING = {"token_drop.kind": "random-ltd"}
+LAYER_DROP = {"layer_drop.kind": "progressive"}
 ROLL_BACK = {"health.on_spike": "roll-back", "checkpoint.every_steps": 10}
 TAUGHT = {"compress.distill.logits": "forward-kl", "compress.distill.teacher": "some/hub-id"}
 CACHED = TAUGHT | {"compress.distill.cache_top": 8}
+RELATED = TAUGHT | {"compress.distill.relations": 1.0}
+BYTES = {"data.tokenizer": "bytes", "model.vocab_size": 300}
+TEACHER = str(Path(__file__).with_name("taught"))
 SHORT_TEACHER = str(Path(__file__).with_name("teacher"))
 FLASH = {"model.attention": "flash_attention_2", "batch.micro_samples": 1}
 PRUNE = {"compress.prune.ffn": 0.5}
@@ -100,7 +105,7 @@ CASES = [
     Broken("prune-layout-auto", PRUNE | {"compress.prune.parallel": {"tensor": "auto"}}, "as numbers"),
     Broken("prune-roll-back", PRUNE | {"health.on_spike": "roll-back", "checkpoint.every_steps": 1},
            "set health.on_spike=note"),
-    Broken("prune-hidden-states", PRUNE | TAUGHT | {"compress.distill.hidden": 0.5}, "distill.logits goes with"),
+    Broken("prune-compared-layers", PRUNE | TAUGHT | {"compress.distill.hidden": 0.5}, "distill.logits goes with"),
     Broken("prune-quantize", PRUNE | {"compress.quantize.weights": "int8"}, "round what it exports"),
     Broken("prune-zeros", PRUNE | {"compress.keep_zeros": True}, "train what it exports", ("keep-zeros-start",)),
     Broken("keep-zeros-start", {"compress.keep_zeros": True}, "no zeros to keep"),
@@ -289,6 +294,11 @@ CASES = [
         "keep-layers", {"model": {"path": str(Path(SHORT_TEACHER).with_name("taught")), "keep_layers": [0, 2]}},
         "numbers from 0 to 1",
     ),
+    Broken("layer-drop-unread", {"layer_drop.keep": 0.7}, "layer_drop.keep=0.7: no layer is left out"),
+    Broken("layer-drop-tokens", LAYER_DROP | DROPPING, "set token_drop.kind=none, or"),
+    Broken("layer-drop-compile", LAYER_DROP | {"model.compile": True}, "another graph"),
+    Broken("layer-drop-compared", LAYER_DROP | TAUGHT | {"compress.distill.hidden": 1.0}, "logits goes with it"),
+    Broken("layer-drop-prune", LAYER_DROP | PRUNE, "score too little"),
     Broken("distill-unread", {"compress.distill.teacher": "x"}, "nothing reads it"),
     Broken("distill-start", {"compress.distill.logits": "js"}, "has no start"),
     Broken("distill-missing", TAUGHT | {"compress.distill.teacher": "/nowhere"}, "no config.json"),
@@ -296,18 +306,47 @@ CASES = [
     Broken("distill-patch", TAUGHT | {"patch.size": 4}, "set patch.size=1"),
     Broken("distill-cache-logits", CACHED | {"compress.distill.hidden": 1.0}, "only logits"),
     Broken("distill-cache-samples", CACHED | CURRICULUM, "cache_top=0"),
-    Broken("distill-cache-sequence", CACHED | {"parallel.sequence": 2}, "whole samples"),
-    Broken("distill-hidden-layout", TAUGHT | {"compress.distill.hidden": 1.0, "parallel.pipeline": 2}, "other ranks"),
     Broken(
-        "distill-hidden-recomputed", TAUGHT | {"compress.distill.hidden": 1.0, "model.activation_checkpointing": True},
+        "distill-cache-hosts", CACHED | {"data.cache_dir": "/tmp/cache"}, "each host's own disk", ranks=4,
+        ranks_per_host=2,
+    ),
+    Broken("distill-cache-sequence", CACHED | {"parallel.sequence": 2}, "whole samples"),
+    Broken("distill-cache-logits", CACHED | {"compress.distill.relations": 1.0}, "relations=0"),
+    Broken(
+        "distill-compared-recomputed",
+        TAUGHT | {"compress.distill.hidden": 1.0, "model.activation_checkpointing": True},
         "activation_checkpointing=false",
     ),
     Broken(
-        "distill-hidden-rows",
+        "distill-compared-rows",
         TAUGHT | {"compress.distill.hidden": 1.0, "data.packing": False, "data.padding_free": True}, "share a row",
     ),
+    Broken("distill-compared-compile", RELATED | {"model.compile": True}, "compress.distill.relations=1.0: layers"),
     Broken(
-        "distill-hidden-compile", TAUGHT | {"compress.distill.hidden": 1.0, "model.compile": True}, "compile=false"
+        "distill-compared-scale",
+        RELATED | {"parallel.pipeline": 2, "precision.dtype": "fp16", "model.tie_word_embeddings": False},
+        "set precision.dtype=bf16",
+    ),
+    Broken("distill-relations-sequence", RELATED | {"parallel.sequence": 2}, "set parallel.sequence=1"),
+    Broken("distill-relations-dropped", RELATED | DROPPING, "set token_drop.kind=none"),
+    Broken(
+        "distill-relations-kinds",
+        RELATED | BYTES
+        | {"compress.distill.relation_kinds": ["attention", "value"], "compress.distill.teacher": TEACHER},
+        "the model has 8 heads, the teacher 32",
+    ),
+    Broken(
+        "distill-relations-heads",
+        RELATED | BYTES | {"compress.distill.relation_heads": 24, "compress.distill.teacher": TEACHER},
+        "=24: the query states of the model are 512 wide, which 24 heads don't divide. Fix: one of 1, 2, 4, 8, 16, 32",
+    ),
+    Broken(
+        "distill-relations-heads",
+        RELATED | BYTES | {
+            "compress.distill.relation_heads": 1, "compress.distill.teacher": TEACHER, "parallel.tensor": 2,
+            "compress.distill.relation_kinds": ["value"],
+        },
+        "2 tensor ranks don't share 1 heads evenly. Fix: one of 2, 4",
     ),
     Broken(
         "distill-revision",
@@ -473,7 +512,7 @@ def _nothing_optional_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("case", CASES, ids=[f"{index}-{case.rule}" for index, case in enumerate(CASES)])
 def test_a_recipe_breaks_its_rule_and_no_other(case: Broken) -> None:
     run = recipe(case.changes)
-    facts = Facts(run, Cluster(case.ranks, case.ranks, case.device))
+    facts = Facts(run, Cluster(case.ranks, case.ranks_per_host or case.ranks, case.device))
     assert broken_rules(facts) == {case.rule, *case.also}
     problems = next(rule for rule in RULES if rule.name == case.rule).check(facts)
     assert case.says in "\n".join(map(str, problems))
