@@ -4,6 +4,7 @@
 // is a fault that takes longer than an elementwise operation on it; or it keeps it on a heap that fragments. Here blocks
 // lie in one range of addresses, the smallest free piece that is large enough serves, and what is kept never makes the
 // process larger than its live blocks have been at once: where fresh pages would, as many idle ones are handed back.
+#include <pthread.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -130,6 +131,10 @@ class Blocks {
     counts_.most_live = counts_.live;
   }
 
+  // A child has the thread that forked alone: another one's lock would stay for good.
+  void before_fork() { mutex_.lock(); }
+  void after_fork() { mutex_.unlock(); }
+
   Counts counts() {
     std::lock_guard<std::mutex> lock(mutex_);
     return counts_;
@@ -191,6 +196,7 @@ void dsk_reuse_memory(void) {
   static Reusing *reusing = new Reusing;
   if (torchs) return;
   torchs = c10::GetCPUAllocator();
+  pthread_atfork([] { blocks().before_fork(); }, [] { blocks().after_fork(); }, [] { blocks().after_fork(); });
   c10::SetCPUAllocator(reusing, 255);
 }
 
