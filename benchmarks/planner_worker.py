@@ -107,7 +107,6 @@ def states(engine: Any, model: Any) -> dict[int, int]:
 def one(recipe: str) -> dict[str, Any]:
     """Train the recipe's steps on this rank: what it held, its peak, and how long its steps took."""
     from deepspeed.runtime.pipe import schedule
-    from deepspeed.runtime.pipe.engine import PipelineEngine
 
     from ds_train.config import load
     from ds_train.data.prepare import prepare, prepared_tokenizer
@@ -141,8 +140,10 @@ def one(recipe: str) -> dict[str, Any]:
         return wrapper
 
     if plan.layout.pipe > 1:
-        backward = PipelineEngine._INSTRUCTION_MAP[schedule.BackwardPass]
-        PipelineEngine._INSTRUCTION_MAP[schedule.BackwardPass] = watched(backward)
+        # The engine's own, whose instructions are timed (track/phases.py).
+        instructions = engine._INSTRUCTION_MAP
+        backward = watched(instructions[schedule.BackwardPass])
+        engine._INSTRUCTION_MAP = {**instructions, schedule.BackwardPass: backward}
     else:
         engine.backward = watched(engine.backward)
     seconds, busy = [], []
