@@ -14,6 +14,7 @@ import sysconfig
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 from launching import launch
@@ -118,10 +119,9 @@ def run_rival(folder: Path, corpus: Path, setting: Setting, steps: int) -> dict[
     return json.loads(next(line for line in lines if line.startswith("RESULT ")).removeprefix("RESULT "))
 
 
-def run_ours(
-    folder: Path, corpus: Path, model: dict[str, int], place: Setting, steps: int, peak: float | str = 1.0
-) -> dict[str, float]:
-    recipe = {
+def recipe_of(folder: Path, corpus: Path, model: dict[str, int], ranks: int, steps: int) -> dict[str, Any]:
+    """Our recipe of what the rival trains, each in a run of its own."""
+    return {
         "name": f"ours-{len(list(folder.glob('ours-*')))}",
         "run_root": str(folder),
         "model": {"arch": "llama", "max_position_embeddings": LENGTH, **model},
@@ -129,14 +129,21 @@ def run_ours(
             "source": "text", "path": str(corpus), "sequence_length": LENGTH,
             "validation_fraction": 0.0, "cache_dir": str(folder / "cache"),
         },
-        "batch": {"global_samples": MICRO * place.ranks, "micro_samples": MICRO},
+        "batch": {"global_samples": MICRO * ranks, "micro_samples": MICRO},
         "parallel": {"zero_stage": STAGE},
         "precision": {"dtype": "bf16"},
         "optimizer": {"lr": LR, "betas": [0.9, 0.999], "weight_decay": 0.01},
         "schedule": {"steps": steps, "kind": "constant", "warmup_fraction": 0.0},
         "checkpoint": {"save_final": False, "export": False},
-        "track": {"peak_tflops": peak},
+        "track": {"peak_tflops": 1.0},
     }  # fmt: skip
+
+
+def run_ours(
+    folder: Path, corpus: Path, model: dict[str, int], place: Setting, steps: int, peak: float | str = 1.0
+) -> dict[str, float]:
+    recipe = recipe_of(folder, corpus, model, place.ranks, steps)
+    recipe["track"] = {"peak_tflops": peak}
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))
     launch(["launch/train.py", str(path)], place.ranks, place.threads)

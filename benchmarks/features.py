@@ -20,7 +20,7 @@ from itertools import islice
 from pathlib import Path
 
 import yaml
-from against_hf_trainer import LENGTH, LLAMA_34M, MICRO, Setting, run_rival, write_corpus
+from against_hf_trainer import LENGTH, LLAMA_34M, MICRO, Setting, recipe_of, run_rival, write_corpus
 from launching import ROOT
 from tables import machine, put_into_docs, show
 
@@ -72,21 +72,7 @@ def one_round(folder: Path, recipe: Path, steps: int) -> dict[str, dict[str, flo
 
 
 def write_recipe(folder: Path) -> Path:
-    recipe = {
-        "name": "features",
-        "run_root": str(folder),
-        "model": {"arch": "llama", "max_position_embeddings": LENGTH, **LLAMA_34M},
-        "data": {
-            "source": "text", "path": str(write_corpus(folder)), "sequence_length": LENGTH,
-            "validation_fraction": 0.0, "cache_dir": str(folder / "cache"),
-        },
-        "batch": {"global_samples": MICRO, "micro_samples": MICRO},
-        "parallel": {"zero_stage": 2},
-        "precision": {"dtype": "bf16"},
-        "optimizer": {"lr": 3e-4},
-        "schedule": {"steps": 100},
-        "track": {"peak_tflops": 1.0},
-    }  # fmt: skip
+    recipe = recipe_of(folder, write_corpus(folder), LLAMA_34M, 1, 100)
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))
     return path

@@ -16,6 +16,8 @@ from pathlib import Path
 
 from launching import ROOT
 
+from ds_train.track.metrics import read_metrics
+
 GRID = [2.5e-4 * 2**place for place in range(8)]
 
 
@@ -33,8 +35,7 @@ def ds_train(command: str, options: argparse.Namespace, folder: Path, *overrides
 def held_out_loss(options: argparse.Namespace, folder: Path, rate: float) -> float:
     keep = ["checkpoint.export=false", "checkpoint.save_final=false", "track.progress=false"]
     run = ds_train("launch", options, folder, f"optimizer.lr={rate}", *keep)
-    records: list[dict[str, float]] = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [record["loss"] for record in records if record["kind"] == "eval"][-1]
+    return float([record["loss"] for record in read_metrics(run / "metrics.jsonl") if record["kind"] == "eval"][-1])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -35,15 +35,14 @@ def launch(
     run = load(recipe, overrides or [])
     from ds_train.engine import survey
     from ds_train.engine.launch import run as run_ranks
-    from ds_train.engine.session import Placed, after_cut
+    from ds_train.engine.session import placed
     from ds_train.engine.supervise import MARGIN_S
-    from ds_train.plan.make import make_plan
 
     hosts = survey.hosts_of(hostfile, include, exclude, ranks)
     found = survey.survey(hosts, master_port, run, recipe)
     survey.refuse(found.findings())
     world = found.world(master_addr)
-    after_cut(Placed(run, make_plan(run, found.cluster())), found.cluster())
+    placed(run, found.cluster())
     print(survey.describe(world), flush=True)
     ended = run_ranks(world, ["ds_train.engine", recipe, *(overrides or [])], run.faults.grace_seconds + MARGIN_S)
     exit_as(ended)

@@ -62,10 +62,9 @@ def plan(
     plot_file: Annotated[Path | None, typer.Option(help="The PNG; NAME-curves.png here without it.")] = None,
 ) -> None:
     """What a launch would do, need and reach: layout, memory, step time, or every reason why not. Starts nothing."""
-    from ds_train.engine.session import Placed, after_cut
+    from ds_train.engine.session import placed
     from ds_train.plan import show
     from ds_train.plan.clusters import cluster_of
-    from ds_train.plan.make import make_plan
     from ds_train.plan.search import with_auto
     from ds_train.plan.topology import Cluster, device_here, known_device
     from ds_train.plan.why import explain
@@ -89,8 +88,7 @@ def plan(
         else:
             show.show_explanation(explained)
         return
-    made = make_plan(run, imagined)
-    after_cut(Placed(run, made), imagined)
+    made = placed(run, imagined)[0].plan
     if as_json:
         print(json.dumps(made.to_dict(), indent=2, default=str))
     else:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ds_train.compress.calibration import Call, LayerRun
+from ds_train.compress.calibration import Call, LayerRun, hooked
 from ds_train.compress.rounding import Grid
 from ds_train.compress.teacher import first_tensor
 
@@ -118,9 +118,8 @@ class _Trial:
             module.register_forward_hook(lambda _, args, output, name=name: self._note(name, args, output))
             for name, module in leaves
         ]
-        self._expected = self._run()
-        for handle in handles:
-            handle.remove()
+        with hooked(handles):
+            self._expected = self._run()
 
     def groups(self) -> list[tuple[str, ...]]:
         """Linear layers that run once, by the tensor that they are given."""
@@ -160,11 +159,8 @@ class _Trial:
             self._modules[source].register_forward_hook(lambda _, __, output: output * factors_R),
             self._modules[reader].register_forward_pre_hook(lambda _, args: seen.append(args[0])),
         ]
-        try:
+        with hooked(handles):
             self._run()
-        finally:
-            for handle in handles:
-                handle.remove()
         before_NI, after_NI = (tensor.flatten(0, -2) for tensor in (self._given[reader][0], seen[0]))
         squares_I = before_NI.square().sum(0)
         grown_I = ((before_NI * after_NI).sum(0) / squares_I).nan_to_num(0.5)

@@ -42,7 +42,7 @@ class LayerRun:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             see(current, module, (args, kwargs), output)
 
-        with _hooked([module.register_forward_hook(hook, with_kwargs=True) for module in modules]):
+        with hooked([module.register_forward_hook(hook, with_kwargs=True) for module in modules]):
             for current, (args, kwargs) in enumerate(self.calls):  # noqa: B007 - the hook reads it
                 self.layer(*args, **kwargs)
 
@@ -101,7 +101,7 @@ def _calls(model: Any, layers: Sequence[nn.Module], batches: Sequence[Mapping[st
         others = {name: value for name, value in kwargs.items() if name != first}
         calls[number].append(((hidden if number == 0 else None, *args[1:]), others))
 
-    with _hooked(
+    with hooked(
         [
             layer.register_forward_pre_hook(partial(note, number), with_kwargs=True)
             for number, layer in enumerate(layers)
@@ -113,7 +113,8 @@ def _calls(model: Any, layers: Sequence[nn.Module], batches: Sequence[Mapping[st
 
 
 @contextlib.contextmanager
-def _hooked(handles: Sequence[Any]) -> Iterator[None]:
+def hooked(handles: Sequence[Any]) -> Iterator[None]:
+    """These hooks stay for as long as the block."""
     try:
         yield
     finally:

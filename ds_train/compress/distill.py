@@ -16,9 +16,9 @@ from ds_train.compress.distill_loss import Distillation, Targets
 from ds_train.compress.teacher import Teacher
 from ds_train.compress.teacher_cache import TeacherCache
 from ds_train.config.distill import DistillSection
-from ds_train.models.load import fold_seed
 from ds_train.models.loss import ChunkLoss, CrossEntropy, VocabularyShard
 from ds_train.models.tasks import Batch
+from ds_train.schedule.seeds import fold_seed
 
 PROJECTIONS = "distill_projections"
 """Name in the model of the matrices from its hidden states to the teacher's; they aren't exported."""

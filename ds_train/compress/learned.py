@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ds_train.models.load import fold_seed
+from ds_train.schedule.seeds import fold_seed
 
 Place = tuple[str, int]
 """Kind and number of a coupling."""

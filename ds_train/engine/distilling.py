@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import nn
 from transformers import PreTrainedConfig
@@ -64,7 +61,7 @@ def distil(run: RunConfig, plan: RunPlan, part: Part, data: DataBundle, theirs: 
         projections = add_projections(part.model, part.outline, paired.hidden_count, widths, run.seed, own)
     group = None
     if part.pipeline is not None and section.placement != "memory":
-        group = _ranks_of_stage(plan.layout)
+        group = part.mesh.group("data", "sequence", "tensor")
     if task is None and not paired.any_here:
         return None
     teacher = Teacher(run, device, group, None if task is not None else paired.deepest + 1)
@@ -76,16 +73,6 @@ def distil(run: RunConfig, plan: RunPlan, part: Part, data: DataBundle, theirs: 
     distilling = Distilling(section, teacher, comparisons)
     task.objective = distilling
     return distilling
-
-
-def _ranks_of_stage(layout: Layout) -> Any:
-    """The process group of this rank's pipeline stage. Collective."""
-    mine = None
-    for stage in range(layout.pipe):
-        ranks = [rank for rank in range(layout.ranks) if layout.coordinates(rank).pipe == stage]
-        group = dist.new_group(ranks)
-        mine = group if dist.get_rank() in ranks else mine
-    return mine
 
 
 class _Paired:

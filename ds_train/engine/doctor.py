@@ -16,11 +16,11 @@ from ds_train.engine import collective
 from ds_train.engine.findings import Finding, clocks, interfaces, kernels, together
 from ds_train.engine.hosts import ask, ask_facts, module_command
 from ds_train.engine.launch import Launch, World
-from ds_train.engine.session import Placed, after_cut
+from ds_train.engine.session import placed
 from ds_train.engine.survey import Survey, checkpoint_bytes, needs, survey
 from ds_train.errors import UserError
 from ds_train.plan.hostfile import Host
-from ds_train.plan.make import RunPlan, make_plan
+from ds_train.plan.make import RunPlan
 
 _BUILD_TIMEOUT_S = 600.0
 _MEET_TIMEOUT_S = 60.0
@@ -64,8 +64,7 @@ def _plan(surveyed: Survey, run: RunConfig | None) -> tuple[list[Finding], int |
         cluster = surveyed.cluster()
         if run is None:
             return [], None
-        before = Placed(run, make_plan(run, cluster))
-        after = after_cut(before, cluster)
+        before, after = placed(run, cluster)
     except UserError as error:
         return [Finding("fail", "recipe", problem.reason, problem.key, problem.fix) for problem in error.problems], None
     found = _planned(before.plan)

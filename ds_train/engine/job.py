@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ds_train.config import RunConfig, dump, load
 from ds_train.engine.ranks import RankInfo, meet, on_main_first, return_freed_memory, run_to_exit_code, versions
-from ds_train.engine.session import Placed, Session, after_cut, layout_record
+from ds_train.engine.session import Placed, Session, layout_record, placed
 from ds_train.engine.stop import StopRequest
 from ds_train.errors import STOPPED_CODE, Stopped, first_line, user_error
 from ds_train.plan.make import RunPlan, make_plan
@@ -47,14 +47,12 @@ def train(run: RunConfig, info: RankInfo, stop_after: int | None = None) -> None
         # Chosen once: ranks of other hosts may know other figures of their machines.
         meet(info)
         run = on_main_first(info, lambda: _settled(run, cluster, folder))
-    plan = make_plan(run, cluster)
-    before = Placed(run, plan)
-    after = after_cut(before, cluster)
+    before, after = placed(run, cluster)
     if info.is_main:
-        for note in plan.notes:
+        for note in before.plan.notes:
             print(note, flush=True)
-        if plan.predicted is not None:
-            print(f"predicted: {plan.predicted.summary}", flush=True)
+        if before.plan.predicted is not None:
+            print(f"predicted: {before.plan.predicted.summary}", flush=True)
     if info.device == "cpu":
         return_freed_memory()
     # Below this line torch is imported; everything above answers in well under a second.

@@ -19,7 +19,6 @@ from ds_train.engine.prune import Pruning
 from ds_train.engine.ranks import RankInfo, all_sum, seed_generators
 from ds_train.engine.stop import StopRequest
 from ds_train.engine.watchdog import Watchdog
-from ds_train.models.load import fold_seed
 from ds_train.models.tasks import Batch, carry_nonfinite
 from ds_train.optim.build import set_learning_rate
 from ds_train.optim.unused import without_gradient
@@ -27,6 +26,7 @@ from ds_train.plan.make import RunPlan
 from ds_train.schedule.distill import teacher_share
 from ds_train.schedule.layer_drop import draw_layers
 from ds_train.schedule.learning_rate import learning_rate_factor
+from ds_train.schedule.seeds import fold_seed
 from ds_train.schedule.timeline import StepShape, Timeline
 from ds_train.schedule.token_drop import kept_tokens
 

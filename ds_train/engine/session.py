@@ -41,18 +41,19 @@ class Placed:
         return layout_record(self.run, self.plan)
 
 
-def after_cut(before: Placed, cluster: Cluster) -> Placed:
-    """The recipe from the cut on: as before, but where pruning changes its layout.
+def placed(run: RunConfig, cluster: Cluster) -> tuple[Placed, Placed]:
+    """How a recipe is shared, and how from the cut on: the same, but where pruning changes its layout.
 
     Raises:
-        UserError: with everything that is wrong with that layout.
+        UserError: with everything that is wrong with either layout.
     """
-    parallel = before.run.compress.prune.parallel
+    before = Placed(run, make_plan(run, cluster))
+    parallel = run.compress.prune.parallel
     if parallel is None:
-        return before
-    later = before.run.model_copy(update={"parallel": parallel})
+        return before, before
+    later = run.model_copy(update={"parallel": parallel})
     try:
-        return Placed(later, make_plan(later, cluster))
+        return before, Placed(later, make_plan(later, cluster))
     except UserError as error:
         raise UserError(
             replace(problem, key=f"compress.prune.{problem.key}") if problem.key.startswith("parallel.") else problem

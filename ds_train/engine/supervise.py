@@ -14,11 +14,10 @@ from ds_train.checkpoint.manifest import newest_step
 from ds_train.config import RunConfig
 from ds_train.engine.hosts import LOST
 from ds_train.engine.launch import Ended, Launch, World, handled
-from ds_train.engine.session import Placed, after_cut
+from ds_train.engine.session import placed
 from ds_train.errors import EXIT_CODE, STOPPED_CODE, UserError, user_error
 from ds_train.plan.clusters import cluster_of_hosts
 from ds_train.plan.hostfile import Host
-from ds_train.plan.make import make_plan
 from ds_train.track.metrics import MetricsFile
 
 MARGIN_S = 10.0
@@ -153,7 +152,7 @@ def largest_launch(run: RunConfig, world: World) -> World:
         cluster = cluster_of_hosts([(host.name, len(host.slots)) for host in fewer.hosts])
         cluster = replace(cluster, device=world.device, here=not world.remote)
         try:
-            after_cut(Placed(run, make_plan(run, cluster)), cluster)
+            placed(run, cluster)
         except UserError as error:
             first = first or error
         else:

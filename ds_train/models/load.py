@@ -7,7 +7,6 @@ module's name. So they don't depend on the number of ranks, on the stage, or on 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -22,6 +21,7 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig, prevent_arang
 from ds_train.config import RunConfig
 from ds_train.errors import UserError, first_line, user_error
 from ds_train.plan.model_size import of_kept_layers
+from ds_train.schedule.seeds import fold_seed
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -164,12 +164,6 @@ def matrix_parameters(model: PreTrainedModel) -> int:
     matrices = (parameter for parameter in model.parameters() if parameter is not embedding or tied)
     shapes = (getattr(parameter, "ds_shape", parameter.shape) for parameter in matrices)
     return sum(math.prod(shape) for shape in shapes if len(shape) > 1)
-
-
-def fold_seed(*parts: int | str) -> int:
-    """A 63-bit seed from any parts, the same on every machine."""
-    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
-    return int.from_bytes(digest[:8], "little") >> 1
 
 
 @contextlib.contextmanager

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ds_train.models.load import fold_seed
 from ds_train.models.tasks import SAMPLE_IDS, Batch
+from ds_train.schedule.seeds import fold_seed
 
 _GAMMA, _MIX1, _MIX2 = -7046029254386353131, -4658895280553007687, -7723592293110705685  # SplitMix64's, as int64
 

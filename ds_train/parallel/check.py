@@ -6,6 +6,7 @@ No family trains with a wrong loss: one whose code doesn't allow a cut is refuse
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -83,7 +84,8 @@ def check_token_dropping(run: RunConfig, config: PreTrainedConfig) -> None:
     Raises:
         UserError: it isn't, with the reason; no look-alike can be made.
     """
-    try:
+
+    def ask() -> str | None:
         small_run, small = _small(run, config, Layout(1, 1, 1, 1))
         model = build_model(small_run, small, {}, 0)
         dropping = TokenDropping(model, run.seed, 1)
@@ -92,13 +94,9 @@ def check_token_dropping(run: RunConfig, config: PreTrainedConfig) -> None:
         if "position_ids" not in batch:
             later_BT = (torch.arange(_LENGTH) >= _LENGTH // 2).expand(_SAMPLES, -1)
             batch = dict(batch) | {"attention_mask": later_BT[:, None, :, None] == later_BT[:, None, None, :]}
-        reason = dropping_difference(model, dropping, {key: batch[key] for key in batch if key != "labels"})
-    except UserError:
-        raise
-    except Exception as error:  # the code of any family may refuse in its own way
-        reason = first_line(error) or type(error).__name__
-    if reason is not None:
-        raise user_error("token_drop.kind", f"{config.model_type}: {reason}", "set none", run.token_drop.kind)
+        return dropping_difference(model, dropping, {key: batch[key] for key in batch if key != "labels"})
+
+    _refuse_where("token_drop.kind", run.token_drop.kind, config, ask)
 
 
 def check_layer_dropping(run: RunConfig, config: PreTrainedConfig) -> None:
@@ -107,7 +105,8 @@ def check_layer_dropping(run: RunConfig, config: PreTrainedConfig) -> None:
     Raises:
         UserError: it isn't, with the reason; no look-alike can be made.
     """
-    try:
+
+    def ask() -> str | None:
         small_run, small = _small(run, config, Layout(1, 1, 1, 1))
         count, given = small.num_hidden_layers, small.to_dict()
         lists = {key: value[:-1] for key, value in per_layer(given, count).items()}
@@ -122,13 +121,21 @@ def check_layer_dropping(run: RunConfig, config: PreTrainedConfig) -> None:
                 dropping.draw(LayerDraw(frozenset([layer]), (1.0,) * count))
                 found = whole(**batch).logits
         same = torch.allclose(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
-        reason = None if same else "a layer that is left out isn't as one that isn't there"
+        return None if same else "a layer that is left out isn't as one that isn't there"
+
+    _refuse_where("layer_drop.kind", run.layer_drop.kind, config, ask)
+
+
+def _refuse_where(key: str, value: str, config: PreTrainedConfig, ask: Callable[[], str | None]) -> None:
+    """Refuse a recipe's key for what a look-alike says against it, or where none can be made or run."""
+    try:
+        reason = ask()
     except UserError:
         raise
     except Exception as error:  # the code of any family may refuse in its own way
         reason = first_line(error) or type(error).__name__
     if reason is not None:
-        raise user_error("layer_drop.kind", f"{config.model_type}: {reason}", "set none", run.layer_drop.kind)
+        raise user_error(key, f"{config.model_type}: {reason}", "set none", value)
 
 
 def difference(run: RunConfig, config: PreTrainedConfig, layout: Layout, mesh: Mesh, device: str = "cpu") -> str | None:

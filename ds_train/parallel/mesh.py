@@ -22,26 +22,26 @@ class Mesh:
 
     def __init__(self, layout: Layout, rank: int) -> None:
         self.layout = layout
-        places = [layout.coordinates(other) for other in range(layout.ranks)]
-        here = places[rank]
-        self.place = here
+        self._rank = rank
+        self.place = layout.coordinates(rank)
         """Coordinates of this rank."""
-
-        def group(*axes: str) -> Group:
-            """The ranks that differ from this one along `axes` only."""
-            fixed = [axis for axis in here._fields if axis not in axes]
-            members: dict[tuple[int, ...], list[int]] = {}
-            for other, place in enumerate(places):
-                members.setdefault(tuple(getattr(place, axis) for axis in fixed), []).append(other)
-            mine = None
-            for ranks in members.values():
-                created = dist.new_group(ranks)
-                mine = created if rank in ranks else mine
-            return mine
-
         self._tensor = self._sequence = self._sharding = None
         if layout.tensor * layout.sequence > 1:
-            self._tensor, self._sequence, self._sharding = group("tensor"), group("sequence"), group("data", "sequence")
+            self._tensor, self._sequence = self.group("tensor"), self.group("sequence")
+            self._sharding = self.group("data", "sequence")
+
+    def group(self, *axes: str) -> Group:
+        """A new group of the ranks that differ from this one along `axes` only. Collective."""
+        fixed = [axis for axis in self.place._fields if axis not in axes]
+        members: dict[tuple[int, ...], list[int]] = {}
+        for other in range(self.layout.ranks):
+            place = self.layout.coordinates(other)
+            members.setdefault(tuple(getattr(place, axis) for axis in fixed), []).append(other)
+        mine = None
+        for ranks in members.values():
+            created = dist.new_group(ranks)
+            mine = created if self._rank in ranks else mine
+        return mine
 
     @property
     def tensor(self) -> Group:

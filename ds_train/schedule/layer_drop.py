@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from dataclasses import dataclass
 
 from ds_train.config.layer_drop import LayerDropSection
+from ds_train.schedule.seeds import fold_seed
 
 
 @dataclass(frozen=True)
@@ -33,5 +33,4 @@ def draw_layers(section: LayerDropSection, layers: int, seed: int, tokens: int, 
 
 def _uniform(seed: int, tokens: int, layer: int) -> float:
     """A number from 0 to below 1 that any of the three changes altogether."""
-    digest = hashlib.sha256(f"{seed}/layer drop/{tokens}/{layer}".encode()).digest()
-    return (int.from_bytes(digest[:8], "little") >> 11) / 2**53
+    return (fold_seed(seed, "layer drop", tokens, layer) >> 10) / 2**53

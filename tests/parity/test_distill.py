@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama import modeling_llama
 
 from ds_train.config import load
-from ds_train.models.load import fold_seed
+from ds_train.schedule.seeds import fold_seed
 
 pytestmark = pytest.mark.parity
 

@@ -107,6 +107,28 @@ def divisors(number: int | None) -> str:
     return "one of " + ", ".join(str(value) for value in range(1, (number or 1) + 1) if (number or 1) % value == 0)
 
 
+def unread(facts: Facts, section: str, *switches: str) -> dict[str, Any]:
+    """Keys of a section that is off, besides what switches it on, that have another value than their default."""
+    fields = type(facts.value(section)).model_fields
+    return {
+        f"{section}.{key}": facts.value(f"{section}.{key}")
+        for key, field in fields.items()
+        if key not in switches and facts.value(f"{section}.{key}") != field.default
+    }
+
+
+def compared(*conditions: Predicate) -> Callable[[Facts], dict[str, Any]]:
+    """Keys that compare layers, where one of `conditions` holds."""
+
+    def broken(facts: Facts) -> dict[str, Any]:
+        keys = ("compress.distill.hidden", "compress.distill.relations")
+        if not any_of(*conditions)(facts):
+            return {}
+        return {key: facts.value(key) for key in keys if facts.value(key) > 0}
+
+    return broken
+
+
 HEAD_COUNTS = ("num_attention_heads", "num_key_value_heads")
 BELOW_3 = at("parallel.zero_stage", 0, 1, 2)
 FLASH = at("model.attention", "flash_attention_2", "flash_attention_3")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +22,12 @@ from ds_train.plan.rules.base import (
     all_of,
     any_of,
     at,
+    compared,
     divisors,
     given,
     is_not,
     size_of,
+    unread,
 )
 
 
@@ -48,33 +49,11 @@ _ROUNDS = is_not(at("compress.quantize.weights", "none"))
 _ROUNDS_LATER = all_of(_ROUNDS, _above_zero("compress.quantize.start"))
 
 
-def _compared(*conditions: Predicate) -> Callable[[Facts], dict[str, Any]]:
-    """Keys that compare layers, where one of `conditions` holds."""
-
-    def broken(facts: Facts) -> dict[str, Any]:
-        keys = ("compress.distill.hidden", "compress.distill.relations")
-        if not any_of(*conditions)(facts):
-            return {}
-        return {key: facts.value(key) for key in keys if facts.value(key) > 0}
-
-    return broken
-
-
 def _on_own_disks(facts: Facts) -> bool:
     """Whether there are several hosts, and the cache lies where no host sees another's files, whatever is mounted."""
     folder = Path(facts.run.data.cache_dir).expanduser()
     several = facts.cluster.ranks > facts.cluster.ranks_per_host
     return several and any(folder.is_relative_to(place) for place in ("/tmp", "/var/tmp", "/dev/shm"))
-
-
-def _unread(facts: Facts, section: str, *switches: str) -> dict[str, Any]:
-    """Keys of a section that is off, besides what switches it on, that have another value than their default."""
-    fields = type(facts.value(section)).model_fields
-    return {
-        f"{section}.{key}": facts.value(f"{section}.{key}")
-        for key, field in fields.items()
-        if key not in switches and facts.value(f"{section}.{key}") != field.default
-    }
 
 
 def _teacher_config(facts: Facts) -> dict[str, Any] | None:
@@ -150,7 +129,7 @@ RULES: tuple[Rule | KeyRule, ...] = (
     ),
     KeyRule(
         "distill-unread",
-        lambda f: {} if _has_teacher(f) else _unread(f, "compress.distill", "logits", "hidden", "relations"),
+        lambda f: {} if _has_teacher(f) else unread(f, "compress.distill", "logits", "hidden", "relations"),
         "there is no teacher, so nothing reads it", "set compress.distill.logits, hidden or relations",
     ),
     Rule(
@@ -189,15 +168,15 @@ RULES: tuple[Rule | KeyRule, ...] = (
         "what is on disk goes by whole samples", "set compress.distill.cache_top=0, or parallel.sequence=1",
     ),
     KeyRule(
-        "distill-compared-recomputed", _compared(at("model.activation_checkpointing", True, "auto")),
+        "distill-compared-recomputed", compared(at("model.activation_checkpointing", True, "auto")),
         "layers that are computed again would be compared again", "set model.activation_checkpointing=false",
     ),
     KeyRule(
-        "distill-compared-compile", _compared(at("model.compile", True)), "layers that are compared aren't compiled",
+        "distill-compared-compile", compared(at("model.compile", True)), "layers that are compared aren't compiled",
         "set model.compile=false",
     ),
     KeyRule(
-        "distill-compared-scale", _compared(all_of(PIPELINE, at("precision.dtype", "fp16"))),
+        "distill-compared-scale", compared(all_of(PIPELINE, at("precision.dtype", "fp16"))),
         "only a pipeline's last stage knows what fp16 losses are scaled by", "set precision.dtype=bf16",
     ),
     Rule(
@@ -224,11 +203,11 @@ RULES: tuple[Rule | KeyRule, ...] = (
         "give the folder of that revision", lambda f: "null",
     ),
     KeyRule(
-        "distill-compared-rows", _compared(at("data.padding_free", True)),
+        "distill-compared-rows", compared(at("data.padding_free", True)),
         "a sample's mean isn't taken where samples share a row", "set data.padding_free=false",
     ),
     KeyRule(
-        "quantize-unread", lambda f: {} if _ROUNDS(f) else _unread(f, "compress.quantize", "weights"),
+        "quantize-unread", lambda f: {} if _ROUNDS(f) else unread(f, "compress.quantize", "weights"),
         "nothing is rounded, so nothing reads it", "set compress.quantize.weights",
     ),
     Rule(

@@ -8,7 +8,19 @@ from ds_train.errors import Problem
 from ds_train.plan.facts import Facts
 from ds_train.plan.model_size import ALIASES
 from ds_train.plan.prune import problems, units_left
-from ds_train.plan.rules.base import DROPPING, TENSOR, KeyRule, Rule, above_one, all_of, at, given, nvme, size_of
+from ds_train.plan.rules.base import (
+    DROPPING,
+    TENSOR,
+    KeyRule,
+    Rule,
+    above_one,
+    all_of,
+    at,
+    compared,
+    given,
+    nvme,
+    size_of,
+)
 from ds_train.plan.topology import Layout
 from ds_train.plan.transformers_keys import takes_list
 
@@ -196,12 +208,7 @@ RULES: tuple[Rule | KeyRule, ...] = (
         "a checkpoint from before the cut has another size than the model after it", "set health.on_spike=note",
     ),
     KeyRule(
-        "prune-compared-layers",
-        lambda f: {
-            key: f.value(key)
-            for key in ("compress.distill.hidden", "compress.distill.relations")
-            if _pruning(f) and f.value(key) > 0
-        },
+        "prune-compared-layers", compared(_pruning),
         "what layers are compared by doesn't shrink with the model",
         "set it to 0; compress.distill.logits goes with pruning",
     ),

@@ -21,6 +21,7 @@ from ds_train.plan.rules.base import (
     divisors,
     is_not,
     size_of,
+    unread,
 )
 
 
@@ -129,11 +130,7 @@ RULES: tuple[Rule | KeyRule, ...] = (
     # -- layer dropping ---------------------------------------------------------------------------------------------
     KeyRule(
         "layer-drop-unread",
-        lambda f: {} if LAYER_DROP(f) else {
-            f"layer_drop.{key}": f.value(f"layer_drop.{key}")
-            for key, field in type(f.run.layer_drop).model_fields.items()
-            if f.value(f"layer_drop.{key}") != field.default
-        },
+        lambda f: {} if LAYER_DROP(f) else unread(f, "layer_drop", "kind"),
         "no layer is left out, so nothing reads it", "set layer_drop.kind=progressive",
     ),
     Rule(
