@@ -56,19 +56,20 @@ class Speed:
     def take(self) -> dict[str, Any]:
         """What a metrics line says of them. Collective.
 
-        tokens_per_second and mfu are the whole run's. `<phase>_ms` are a step's milliseconds in that phase, the mean of
-        steps and ranks, and make up `step_ms`; `save_ms` come on top. `imbalance` is the slowest rank's time of forward
-        and backward over the mean's, `slowest_rank` that rank. memory_mb and memory_peak_mb are the fullest rank's,
-        host_cpu_percent and host_memory_percent those of each host.
+        tokens_per_second and mfu are the whole run's. `step_ms` is a step's time, the mean of steps and ranks: a rank
+        that begins early waits for the others within its step. `<phase>_ms` are the parts of it; `save_ms` come on top.
+        `imbalance` is the slowest rank's time of forward and backward over the mean's, `slowest_rank` that rank.
+        memory_mb and memory_peak_mb are the fullest rank's, host_cpu_percent and host_memory_percent those of each
+        host.
         """
-        steps, seconds = max(1, self._steps), self._seconds or math.inf
+        rows = self._of_all_ranks()
+        steps, seconds = max(1, self._steps), sum(row["seconds"] for row in rows) / len(rows)
         record: dict[str, Any] = {
-            "tokens_per_second": self._tokens / seconds,
-            "mfu": mfu(self._flops / seconds, self._peak_flops),
-            "step_ms": 1e3 * self._seconds / steps,
+            "tokens_per_second": self._tokens / (seconds or math.inf),
+            "mfu": mfu(self._flops / (seconds or math.inf), self._peak_flops),
+            "step_ms": 1e3 * seconds / steps,
             "save_ms": 1e3 * self._save_seconds / steps,
         }
-        rows = self._of_all_ranks()
         spent = {phase: 1e3 * sum(row[phase] for row in rows) / len(rows) / steps for phase in PHASES}
         # What no phase knows of: from the step's end, which the clock sees, to that of this host.
         spent["other"] = max(0.0, record["step_ms"] - sum(spent.values()) + spent["other"])
@@ -86,7 +87,7 @@ class Speed:
         self._steps, self._tokens, self._seconds, self._flops, self._save_seconds = 0, 0, 0.0, 0.0, 0.0
 
     def _of_all_ranks(self) -> list[dict[str, float]]:
-        own: dict[str, float] = {**self._clock.take(), **self._see_memory(), **self._see_host()}
+        own = {"seconds": self._seconds} | self._clock.take() | self._see_memory() | self._see_host()
         if self._info.ranks == 1:
             return [own]
         table = torch.zeros(self._info.ranks, len(own), dtype=torch.float64)

@@ -24,6 +24,7 @@ def in_a_process(check: Callable[[], None]) -> None:
     process.start()
     process.join(120)
     process.kill()
+    process.join()
     assert process.exitcode == 0
 
 
@@ -149,6 +150,8 @@ def test_a_request_that_cannot_be_met_is_torchs_error() -> None:
 
 def _a_fork_has_nobody_elses_lock() -> None:
     torch.set_num_threads(1)
+    # torch looks an operator up at its first use, under a lock that isn't freed in a fork.
+    block(MB)
     ended = threading.Event()
 
     def work() -> None:
