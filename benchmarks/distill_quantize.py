@@ -9,14 +9,13 @@ beside what bits and scales add up to.
 from __future__ import annotations
 
 import argparse
-import csv
 import statistics
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from sst2 import SST2, fine_tune, unpack_weights
+from sst2 import accuracy, fine_tune, unpack_weights
 
 GROUP = 64
 KEEP = "[1,3,5]"
@@ -95,28 +94,6 @@ class _Rows:
             "track.eval_every_steps=null", "track.eval_samples=32", *overrides, *self._options.overrides,
         ]  # fmt: skip
         return fine_tune(start, self._root / own, self._seed, self._options.ranks, *keys) / "export"
-
-
-def accuracy(folder: Path) -> float:
-    """Percent of SST-2's dev set that the model in `folder` gets right, by transformers alone."""
-    import torch
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
-    with (SST2 / "dev.tsv").open(encoding="utf-8") as file:
-        rows = [row for row in csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE) if row]
-    rows.sort(key=lambda row: len(row[0]))  # less padding
-    correct = 0
-    with torch.no_grad():
-        for start in range(0, len(rows), 32):
-            part = rows[start : start + 32]
-            batch = tokenizer(
-                [text for text, _ in part], padding=True, truncation=True, max_length=64, return_tensors="pt"
-            )
-            guess = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.argmax(-1)
-            correct += int((guess == torch.tensor([int(label) for _, label in part])).sum())
-    return 100 * correct / len(rows)
 
 
 def sizes(folder: Path) -> str:

