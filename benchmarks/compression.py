@@ -45,7 +45,7 @@ LAYOUTS = {"ZeRO-3 on 2 ranks": ["parallel.zero_stage=3"], "tensor 2": ["paralle
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--scale", type=float, default=1.0, help="length of every run, as a share")
     parser.add_argument("--ours", action="store_true", help="leave the other ways out")
@@ -56,13 +56,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         weights = unpack_weights(root)
-        for seed in options.seeds:
+        for seed in range(1, options.seeds + 1):
             for row, train in rows(root, weights, seed, options).items():
                 started = time.monotonic()
                 found.setdefault(row, []).append(accuracy(train()))
                 seconds = time.monotonic() - started
                 print(f"seed {seed}  {row:26} {found[row][-1]:5.1f} %  ({seconds:.0f} s)", flush=True)
-        models = {row: load(folder_of(root, row, options.seeds[0]) / "export") for row in found}
+        models = {row: load(folder_of(root, row, 1) / "export") for row in found}
         times, whole = inference(models), encoder(models["fine-tuned"])
         for row, values in found.items():
             spread = statistics.stdev(values) if len(values) > 1 else 0.0
@@ -97,7 +97,7 @@ def rows(root: Path, weights: Path, seed: int, options: argparse.Namespace) -> d
         shares = [f"compress.prune.layers={size['layers']}", f"compress.prune.ffn={size['ffn']}", *WHEN]
         ours = f"{share} pruned, distilled"
         all_rows[ours] = run(ours, teacher, *shares, *TAUGHT)
-        if options.layouts and share == "50 %" and seed == options.seeds[0]:
+        if options.layouts and share == "50 %" and seed == 1:
             for layout, keys in LAYOUTS.items():
                 row = f"{share}, {layout}"
                 all_rows[row] = run(row, teacher, *shares, *TAUGHT, *keys, ranks=2)

@@ -35,7 +35,7 @@ SIZES = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--steps", type=int, default=600, help="of the large model")
     parser.add_argument("--more", type=int, default=300, help="of each pruned one, on top")
@@ -43,7 +43,7 @@ def main() -> None:
     options = parser.parse_intermixed_args()
     found: dict[str, list[Result]] = {}
     with tempfile.TemporaryDirectory() as root:
-        for seed in options.seeds:
+        for seed in range(1, options.seeds + 1):
             for row, result in rows(Path(root), seed, options):
                 found.setdefault(row, []).append(result)
     for row, results in found.items():
