@@ -29,10 +29,7 @@ STEPS = 648
 """Of 32 sentences: three epochs."""
 
 WHEN = ["compress.prune.start=0.1", "compress.prune.end=0.4", "compress.prune.score_steps=32"]
-TAUGHT = [
-    "compress.distill.logits=forward-kl", "compress.distill.alpha=0.9", "compress.distill.temperature=4.0",
-    "compress.distill.hidden=0.1",
-]  # fmt: skip
+TAUGHT = ["compress.distill.logits=forward-kl", "compress.distill.alpha=0.9", "compress.distill.temperature=4.0"]
 SIZES: dict[str, dict[str, Any]] = {
     "50 %": {"layers": 2, "ffn": 0.385, "kept": [0, 2, 5], "heads": 9, "channels": 952},
     "70 %": {"layers": 3, "ffn": 0.61, "kept": [0, 5], "heads": 7, "channels": 728},
@@ -50,11 +47,12 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=1.0, help="length of every run, as a share")
     parser.add_argument("--ours", action="store_true", help="leave the other ways out")
     parser.add_argument("--layouts", action="store_true", help="the first seed's 50 % in other layouts too")
+    parser.add_argument("--folder", type=Path, help="keep the runs there, and go on after those that are there")
     parser.add_argument("overrides", nargs="*", help="recipe keys to replace")
     options = parser.parse_intermixed_args()
     found: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as name:
-        root = Path(name)
+        root = options.folder.resolve() if options.folder else Path(name)
         weights = unpack_weights(root)
         for seed in range(1, options.seeds + 1):
             for row, train in rows(root, weights, seed, options).items():
@@ -87,6 +85,8 @@ def rows(root: Path, weights: Path, seed: int, options: argparse.Namespace) -> d
     def run(row: str, start: Path | None, *keys: str, ranks: int = options.ranks) -> Callable[[], Path]:
         def train() -> Path:
             folder = folder_of(root, row, seed)
+            if (folder / "export").is_dir():
+                return folder / "export"
             own = start or folder.with_name(f"{folder.name}-start")
             return fine_tune(own, folder, seed, ranks, *lengths, *keys, *options.overrides) / "export"
 
