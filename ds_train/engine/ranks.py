@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache, wraps
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -85,6 +86,7 @@ def meet(info: RankInfo, timeout: timedelta = MEETING_TIMEOUT) -> None:
     from deepspeed.utils import logger
 
     logger.setLevel("ERROR")
+    _import_muon()
     # Its CPU collectives over shared memory take over a minute to compile and leave 66 MB a rank in /dev/shm.
     deepspeed.ops.__compatible_ops__[ShareMemCommBuilder.NAME] = False
     # Before the first collective: groups of NCCL belong to a device.
@@ -94,6 +96,26 @@ def meet(info: RankInfo, timeout: timedelta = MEETING_TIMEOUT) -> None:
         from ds_kernels.memory import reuse_memory
 
         reuse_memory()
+
+
+def _import_muon() -> None:
+    """DeepSpeed's Muon, which ZeRO imports whatever the optimizer is: its functions are compiled when they are first
+    called, not as they are read. That brings in torch._inductor, a fifth of a rank's start."""
+    import torch
+
+    compile_ = torch.compile
+
+    def at_first_call(function: Any = None, **options: Any) -> Any:
+        if function is None:
+            return lambda function: at_first_call(function, **options)
+        compiled = cache(lambda: compile_(function, **options))
+        return wraps(function)(lambda *arguments, **named: compiled()(*arguments, **named))
+
+    torch.compile = at_first_call  # type: ignore[assignment]
+    try:
+        from deepspeed.runtime.zero.muon import muon_optimizer  # noqa: F401
+    finally:
+        torch.compile = compile_
 
 
 def return_freed_memory() -> None:

@@ -77,3 +77,14 @@ def test_zero_3_compares_the_order_of_modules_over_all_ranks() -> None:
     assert "assert_ints_same_as_other_ranks" in reset
     hooks = inspect.getsource(parameter_offload.DeepSpeedZeRoOffload.setup_zero_stage3_hooks)
     assert "FWD_MODULE_STACK.append(self.module)" in hooks
+
+
+def test_zero_imports_a_muon_that_is_compiled_as_it_is_read() -> None:
+    """Why `meet` imports it first: engine/ranks.py, `_import_muon`."""
+    from deepspeed.runtime.zero import utils
+    from deepspeed.runtime.zero.muon import original_muon
+
+    assert "from deepspeed.runtime.zero.muon.muon_optimizer import" in inspect.getsource(
+        utils.is_zero_supported_optimizer
+    )
+    assert "\n@compiler.compile()" in inspect.getsource(original_muon)
