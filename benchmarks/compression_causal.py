@@ -1,7 +1,8 @@
 """A Llama of the standard library made 30 and 50 % smaller with its own teacher: held-out loss.
 
-Beside it a model of the small size, from random weights, that is trained on as many tokens as the pruned one has seen,
-those of the large model included. All runs hold out the same documents; losses are nats per token of one tokenizer.
+It is so small that size is what it lacks after these tokens. Beside it a model of the smaller size, from random
+weights, that is trained on as many tokens as the pruned one has seen, those of the large model included. All runs hold
+out the same documents; losses are nats per token of one tokenizer.
 """
 
 from __future__ import annotations
@@ -26,8 +27,13 @@ Result = tuple[int, float]
 """Parameters and held-out loss."""
 
 SHARES = (0.3, 0.5)
-PRUNE = {"heads": 0.5, "ffn": 0.5, "start": 0.1, "end": 0.3}
+LARGE = {
+    "arch": "llama", "hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 6,
+    "num_key_value_heads": 6, "head_dim": 16, "tie_word_embeddings": True,
+}  # fmt: skip
+PRUNE = {"heads": 0.5, "ffn": 0.5, "start": 0.05, "end": 0.3}
 DISTILL = {"logits": "forward-kl", "alpha": 0.5}
+RATE = 4e-3
 SIZES = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
 )  # fmt: skip
@@ -37,8 +43,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--ranks", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=600, help="of the large model")
-    parser.add_argument("--more", type=int, default=300, help="of each pruned one, on top")
+    parser.add_argument("--steps", type=int, default=1500, help="of the large model")
+    parser.add_argument("--more", type=int, default=500, help="of each pruned one, on top")
     parser.add_argument("overrides", nargs="*", help="recipe keys to replace")
     options = parser.parse_intermixed_args()
     found: dict[str, list[Result]] = {}
@@ -63,8 +69,12 @@ def rows(root: Path, seed: int, options: argparse.Namespace) -> Iterator[tuple[s
             "track": {"peak_tflops": 1.0, "eval_samples": 512},
             "checkpoint": {"save_final": False},
         }  # fmt: skip
-        recipe["data"]["validation_fraction"] = 0.05
-        recipe["data"]["cache_dir"] = str(root / "cache")
+        recipe["data"] |= {
+            "train_vocabulary": 512, "sequence_length": 128, "validation_fraction": 0.05,
+            "cache_dir": str(root / "cache"),
+        }  # fmt: skip
+        recipe["batch"] |= {"global_samples": 32}
+        recipe["optimizer"] |= {"lr": RATE}
         recipe["schedule"] |= {"steps": steps, "kind": "cosine"}
         for name, keys in sections.items():
             recipe[name] = recipe[name] | keys
@@ -77,8 +87,7 @@ def rows(root: Path, seed: int, options: argparse.Namespace) -> Iterator[tuple[s
         print(f"seed {seed}  {row:26} {result[0]:>10,} parameters  {result[1]:.4f}  ({seconds:.0f} s)", flush=True)
         return result
 
-    large = yaml.safe_load((ROOT / "ds_configs" / "llama_prune.yaml").read_text())["model"]
-    whole = train("large", options.steps, large)
+    whole = train("large", options.steps, LARGE)
     yield "large", whole
     export = folder_of(root, "large", seed) / "export"
     for share in SHARES:
@@ -86,12 +95,12 @@ def rows(root: Path, seed: int, options: argparse.Namespace) -> Iterator[tuple[s
         target = {"parameters": round((1 - share) * whole[0])}
         yield row, train(
             row, options.more, {"path": str(export)},
-            data={"tokenizer": str(export), "train_vocabulary": None}, optimizer={"lr": 1e-3},
+            data={"tokenizer": str(export), "train_vocabulary": None}, optimizer={"lr": RATE / 2},
             compress={"prune": PRUNE | target, "distill": DISTILL},
         )  # fmt: skip
         config = json.loads((folder_of(root, row, seed) / "export" / "config.json").read_text())
         row = f"{share:.0%} smaller from scratch"
-        yield row, train(row, options.steps + options.more, large | {size: config[size] for size in SIZES})
+        yield row, train(row, options.steps + options.more, LARGE | {size: config[size] for size in SIZES})
 
 
 def folder_of(root: Path, row: str, seed: int) -> Path:
