@@ -23,7 +23,7 @@ from ds_train.config.quantize import QuantizeSection
 from ds_train.data.build import load_data
 from ds_train.data.prepare import prepare, prepared_tokenizer
 from ds_train.errors import user_error
-from ds_train.models.load import keep_generation_config, load_model_config, outline
+from ds_train.models.load import keep_generation_config, load_model_config, outline, position_of_first
 from ds_train.models.tasks import model_inputs
 
 
@@ -88,10 +88,11 @@ def _model_and_samples(source: Path, recipe: Path | None, samples: int) -> tuple
 def _calibration(run: RunConfig, count: int) -> list[dict[str, Tensor]]:
     """What the model takes of the first samples of the recipe's training."""
     prepared = prepare(run)
+    tokenizer = prepared_tokenizer(prepared)
     micro = 8
     data = load_data(
-        run, folder=prepared, tokenizer=prepared_tokenizer(prepared), data_rank=0, data_ranks=1, micro_samples=micro,
-        eval_micro_samples=micro,
+        run, folder=prepared, tokenizer=tokenizer, data_rank=0, data_ranks=1, micro_samples=micro,
+        eval_micro_samples=micro, first_position=position_of_first(load_model_config(run, tokenizer)),
     )  # fmt: skip
     places = data.train.order.index(np.arange(min(count, data.train.num_samples))).tolist()
     return [

@@ -101,7 +101,7 @@ class Teacher:
                 buffer.data = buffer.data.to(device)
         if fp32_products_are_faster(device, dtype):
             use_fp32_products(self.model)
-        if run.task.kind == "causal-lm" and run.data.rows_have_documents:
+        if run.task.kind != "sequence-classification" and run.data.rows_have_documents:
             with self._running():
                 _check_documents(run, self.model, path)
         self.layers: list[nn.Module] = repeated_layers(self.model)

@@ -42,25 +42,23 @@ class Collator:
     input_ids (B, T) and labels (B, T), or (B,) for classification, all int64; position_ids (B, T) where samples are
     packed; attention_mask (B, T) where they are padded. With `block_mask`, for encoders, packed documents are kept
     apart by a boolean attention_mask (B, 1, T, T) where any window has more than one; causal models go by position ids.
+    Those count from `first_position`.
     With `padding_free` samples lie end to end in one row (1, their tokens), with position_ids, as packed ones.
     """
 
-    def __init__(self, pad_token: int, length: int, block_mask: bool, padding_free: bool = False) -> None:
+    def __init__(
+        self, pad_token: int, length: int, block_mask: bool, padding_free: bool = False, first_position: int = 0
+    ) -> None:
         self._pad_token, self.length, self._block_mask = pad_token, length, block_mask
-        self._padding_free = padding_free
+        self._padding_free, self._first_position = padding_free, first_position
 
     def __call__(self, samples: list[Sample]) -> dict[str, Tensor]:
         """The micro-batch of `samples`; padded ones as long as their longest, in multiples of 8."""
         if "position_ids" in samples[0]:
             batch = {key: torch.from_numpy(np.stack([sample[key] for sample in samples])) for key in samples[0]}
-            if self._block_mask:
-                self._separate(batch)
-            return batch
+            return self._separated(batch)
         if self._padding_free:
-            batch = self._one_row(samples)
-            if self._block_mask:
-                self._separate(batch)
-            return batch
+            return self._separated(self._one_row(samples))
         longest = max(len(sample["input_ids"]) for sample in samples)
         width = min(self.length, -(-longest // _PAD_MULTIPLE) * _PAD_MULTIPLE)
         shape = (len(samples), width)
@@ -89,10 +87,17 @@ class Collator:
         row["position_ids"] = restarting_positions(sizes, missing)
         return {key: torch.from_numpy(value)[None] for key, value in row.items()}
 
-    def _separate(self, batch: dict[str, Tensor]) -> None:
-        document_BT = (batch["position_ids"] == 0).cumsum(1)
-        if bool((document_BT[:, -1] > 1).any()):
-            batch["attention_mask"] = document_BT[:, None, :, None] == document_BT[:, None, None, :]
+    def _separated(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        if self._block_mask and bool(((batch["position_ids"] == 0).sum(1) > 1).any()):
+            batch["attention_mask"] = documents_mask(batch["position_ids"])
+        batch["position_ids"] += self._first_position
+        return batch
+
+
+def documents_mask(position_ids_BT: Tensor) -> Tensor:
+    """Which tokens of a row are of one document: boolean (B, 1, T, T), by position ids that are 0 at its first one."""
+    document_BT = (position_ids_BT == 0).cumsum(1)
+    return document_BT[:, None, :, None] == document_BT[:, None, None, :]
 
 
 class Batches:

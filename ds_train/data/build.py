@@ -32,9 +32,9 @@ class DataBundle:
 
 def load_data(
     run: RunConfig, *, folder: Path, tokenizer: Any, data_rank: int, data_ranks: int, micro_samples: int,
-    eval_micro_samples: int,
+    eval_micro_samples: int, first_position: int = 0,
 ) -> DataBundle:  # fmt: skip
-    """Open prepared data for one data rank.
+    """Open prepared data for one data rank. `first_position`: of position ids, for models that count from another one.
 
     Raises:
         UserError: fewer training tokens than one sample, or prepared files that are damaged.
@@ -44,6 +44,7 @@ def load_data(
         length=run.data.sequence_length,
         block_mask=run.task.kind == "masked-lm",
         padding_free=run.data.padding_free,
+        first_position=first_position,
     )
 
     def batches(split: str, micro: int) -> tuple[Batches | None, Samples | MaskedSamples | None]:

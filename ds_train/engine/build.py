@@ -28,7 +28,7 @@ from ds_train.models.cpu_attention import tiles_are_faster, use_tiled_attention
 from ds_train.models.cpu_products import fp32_products_are_faster, use_fp32_products
 from ds_train.models.kept_layers import start_from_kept_layers
 from ds_train.models.lean import use_lean_layers
-from ds_train.models.load import keep_generation_config, load_model_config, without_weights
+from ds_train.models.load import keep_generation_config, load_model_config, position_of_first, without_weights
 from ds_train.models.patch import embed_patches
 from ds_train.models.token_drop import repeated_layers
 from ds_train.optim.build import build_optimizer, choose_kernel
@@ -102,6 +102,10 @@ def assemble(
     # Where the last model of this process had sequence ranks.
     leave_sequence()
     layout = plan.layout
+    if run.model.keep_layers is not None:
+        whole = run
+        run = on_main_first(info, lambda: start_from_kept_layers(whole, tokenizer))
+    config = load_model_config(run, tokenizer)
     data = load_data(
         run,
         folder=prepared,
@@ -110,11 +114,8 @@ def assemble(
         data_ranks=layout.data,
         micro_samples=plan.batch.micro_samples,
         eval_micro_samples=plan.batch.eval_micro_samples,
+        first_position=position_of_first(config),
     )
-    if run.model.keep_layers is not None:
-        whole = run
-        run = on_main_first(info, lambda: start_from_kept_layers(whole, tokenizer))
-    config = load_model_config(run, tokenizer)
     if plan.size is None and cut is None:
         # A hub model's sizes are known only now that its config is on this machine.
         make_plan(run, plan.cluster)
@@ -175,7 +176,7 @@ def assemble(
     guard_steps(engine, partial(gradient_norm, group=mesh.tensor))
     if run.patch.size > 1:
         embed_patches(part.model)
-    if run.task.kind == "causal-lm" and run.data.rows_have_documents:
+    if run.task.kind != "sequence-classification" and run.data.rows_have_documents:
         engine.eval()
         check_documents_apart(run, config, engine)
         engine.train()

@@ -20,7 +20,7 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig, prevent_arang
 
 from ds_train.config import RunConfig
 from ds_train.errors import UserError, first_line, user_error
-from ds_train.plan.model_size import of_kept_layers
+from ds_train.plan.model_size import first_position, of_kept_layers
 from ds_train.schedule.seeds import fold_seed
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -50,8 +50,8 @@ def load_model_config(run: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Pre
         config = _config_of_pretrained(run, keys)
         if run.model.keep_layers is not None:
             config = type(config).from_dict(of_kept_layers(config.to_dict(), run.model.keep_layers))
-        # Fine-tuning with padded samples needs to know the padding (GPT-like classifiers look for the last real token).
-        if getattr(config, "pad_token_id", None) is None:
+        # GPT-like classifiers look for the last token that isn't padding, and the tokenizer pads.
+        if run.task.kind == "sequence-classification" or getattr(config, "pad_token_id", None) is None:
             config.pad_token_id = tokenizer.pad_token_id
     config.use_cache = False
     vocabulary = config.get_text_config().vocab_size
@@ -63,6 +63,11 @@ def load_model_config(run: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Pre
             vocabulary,
         )
     return config
+
+
+def position_of_first(config: PreTrainedConfig) -> int:
+    """The position id of a sample's first token: 0, but for RoBERTa and its like."""
+    return first_position(config.model_type, getattr(config, "pad_token_id", None))
 
 
 def build_model(

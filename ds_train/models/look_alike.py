@@ -26,7 +26,7 @@ _SMALL = {
     "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "qk_head_dim": 16, "sliding_window": 6,
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "first_k_dense_replace": 1, "query_pre_attn_scalar": 8,
     "linear_key_head_dim": 8, "linear_value_head_dim": 8, "global_head_dim": 8, "hidden_size_per_layer_input": 8,
-    "index_head_dim": 8, "index_topk": 32, "rotary_dim": 4,
+    "index_head_dim": 8, "index_topk": 32, "rotary_dim": 4, "local_attention": 6,
 }  # fmt: skip
 _VOCABULARY = 320  # holds a vocabulary of bytes
 _LARGEST = 50_000_000  # parameters of a look-alike; some have towers for pictures or sound beside their layers

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ds_train.config import RunConfig
+from ds_train.data.batches import documents_mask
 from ds_train.errors import UserError, first_line, user_error
 from ds_train.models.layer_drop import LayerDropping
-from ds_train.models.load import build_model, shares_embedding
+from ds_train.models.load import build_model, position_of_first, shares_embedding
 from ds_train.models.look_alike import per_layer, small_run
 from ds_train.models.loss import IGNORE_INDEX
 from ds_train.models.packing import check_packing
@@ -75,7 +76,10 @@ def check_documents_apart(run: RunConfig, config: PreTrainedConfig, model: Any) 
         with contextlib.suppress(ValueError, UserError):
             small_run, small_config = _small(run, config, Layout(1, 1, 1, 1))
             asked, small = build_model(small_run, small_config, {}, 0).eval(), small_config
-    check_packing(asked, small.get_text_config().vocab_size, config.model_type, asked.device)
+    check_packing(
+        asked, small.get_text_config().vocab_size, config.model_type, asked.device,
+        documents_mask if run.task.kind == "masked-lm" else None, position_of_first(small),
+    )  # fmt: skip
 
 
 def check_token_dropping(run: RunConfig, config: PreTrainedConfig) -> None:

@@ -41,6 +41,12 @@ _LEARNED_POSITIONS = re.compile(
 _SHIFTED_POSITIONS = "create_position_ids_from_input_ids"
 
 
+def first_position(arch: str, padding_id: int | None) -> int:
+    """The position of a sample's first token: RoBERTa and its like count from the one after the padding's."""
+    shifted = padding_id is not None and _SHIFTED_POSITIONS in modeling_source(arch)
+    return padding_id + 1 if shifted and padding_id is not None else 0
+
+
 @dataclass(frozen=True)
 class ModelSize:
     """Sizes of a Transformer. A field is None where neither recipe nor config says it (as a positive integer)."""
@@ -69,8 +75,7 @@ class ModelSize:
         """Longest sample that the model takes; None where there is no bound that we know."""
         if self.max_position_embeddings is None:
             return None
-        shifted = _SHIFTED_POSITIONS in modeling_source(self.arch) and self.padding_id is not None
-        return self.max_position_embeddings - (self.padding_id + 1 if shifted and self.padding_id is not None else 0)
+        return self.max_position_embeddings - first_position(self.arch, self.padding_id)
 
     @property
     def parameters(self) -> int | None:
