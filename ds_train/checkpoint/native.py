@@ -54,8 +54,9 @@ Shared = TypeVar("Shared")
 class TrainState:
     """Where a run stands after `step` optimizer steps, and what it was started with.
 
-    `known` is what the engine knows besides tensors (`fragments.scalars`), `pruning` what has been measured, chosen or
-    cut of a model that is pruned. `skips` (those of the timeline), `health`
+    `samples` is the place in the data, without what `skips` left out; older checkpoints don't say it. `known` is what
+    the engine knows besides tensors (`fragments.scalars`), `pruning` what has been measured, chosen or cut of a model
+    that is pruned. `skips` (those of the timeline), `health`
     and `best` are what has been decided on the way, and what the next decisions depend on.
     """
 
@@ -71,6 +72,7 @@ class TrainState:
     health: dict[str, Any] = field(default_factory=dict)
     best: dict[str, Any] = field(default_factory=dict)
     pruning: dict[str, Any] = field(default_factory=dict)
+    samples: int | None = None
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ def load_data(
         if samples is None:
             return None, None
         if len(samples) == 0:
-            raise _too_short(run.data.sequence_length, len(samples.file.tokens))
+            raise _too_short(run.data.sequence_length, len(samples.file.tokens), split)
         dealt = Batches(
             samples, collate, Order(len(samples), run.seed), global_samples=run.batch.global_samples,
             micro_samples=micro, data_rank=data_rank, data_ranks=data_ranks,
@@ -62,7 +62,7 @@ def load_data(
 
     train, samples = batches("train", micro_samples)
     if train is None or samples is None:
-        raise _too_short(run.data.sequence_length, 0)
+        raise _too_short(run.data.sequence_length, 0, "train")
     validation, _ = batches("validation", eval_micro_samples)
     manifest = read_manifest(folder)
     return DataBundle(train, validation, len(samples), tokenizer, folder, manifest, packing_efficiency(samples))
@@ -105,7 +105,10 @@ def _samples(run: RunConfig, file: TokenFile, tokenizer: Any, allow_short: bool)
     return MaskedSamples(plain, run.task.mask_fraction, len(tokenizer), tokenizer.mask_token_id, special, run.seed)
 
 
-def _too_short(length: int, tokens: int) -> UserError:
+def _too_short(length: int, tokens: int, split: str) -> UserError:
+    if split == "validation":
+        reason = f"the held-out data has {tokens} tokens, less than one sample"
+        return user_error("data.sequence_length", reason, "hold out more, or choose data.packing_by=stream", length)
     fix = "give more text" + (f", or set data.sequence_length={tokens} or less" if tokens >= 8 else "")
     return user_error(
         "data.sequence_length", f"the training data has {tokens} tokens, less than one sample", fix, length

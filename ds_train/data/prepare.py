@@ -164,10 +164,13 @@ def open_split(folder: Path, split: str) -> TokenFile | None:
 def content_key(run: RunConfig, tokenizer: str) -> str:
     """Name of the prepared folder: a hash of all that decides what is in it. `tokenizer` is its fingerprint.
 
-    Local files count by path, size and time of change; a hub data set by its id alone.
+    Local files count by path, size and time of change, those of a local folder in the hub's form too; a data set on the
+    hub by its id alone.
     """
     data = run.data
     files = local_files(data) + (local_files(data, held_out=True) if data.validation_path else [])
+    if data.source == "hub" and data.path is not None:
+        files += sorted(path for path in Path(data.path).expanduser().rglob("*") if path.is_file())
     other = {"cache_dir", "workers", "tokenizer", "sequence_length", "streaming", "label_column", *SHAPE_KEYS}
     content = {
         "format": FORMAT,
@@ -313,15 +316,19 @@ def _fill(split: _SplitWriter, encoded: Iterator[Encoded]) -> None:
 def _split(
     encoded: Iterator[Encoded], fraction: float, labelled: bool, train: _SplitWriter, validation: _SplitWriter
 ) -> None:
-    """Hold out whole documents by their number, or the end of each where there are few (a label can't be cut)."""
+    """Hold out whole documents by their number. Where there are few, the end of each (a label can't be cut), or the
+    last document where no end would have a token to predict."""
     first = list(itertools.islice(encoded, _FEW_DOCUMENTS))
     few = len(first) < _FEW_DOCUMENTS and not labelled
+    short = few and len(first) > 1 and fraction > 0 and max(int(len(ids) * fraction) for _, ids in first) < 2
     for number, (document, ids) in enumerate(itertools.chain(first, encoded)):
         text_bytes = len(document.text.encode())
-        if not few:
-            (validation if held_out(number, fraction) else train).add(document, ids, text_bytes)
+        if short or not few:
+            aside = number == len(first) - 1 if short else held_out(number, fraction)
+            (validation if aside else train).add(document, ids, text_bytes)
             continue
-        cut = len(ids) - int(len(ids) * fraction)
+        tail = int(len(ids) * fraction)
+        cut = len(ids) - (tail if tail > 1 else 0)
         cut_bytes = text_bytes * cut // len(ids)
         train.add(document, ids[:cut], cut_bytes)
         if cut < len(ids):

@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import sysconfig
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,29 +56,41 @@ def local_files(data: DataSection, held_out: bool = False) -> list[Path]:
     """Files that a local source reads, sorted; empty for a hub source.
 
     A folder is read with all below it: every file for `text`, those named `*.jsonl` and the like for the others. The
-    standard library is taken without its own tests, which some distributions leave out.
+    standard library is taken without its own tests, which some distributions leave out. Files below `path` that
+    `validation_path` names are held out, unless that is all of them.
 
     Raises:
-        UserError: the path holds no file.
+        UserError: the path holds no file, or can't be looked into.
     """
     if data.source == "stdlib":
         return _library_files(Path(sysconfig.get_paths()["stdlib"]))
     if data.source == "hub":
         return []
-    origin = _origin(data, held_out)
+    found = _files(_origin(data, held_out), data.source)
+    if held_out or data.validation_path is None:
+        return found
+    aside = {file.resolve() for file in _files(_origin(data, True), data.source)}
+    return [file for file in found if file.resolve() not in aside] or found
+
+
+def _files(origin: _Origin, source: str) -> list[Path]:
     path = Path(origin.given).expanduser()
+    try:
+        found = _found(path, source)
+        if not found:
+            raise origin.error(*_nothing_there(path, source))
+    except OSError as error:  # no right to look, or too long a name
+        raise _unreadable(path, error, origin) from error
+    return sorted(found)
+
+
+def _found(path: Path, source: str) -> set[Path]:
     if path.is_dir():
         inside = [file for file in path.rglob("*") if file.is_file()]
-        found = [
-            file for file in inside if not _hidden(file, path) and file.name.endswith(_SUFFIXES.get(data.source, ""))
-        ]
-    elif path.is_file():
-        found = [path]
-    else:
-        found = [Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file()]
-    if not found:
-        raise origin.error(*_nothing_there(path, data.source))
-    return sorted(found)
+        return {file for file in inside if not _hidden(file, path) and file.name.endswith(_SUFFIXES.get(source, ""))}
+    if path.is_file():
+        return {path}
+    return {Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file()}
 
 
 @dataclass(frozen=True)
@@ -212,7 +225,7 @@ def _lines(path: Path, origin: _Origin) -> Iterator[tuple[str, str]]:
                 yield f"{path}:{number}", text.removesuffix("\n").removesuffix("\r")
     except UnicodeDecodeError as error:
         raise _not_utf8(f"{path}:{number}", origin) from error
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise _unreadable(path, error, origin) from error
 
 
@@ -258,7 +271,7 @@ def _json_rows(path: Path, origin: _Origin) -> Iterator[tuple[str, Row]]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise origin.error(f"{place} is not JSON: {error}", "write one JSON object a line") from error
         if not isinstance(row, dict):
             raise origin.error(f"{place} is not a JSON object", "write one JSON object a line")

@@ -70,7 +70,9 @@ def find_nonfinite(run: RunConfig, parts: Assembly, timeline: Timeline, step: in
         own = replace(theirs.found, of_teacher=True)
     if own is not None:
         slots = parts.data.train.slots(shape)[own.micro_batch]
-        documents = parts.data.train.portions(slots[list(own.rows)] if own.rows else slots, shape)
+        # In one row of many samples it isn't known which.
+        rows = [] if run.data.padding_free else list(own.rows)
+        documents = parts.data.train.portions(slots[rows] if rows else slots, shape)
         own = replace(own, rank=dist.get_rank(), stage=parts.part.mesh.place.pipe, documents=tuple(documents))
     everyones: list[Finding | None] = [None] * dist.get_world_size()
     dist.all_gather_object(everyones, own)

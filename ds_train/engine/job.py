@@ -191,9 +191,13 @@ def _note_noise_scale(run: RunConfig, folder: Path, tracker: Tracker, info: Rank
 
 def _check_clock(timeline: Timeline, state: TrainState) -> None:
     """Where samples change their length, another length of the run would have taken other tokens until here."""
-    expected = timeline.tokens_after(state.step)
-    if expected != state.tokens:
-        reason = f"the checkpoint has trained on {state.tokens:,} tokens, and with this length it would be {expected:,}"
+    clocks = [("tokens", state.tokens, timeline.tokens_after(state.step))]
+    if state.samples is not None:
+        clocks.append(("samples", state.samples, timeline.samples_after(state.step)))
+    for what, found, expected in clocks:
+        if expected == found:
+            continue
+        reason = f"the checkpoint has trained on {found:,} {what}, and with this length it would be {expected:,}"
         raise user_error("schedule", reason, "restore the run's length, or set another `name` to start anew")
 
 

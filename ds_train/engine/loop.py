@@ -151,16 +151,16 @@ def train_steps(
 
 
 def evaluate(run: RunConfig, parts: Assembly, step: int) -> EvalResult | None:
-    """Score the first `track.eval_samples` held-out samples; None where nothing is held out. Collective."""
+    """Score the first `track.eval_samples` held-out samples; None where no label is held out. Collective."""
     if parts.data.validation is None:
         return None
     started = time.perf_counter()
     batches = parts.data.validation.eval(run.track.eval_samples)
     totals = _scores(parts, batches) * (parts.part.mesh.place.tensor == 0)
     loss, correct, labels = all_sum(totals).tolist()
-    return EvalResult(
-        step, loss / max(1.0, labels), correct / max(1.0, labels), int(labels), time.perf_counter() - started
-    )
+    if labels == 0:
+        return None
+    return EvalResult(step, loss / labels, correct / labels, int(labels), time.perf_counter() - started)
 
 
 def begin_step(

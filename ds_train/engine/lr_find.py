@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -22,6 +23,8 @@ from ds_train.schedule.range_test import Finding, UnstableError, find_learning_r
 from ds_train.schedule.timeline import make_timeline
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from ds_train.engine.build import Assembly
     from ds_train.plan.make import RunPlan
 
@@ -58,10 +61,11 @@ def find(run: RunConfig, info: RankInfo, test: RangeTest) -> dict[str, Any]:
     tested = on_main_first(info, lambda: make_plan(tested, cluster).run)
     plan = make_plan(tested, cluster)
     folder = Path(run.run_root).expanduser() / run.name
-    finding = _search(tested, plan, info, test, folder)
+    finding, tokenizer = _search(tested, plan, info, test, folder)
+    moved = {} if test.proxy_width is None else transfer(run, tokenizer, ratio)
     record = asdict(finding) | {
         "value": finding.value / ratio,
-        "proxy": None if test.proxy_width is None else {"width": test.proxy_width, "ratio": ratio, **_transfer(ratio)},
+        "proxy": None if test.proxy_width is None else {"width": test.proxy_width, "ratio": ratio, **moved},
         "ranks": info.ranks,
         "seconds": time.perf_counter() - started,
     }
@@ -107,27 +111,43 @@ def _narrow(size: ModelSize, width: int) -> dict[str, int]:
     return shrunk
 
 
-def _transfer(ratio: float) -> dict[str, Any]:
+def transfer(run: RunConfig, tokenizer: Any, ratio: float) -> dict[str, Any]:
+    """The rule by which a proxy's rate goes to the recipe's model, and the `optimizer.lr_factors` that it takes."""
+    from torch import nn
+
+    from ds_train.models.load import load_model_config, outline
+
+    model = outline(run, load_model_config(run, tokenizer))
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    names = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and (parameter.dim() < 2 or id(parameter) in tables)
+    ]
     return {
         "rule": "matrices take the proxy's rate / ratio, the rest the proxy's own (arXiv 2203.03466, table 3)",
-        "lr_factors": {"*embed*": ratio, "*norm*": ratio, "*bias": ratio},
+        "lr_factors": dict.fromkeys((re.sub(r"\.\d+\.", ".*.", name) for name in names), ratio),
     }
 
 
-def _search(run: RunConfig, plan: RunPlan, info: RankInfo, test: RangeTest, folder: Path) -> Finding:
+def _search(
+    run: RunConfig, plan: RunPlan, info: RankInfo, test: RangeTest, folder: Path
+) -> tuple[Finding, PreTrainedTokenizerBase]:
+    """What was found, and the tokenizer of the data."""
     from ds_train.data.prepare import prepare, prepared_tokenizer
     from ds_train.engine.build import assemble
     from ds_train.parallel.sequence import leave_sequence
 
     prepared = on_main_first(info, lambda: prepare(run))
-    parts = assemble(run, plan, info, prepared_tokenizer(prepared), prepared)
+    tokenizer = prepared_tokenizer(prepared)
+    parts = assemble(run, plan, info, tokenizer, prepared)
     kept = folder / "lr-find.partial"
     try:
         on_main_first(info, lambda: _make(kept))
         parts.engine.save_checkpoint(str(kept), tag=_START, save_latest=False)
         barrier()
         trainer = _Trainer(run, plan, info, parts, kept)
-        return find_learning_rate(
+        finding = find_learning_rate(
             trainer,
             test.lowest,
             test.highest,
@@ -136,6 +156,7 @@ def _search(run: RunConfig, plan: RunPlan, info: RankInfo, test: RangeTest, fold
             test.safety,
             run.optimizer.kind == "sgd",
         )
+        return finding, tokenizer
     except UnstableError as error:
         raise user_error("optimizer", str(error), "check data and model; a loss that can't fall has no rate") from error
     finally:

@@ -49,7 +49,7 @@ class MicroGradients:
         if labels:
             mean = weight / self._parts.engine.gradient_accumulation_steps() * labels
             self._sums += torch.stack(
-                [self._square / mean**2, self._square.new_tensor(labels), self._square.new_ones(())]
+                [self._square / mean**2, self._square.new_tensor(1 / labels), self._square.new_ones(())]
             )
         self._square.zero_()
 
@@ -59,10 +59,11 @@ class MicroGradients:
         Collective. `grad_norm` and `labels` are the global batch's. Nothing from a single micro-batch.
         """
         place = self._parts.part.mesh.place
-        square, counted, micro_batches = all_sum(self._sums * (place.tensor == 0)).tolist()
+        square, inverse_labels, micro_batches = all_sum(self._sums * (place.tensor == 0)).tolist()
         if micro_batches < 2:
             return {}
-        small, big = counted / micro_batches, float(labels)
+        # A micro-batch's noise goes by 1 / its labels.
+        small, big = micro_batches / inverse_labels, float(labels)
         small_square, big_square = square / micro_batches, grad_norm**2
         noise = (small_square - big_square) / (1 / small - 1 / big)
         signal = (big * big_square - small * small_square) / (big - small)

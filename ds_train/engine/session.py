@@ -270,6 +270,7 @@ class Session:
         return TrainState(
             step=step,
             tokens=tokens,
+            samples=self.watch.timeline.samples_after(step),
             recipe=self.run.model_dump(mode="json"),
             layout=self.layout,
             versions=versions(),

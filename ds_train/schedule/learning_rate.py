@@ -29,7 +29,7 @@ def learning_rate_factor(schedule: ScheduleSection, tokens: int, total_tokens: i
     if place <= end:
         progress = 0.0 if place == warmup else (place - warmup) / (end - warmup)
         return curve(schedule, progress, place)
-    ended = curve(schedule, 1.0, end)
+    ended = curve(schedule, 1.0 if end > warmup else 0.0, end)
     return ended + (schedule.cooldown_ratio - ended) * (place - end) / schedule.cooldown_fraction
 
 

@@ -90,6 +90,11 @@ class Timeline:
         """The clock after `steps` steps."""
         return self.at(steps - 1).after if steps else 0
 
+    def samples_after(self, steps: int) -> int:
+        """Samples that `steps` steps have gone past, but for what was left out."""
+        last = replace(self, skips=()).at(max(0, steps - 1))
+        return last.first + last.samples if steps else 0
+
 
 def make_timeline(run: RunConfig, samples_per_epoch: int) -> Timeline:
     """The timeline of `run` over data of that many windows.

@@ -92,6 +92,15 @@ def test_the_end_of_few_documents_is_held_out(recipe: Recipe, tmp_path: Path) ->
     assert open_split(whole_folder, "validation") is None
 
 
+def test_one_of_few_short_documents_is_held_out(recipe: Recipe, tmp_path: Path) -> None:
+    (tmp_path / "text").mkdir()
+    for number in range(20):
+        (tmp_path / "text" / f"{number:02d}.txt").write_text(f"document {number:02d}")
+    folder = prepare(recipe(data={"validation_fraction": 0.02}))
+    assert len(rows(folder, "train")) == 19
+    assert rows(folder, "validation") == [[*b"document 19", 256]]
+
+
 def test_held_out_data_of_its_own(recipe: Recipe, texts: list[str], tmp_path: Path) -> None:
     (tmp_path / "held.txt").write_text("held")
     folder = prepare(recipe(data={"validation_path": str(tmp_path / "held.txt")}))

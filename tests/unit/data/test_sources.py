@@ -74,6 +74,20 @@ def test_held_out_documents_come_from_their_own_path(tmp_path: Path) -> None:
     assert [d.text for d in documents(data, TaskSection(), held_out=True)] == ["b"]
 
 
+def test_what_is_held_out_is_not_trained_on(tmp_path: Path) -> None:
+    for name in ("a", "b", "valid"):
+        lines(tmp_path / f"{name}.jsonl", [{"text": name}])
+    held_out = {"validation_path": str(tmp_path / "valid.jsonl")}
+    assert [document.text for document in read("jsonl", tmp_path, **held_out)] == ["a", "b"]
+    # All of it, as a test of a recipe may want.
+    assert len(read("jsonl", tmp_path / "valid.jsonl", **held_out)) == 1
+
+
+def test_a_glob_reads_no_file_twice(tmp_path: Path) -> None:
+    write(tmp_path / "deep" / "deeper" / "a.txt", "one")
+    assert len(read("text", f"{tmp_path}/**/**/*.txt")) == 1
+
+
 def test_tsv_without_a_header_counts_columns(tmp_path: Path) -> None:
     path = write(tmp_path / "x.tsv", 'a "quote\t0\n\nun\u2028broken \x85 line\t1\r\nlast\t0')
     found = read("tsv", path, CLASSIFY, text_column="0", label_column="1")
@@ -201,6 +215,14 @@ def test_labels_that_are_no_class(tmp_path: Path, value: Any) -> None:
     path = lines(tmp_path / "x.jsonl", [{"text": "a", "label": value}])
     message = refused("jsonl", path, CLASSIFY)
     assert message.startswith(f"task.num_labels=2: {path}:1 has the label {int(value)}, but labels go from 0 to 1")
+
+
+def test_paths_and_files_that_cannot_be_read_are_one_line(tmp_path: Path) -> None:
+    assert "too long" in refused("text", "x" * 300)
+    damaged = bytearray(gzip.compress(json.dumps({"text": "word " * 2000}).encode()))
+    damaged[12:30] = b"\xff" * 18
+    refused("jsonl", write(tmp_path / "damaged.jsonl.gz", bytes(damaged)))
+    assert "is not JSON" in refused("jsonl", write(tmp_path / "deep.jsonl", "[" * 200_000))
 
 
 def test_damaged_files_name_the_line(tmp_path: Path) -> None:

@@ -153,3 +153,11 @@ def test_length_in_steps_tokens_and_epochs() -> None:
     assert steps(epochs=0.5) == 5
     exact = ScheduleSection.model_validate({"epochs": 1.1})
     assert plan_length(exact, 1, samples_per_epoch=100, global_samples=11) == 10, "not 11 by a rounding error"
+
+
+@pytest.mark.parametrize("kind", ["cosine", "linear", "one-cycle", "wsd"])
+def test_a_cool_down_right_after_the_warm_up_falls_from_the_top(kind: str) -> None:
+    values = curve(kind=kind, warmup_fraction=0.1, cooldown_fraction=0.9, cooldown_ratio=0.0)
+    assert values[99] == pytest.approx(1.0)
+    assert values[549] == pytest.approx(0.5)
+    assert max(abs(after - before) for before, after in itertools.pairwise(values[100:])) < 2e-3

@@ -128,3 +128,14 @@ def test_what_a_roll_back_leaves_out_never_comes_again(recipe: Recipe, how: str)
         came = {window for window, _ in seen}
         assert came | gone == set(range(max(came) + 1)), "no other window is left out"
     assert [skip.step for skip in far_back.skips] == [20, 24, 10]
+
+
+def test_the_place_in_the_data_tells_another_length_of_the_run(recipe: Recipe) -> None:
+    keys = {"kind": "discrete", "lengths": [16], "until": [0.5], "how": "truncate"}
+    timeline = cut_timeline(run_with(recipe, **keys), TOTAL)
+    longer = cut_timeline(run_with(recipe, **keys), 2 * TOTAL)
+    step = 60
+    assert timeline.tokens_after(step) == longer.tokens_after(step)
+    assert timeline.samples_after(step) == timeline.at(step).first
+    assert timeline.samples_after(step) != longer.samples_after(step)
+    assert timeline.skipping(3, 5).samples_after(step) == timeline.samples_after(step)
