@@ -294,6 +294,13 @@ CASES = [
         "keep-layers", {"model": {"path": str(Path(SHORT_TEACHER).with_name("taught")), "keep_layers": [0, 2]}},
         "numbers from 0 to 1",
     ),
+    Broken("curriculum-unread", {"curriculum.start_length": 32}, "curriculum.kind=none doesn't read it"),
+    Broken(
+        "curriculum-unread", {"curriculum.kind": "linear", "curriculum.root": 3.0},
+        "curriculum.root=3.0: curriculum.kind=linear doesn't read it",
+    ),
+    Broken("patch-unread", {"patch.fraction": 0.5}, "positions hold one token"),
+    Broken("token-drop-unread", {"token_drop.start_keep": 0.3}, "no token is dropped"),
     Broken("layer-drop-unread", {"layer_drop.keep": 0.7}, "layer_drop.keep=0.7: no layer is left out"),
     Broken("layer-drop-tokens", LAYER_DROP | DROPPING, "set token_drop.kind=none, or"),
     Broken("layer-drop-compile", LAYER_DROP | {"model.compile": True}, "another graph"),
