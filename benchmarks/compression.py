@@ -4,11 +4,12 @@ Weights and data are those of sst2.py. They are fine-tuned for three epochs, whi
 smaller; every smaller one is then trained for as many steps. Accuracies are those of the exported folders on the dev
 set, in plain transformers; times are of them too (fp32, batches of 32 x 64 tokens, this CPU), the models taking turns.
 
-    pruned, distilled   layers and channels go during training, the fine-tuned model teaches
-    magnitude           the same shares go, by the weights' size; no teacher
-    fewer layers        evenly spaced layers of the fine-tuned model are kept; no teacher
-    Torch-Pruning       that package makes it narrower (its Taylor scores on 512 sentences), then it is trained
-    from scratch        random weights of the first row's sizes
+    narrower, distilled   hidden size, heads and channels go during training, the fine-tuned model teaches
+    pruned, distilled     layers and channels go
+    magnitude             as in the second, by the weights' size; no teacher
+    fewer layers          evenly spaced layers of the fine-tuned model are kept; no teacher
+    Torch-Pruning         that package makes it as narrow as the first (its Taylor scores on 512 sentences)
+    from scratch          random weights of the second's sizes
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ STEPS = 648
 WHEN = ["compress.prune.start=0.1", "compress.prune.end=0.4", "compress.prune.score_steps=32"]
 TAUGHT = ["compress.distill.logits=forward-kl", "compress.distill.alpha=0.9", "compress.distill.temperature=4.0"]
 SIZES: dict[str, dict[str, Any]] = {
-    "50 %": {"layers": 2, "ffn": 0.385, "kept": [0, 2, 5], "heads": 9, "channels": 952},
-    "70 %": {"layers": 3, "ffn": 0.61, "kept": [0, 5], "heads": 7, "channels": 728},
+    "50 %": {"layers": 2, "ffn": 0.385, "hidden": 0.25, "channels": 952, "kept": [0, 2, 5]},
+    "70 %": {"layers": 3, "ffn": 0.61, "hidden": 0.417, "channels": 728, "kept": [0, 5]},
 }
-"""Layers and channels that go from 6 of 1536; layers that are kept instead; 12 heads of 32, and channels, that
-Torch-Pruning leaves. Each is at least that share of the encoder, but two whole layers, which are 67 %."""
+"""What goes of 6 layers with 1536 channels each, or of the hidden size 384 (with its heads of 32) and the channels that
+stay then; layers that are kept instead. Each is at least that share of the encoder, but two whole layers are 67 %."""
 
 LAYOUTS = {"ZeRO-3 on 2 ranks": ["parallel.zero_stage=3"], "tensor 2": ["parallel.tensor=2"]}
 
@@ -94,6 +95,10 @@ def rows(root: Path, weights: Path, seed: int, options: argparse.Namespace) -> d
 
     all_rows = {"fine-tuned": run("fine-tuned", weights)}
     for share, size in SIZES.items():
+        narrow = [f"compress.prune.{key}={size['hidden']}" for key in ("hidden", "heads")]
+        narrow += [f"compress.prune.ffn={1 - (size['channels'] - 0.5) / 1536:.5f}", *WHEN]
+        row = f"{share} narrower, distilled"
+        all_rows[row] = run(row, teacher, *narrow, *TAUGHT)
         shares = [f"compress.prune.layers={size['layers']}", f"compress.prune.ffn={size['ffn']}", *WHEN]
         ours = f"{share} pruned, distilled"
         all_rows[ours] = run(ours, teacher, *shares, *TAUGHT)
@@ -143,7 +148,7 @@ def random_weights(origin: Path, folder: Path, seed: int) -> None:
 
 
 def torch_pruned(origin: Path, folder: Path, size: dict[str, Any]) -> None:
-    """What Torch-Pruning leaves of the model: `heads` of 12, the hidden size in proportion, `channels` of 1536."""
+    """What Torch-Pruning leaves of the model."""
     import torch
     import torch_pruning
     from transformers import AutoTokenizer
@@ -161,7 +166,7 @@ def torch_pruned(origin: Path, folder: Path, size: dict[str, Any]) -> None:
         for projection in (attention.query, attention.key, attention.value):
             heads[projection] = config.num_attention_heads
         channels[layer.intermediate.dense] = 1 - size["channels"] / config.intermediate_size
-    share = 1 - size["heads"] / config.num_attention_heads
+    share = round(size["hidden"] * config.num_attention_heads) / config.num_attention_heads
     pruner = torch_pruning.pruner.BasePruner(
         model, {"input_ids": torch.ones(1, 8, dtype=torch.long)}, torch_pruning.importance.TaylorImportance(),
         pruning_ratio=share, pruning_ratio_dict=channels, ignored_layers=[model.classifier], num_heads=heads,
@@ -169,8 +174,9 @@ def torch_pruned(origin: Path, folder: Path, size: dict[str, Any]) -> None:
         output_transform=lambda output: output.logits,
     )  # fmt: skip
     pruner.step()
-    config.hidden_size = config.hidden_size * size["heads"] // config.num_attention_heads
-    config.num_attention_heads, config.intermediate_size = size["heads"], size["channels"]
+    left = round((1 - share) * config.num_attention_heads)
+    config.hidden_size = config.hidden_size * left // config.num_attention_heads
+    config.num_attention_heads, config.intermediate_size = left, size["channels"]
     smaller = type(model)(config)
     smaller.load_state_dict(model.state_dict())
     smaller.save_pretrained(folder)

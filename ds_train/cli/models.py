@@ -11,10 +11,14 @@ from ds_train.errors import user_error
 
 Checkpoint = Annotated[Path, typer.Argument(help="RUN/checkpoints/step-*, of any layout.")]
 
+Written = Annotated[
+    Path, typer.Argument(help="Folder that transformers will load. An older model there is replaced, nothing else.")
+]
+
 
 def export(
     checkpoint: Checkpoint,
-    folder: Annotated[Path, typer.Argument(help="Folder that transformers will load; replaced if it is there.")],
+    folder: Written,
     dtype: Annotated[str, typer.Option(help="Number format of the weights: fp32, bf16, fp16.")] = "bf16",
 ) -> None:
     """Write a checkpoint as a transformers folder, from its fp32 weights, without starting its run."""
@@ -23,6 +27,7 @@ def export(
         raise user_error("--dtype", "no such number format", "one of fp32, bf16, fp16", dtype)
     import torch
 
+    _check_replaced(folder, checkpoint)
     from ds_train.checkpoint import offline
 
     offline.export(checkpoint, folder, getattr(torch, formats[dtype]))
@@ -43,7 +48,7 @@ def reshard(
 
 def quantize(
     source: Annotated[Path, typer.Argument(help="A run's folder with its export, or a transformers folder.")],
-    folder: Annotated[Path, typer.Argument(help="Folder that transformers will load; replaced if it is there.")],
+    folder: Written,
     bits: Annotated[int, typer.Option(help="Bits of a weight: 4 or 8.")] = 8,
     group: Annotated[int, typer.Option(min=0, help="Inputs that share a scale; 0 is one scale a row.")] = 0,
     method: Annotated[str, typer.Option(help="rtn (to nearest), gptq or awq (with samples).")] = "rtn",
@@ -55,6 +60,7 @@ def quantize(
         raise user_error("--bits", "no such number of bits", "4 or 8", bits)
     if method not in ("rtn", "gptq", "awq"):
         raise user_error("--method", "no such method", "rtn, gptq or awq", method)
+    _check_replaced(folder, source)
     from ds_train.checkpoint import offline
 
     done = offline.quantize(source, folder, bits, group, method, recipe, samples)  # type: ignore[arg-type]
@@ -64,7 +70,7 @@ def quantize(
 
 def sparsify(
     source: Annotated[Path, typer.Argument(help="A run's folder with its export, or a transformers folder.")],
-    folder: Annotated[Path, typer.Argument(help="Folder that transformers will load; replaced if it is there.")],
+    folder: Written,
     pattern: Annotated[str, typer.Option(help="Zeros of a row: 2:4 (two in four neighbours), or a share.")] = "2:4",
     method: Annotated[str, typer.Option(help="magnitude, wanda or sparsegpt (both with samples).")] = "wanda",
     recipe: Annotated[Path | None, typer.Option(help="Recipe of the samples; the run's own without it.")] = None,
@@ -83,5 +89,18 @@ def sparsify(
         chosen = Pattern(1.0)
     if not 0 < chosen.share < 1:
         raise user_error("--pattern", "not a share of a row", "such as 2:4 or 0.5", pattern)
+    _check_replaced(folder, source)
     share = offline.sparsify(source, folder, chosen, method, recipe, samples)  # type: ignore[arg-type]
     print(f"{folder.resolve()}: {share:.1%} of the blocks' linear weights are zero")
+
+
+def _check_replaced(folder: Path, source: Path) -> None:
+    """Refuse to replace anything but an older model, or what it would be made from."""
+    if not folder.exists():
+        return
+    here, origin = folder.resolve(), source.resolve()
+    if here == origin or here in origin.parents:
+        raise user_error("folder", f"{source} is read from there", "give another folder", folder)
+    inside = {path.name for path in folder.iterdir()} if folder.is_dir() else {""}
+    if inside and ("config.json" not in inside or "recipe.yaml" in inside):
+        raise user_error("folder", "what is there is no model, and would be deleted", "give another folder", folder)

@@ -95,7 +95,8 @@ def profile(
     changes = [
         f"track.profile_steps=[{first},{last}]", f"track.profile_ranks=[{record}]", "track.wandb=off", "track.also=[]",
         "track.wandb_artifacts=off", "checkpoint.every_steps=null", "checkpoint.save_final=false",
-        "checkpoint.export=false", "checkpoint.push_to=null", "track.sample_prompt=null", "track.eval_samples=1",
+        "checkpoint.export=false", "checkpoint.push_to=null", "checkpoint.best=null", "checkpoint.patience=null",
+        "health.on_spike=note", "track.sample_prompt=null", "track.eval_samples=1",
     ]  # fmt: skip
     name = load(recipe, overrides or []).name
     run = load(recipe, [*(overrides or []), *changes, f"name={name}-profile"])

@@ -32,7 +32,10 @@ def schema(
     rows = reference(key)
     if not rows:
         guess = nearest(key, known_keys())
-        raise user_error("schema", "a recipe has no such key", f"did you mean {guess}?" if guess else "", key)
+        fix = f"did you mean {guess}?" if guess else "`ds-train schema` lists all"
+        if key.startswith("model.") and not guess:
+            fix = "if it is one of the model's transformers config, `ds-train plan` checks it"
+        raise user_error("schema", "a recipe has no such key", fix, key)
     console = Console(highlight=False)
     for row in rows:
         default = f" (default: {row.default})" if row.default else ""
@@ -104,8 +107,8 @@ def _plot_curves(run: RunConfig, path: Path) -> None:
     found = recipe_curves(run)
     for curve in found.curves:
         print("\n".join(sketch(curve.name, curve.values)))
-    print(f"over {found.axis}, up to {found.tokens[-1]:,.10g}; drawn in {path.resolve()}")
     save_curves(path, found.axis, found.tokens, [(curve.name, curve.values) for curve in found.curves])
+    print(f"over {found.axis}, up to {found.tokens[-1]:,.10g}; drawn in {path.resolve()}")
 
 
 def calibrate(

@@ -114,7 +114,12 @@ def _write(model: Any, state: Mapping[str, Tensor], source: Path, folder: Path) 
     written.rename(folder)
 
 
+_SOURCES = "give a run's folder, or a transformers folder"
+
+
 def _load(source: Path) -> Any:
+    if not source.is_dir():
+        raise user_error("model", "there is no such folder", _SOURCES, str(source))
     try:
         config = transformers.AutoConfig.from_pretrained(source)
         if getattr(config, "quantization_config", None) is not None:
@@ -123,9 +128,8 @@ def _load(source: Path) -> Any:
         kind: Any = getattr(transformers, name)
         return kind.from_pretrained(source, config=config, dtype="auto").eval()
     except (OSError, ValueError, AttributeError) as error:
-        fix = "give a run's folder, or a transformers folder"
         reason = f"no model can be loaded from there ({first_line(error)})"
-        raise user_error("quantize", reason, fix, str(source)) from error
+        raise user_error("model", reason, _SOURCES, str(source)) from error
 
 
 def _bytes(folder: Path) -> int:

@@ -43,11 +43,12 @@ class ModelSection(Section):
 
     lean_activations: bool = True
     """Norms and gated feed-forwards of Llama's form keep only their inputs for the backward pass and work out the rest
-    again: about half of the activations, at no cost in time. Not with `activation_checkpointing` or `compile`, which
-    do as much themselves."""
+    again: less memory for activations, in about the same time (docs/performance.md). Not with
+    `activation_checkpointing` or `compile`, which do as much themselves."""
 
     compile: bool = False
-    """Compile the decoder layers with torch.compile. Pays on long runs; the first step waits for the compiler."""
+    """Compile the decoder layers with torch.compile. The first step waits for the compiler, and on CPUs it doesn't pay
+    (docs/performance.md)."""
 
     config: dict[str, Any] = Field(default_factory=dict)
     """Keys of the transformers config. May be written here or directly under `model`."""
@@ -60,6 +61,9 @@ class ModelSection(Section):
         own = {key: value for key, value in raw.items() if key in cls.model_fields}
         extra = {key: value for key, value in raw.items() if key not in cls.model_fields}
         if extra and isinstance(own.get("config", {}), dict):
+            both = [key for key, value in extra.items() if own.get("config", {}).get(key, value) != value]
+            if both:
+                raise ValueError(f"{both[0]} is given twice: {extra[both[0]]} here, {own['config'][both[0]]} in config")
             own["config"] = {**own.get("config", {}), **extra}
         return own
 

@@ -27,7 +27,7 @@ def cluster_of(text: str) -> Cluster:
         return cluster_of_hosts(read_hostfile(Path(text).expanduser()))
     written = _WRITTEN.fullmatch(text)
     if written is None:
-        raise user_error("--cluster", "neither a cluster nor a hostfile", _EXAMPLE, text)
+        raise user_error("--cluster", "neither a cluster nor a file that is here", _EXAMPLE, text)
     hosts, devices, kind = int(written[1] or 1), int(written[2]), written[3]
     if not hosts or not devices:
         raise user_error("--cluster", "a cluster has at least one rank", _EXAMPLE, text)
@@ -52,7 +52,7 @@ def cluster_of_hosts(hosts: Sequence[tuple[str, int]], kind: str | None = None) 
     slots = sorted({count for _, count in hosts})
     if len(slots) != 1:
         found = ", ".join(f"{host} has {count}" for host, count in hosts)
-        fix = "give each host as many slots, or choose among them with --include"
+        fix = "give each host as many slots, or leave some out (`ds-train launch` has --include)"
         raise user_error("hostfile", f"hosts differ in their slots: {found}", fix)
     device = TABLE[kind].device if kind is not None else device_here()
     return Cluster(len(hosts) * slots[0], slots[0], device, here=False, kind=kind)

@@ -69,6 +69,8 @@ def _fields(question: str) -> dict[str, Any]:
             words = ", ".join(f"{name}N" if value is int else name for name, (_, value) in _WORDS.items())
             raise user_error("--why", f"{word} isn't understood", f"join {words} with +", question)
         key, value = known
+        if key in fields:
+            raise user_error("--why", f"{word} is a second value of {key}", "ask about one after the other", question)
         fields[key] = int(match[2]) if value is int else value
     if not fields:
         raise user_error("--why", "it asks nothing", "for example zero3, or pipe2+tensor4", question)

@@ -66,6 +66,19 @@ def test_schema_of_one_key() -> None:
     )
 
 
+def test_only_an_older_model_is_replaced(tmp_path: Path) -> None:
+    source, kept, run_folder = tmp_path / "model", tmp_path / "notes", tmp_path / "run"
+    for folder, name in ((source, "config.json"), (kept, "thesis.txt"), (run_folder, "recipe.yaml")):
+        folder.mkdir()
+        (folder / name).write_text("{}")
+    for target in (source, tmp_path, kept, run_folder):
+        done = run("quantize", str(source), str(target))
+        assert done.returncode == 2
+        assert done.stderr.startswith(f"error: folder={target}: ")
+    assert (kept / "thesis.txt").exists()
+    assert "there is no such folder" in run("quantize", str(tmp_path / "nowhere"), str(tmp_path / "new")).stderr
+
+
 def test_plan_as_json_holds_what_deepspeed_gets() -> None:
     done = run("plan", "ds_configs/quickstart.yaml", "batch.global_samples=24", "--ranks", "3", "--json")
     plan = json.loads(done.stdout)

@@ -59,7 +59,7 @@ RULES: tuple[Rule | KeyRule, ...] = (
     Rule(
         "ranks", "parallel.ranks", lambda f: f.run.parallel.ranks not in ("auto", f.cluster.ranks),
         lambda f: f"the recipe is made for {f.run.parallel.ranks} ranks and {f.cluster.ranks} were started",
-        lambda f: f"start {f.run.parallel.ranks} with --num_accelerators, or set parallel.ranks=auto",
+        lambda f: f"start {f.run.parallel.ranks} (--ranks; deepspeed: --num_accelerators), or set parallel.ranks=auto",
     ),
     Rule(
         "layout-divides", "parallel.pipeline x tensor x sequence", lambda f: f.cluster.ranks % f.fixed_ranks,

@@ -26,7 +26,8 @@ RULES = (
     ),
     Rule(
         "profile-steps", "track.profile_steps", _bad_profile_steps,
-        "steps i to j are counted from 1 and lie within the run", "write [5, 7]",
+        "steps i to j are counted from 1 and lie within the run",
+        "write [5,7], or two other steps of the run (in a shell in quotes)",
     ),
     Rule(
         "profile-ranks", "track.profile_ranks",

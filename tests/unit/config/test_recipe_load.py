@@ -80,6 +80,10 @@ def test_every_error_comes_at_once_with_the_nearest_key() -> None:
         ),
         ("batch=3", "batch=3: should be a mapping of keys. Fix: `ds-train schema batch` describes it."),
         ("model=null", "model: required and not given. Fix: give `model.path` (pretrained weights) or `model.arch`"),
+        (
+            "model={arch: llama, hidden_size: 64, config: {hidden_size: 32}}",
+            "model: hidden_size is given twice: 64 here, 32 in config",
+        ),
         ("model.config=3", "model.config=3: should be a mapping of keys. Fix: "),
         ("optimizer.lr=-1", "optimizer.lr=-1: should be greater than 0"),
         ("optimizer.lr=.nan", "optimizer.lr=nan:"),

@@ -167,7 +167,7 @@ CASES = [
     ),
     Broken("tensorboard", {"track.also": ["csv", "tensorboard"]}, "pip install tensorboard"),
     Broken("wandb-artifacts", {"track.wandb_artifacts": "all"}, "wandb is off"),
-    Broken("profile-steps", {"track.profile_steps": [5, 4]}, "write [5, 7]"),
+    Broken("profile-steps", {"track.profile_steps": [5, 4]}, "write [5,7]"),
     Broken("profile-ranks", {"track.profile_steps": [1, 1], "track.profile_ranks": [0, 4]}, "ranks 0 to 3"),
     Broken("ranks", {"parallel.ranks": 8}, "parallel.ranks=8: the recipe is made for 8 ranks and 4 were started"),
     Broken("layout-divides", {"parallel.tensor": 4}, "doesn't divide the 6 ranks", ranks=6),
