@@ -46,7 +46,7 @@ class Gates:
         self.gradient_scale = 1.0
         """What the loss's gradient has been multiplied by."""
         self.sums: dict[Key, Tensor] = {}
-        """What was measured: fp64, of the channels that are here; `fisher` and routers, of units; a layer, one."""
+        """What was measured: fp64, of the channels that are here; `fisher` and routers, of units; a layer, two."""
         self.score, self._local = score, local
         self._gates: dict[tuple[str, int], list[_Gated]] = {}
         modules = dict(model.named_modules())
@@ -237,7 +237,8 @@ class _Layer(_Gated):
         mask = self.mask(after)
         part = 1.0 if mask is None else float(mask)
         if part < 1.0:
-            after = before + (after - before) * part if part else before
+            # Where it is 0, too: a gradient of zeros, since ZeRO would apply an earlier one if there were none.
+            after = before + (after - before) * part if part or after.requires_grad else before
         return (after, *output[1:]) if isinstance(output, tuple) else after
 
     def set(self, values: Sequence[float]) -> None:
@@ -277,7 +278,9 @@ def worth(coupling: Coupling, score: str, sums: dict[Key, Tensor], weights_U: Te
         weights_U: of `magnitude`, the norms of all weights of each unit; of `wanda`, see `weight_worth`.
     """
     if coupling.kind == LAYERS:
-        return torch.cat([sums[coupling.kind, 0, gate.module] for gate in coupling.gates])
+        found = torch.stack([sums[coupling.kind, 0, gate.module] for gate in coupling.gates])
+        # The last layer of a classifier counts one token of a sample, those before it all.
+        return found[:, 0] / found[:, 1].clamp_min(1.0)
     if score == "magnitude":
         assert weights_U is not None
         return weights_U
@@ -304,6 +307,7 @@ def _alive(slope_NC: Tensor) -> Tensor:
 
 
 def _change(before: Tensor, after_NC: Tensor, slope_NC: Tensor) -> Tensor:
-    """1 - the cosine of a layer's input and output, summed over tokens: (1,)."""
+    """1 - the cosine of a layer's input and output, summed over the tokens that count, and their number: (2,)."""
     change_N = 1.0 - F.cosine_similarity(before.flatten(0, -2).float(), after_NC, dim=-1)
-    return (change_N * _alive(slope_NC)[:, 0]).sum().view(1)
+    counts_N = _alive(slope_NC)[:, 0]
+    return torch.stack([(change_N * counts_N).sum(), counts_N.sum()])

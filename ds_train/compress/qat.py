@@ -114,4 +114,4 @@ def linear_layers(model: PreTrainedModel) -> list[Any]:
 def _is_linear(module: nn.Module) -> bool:
     from deepspeed.module_inject.layers import LinearAllreduce, LinearLayer
 
-    return type(module) is nn.Linear or isinstance(module, (LinearAllreduce, LinearLayer))
+    return isinstance(module, (nn.Linear, LinearAllreduce, LinearLayer))

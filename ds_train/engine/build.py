@@ -97,8 +97,9 @@ def assemble(
     import torch
     from deepspeed.accelerator import get_accelerator
 
-    if info.device == "cuda" and run.precision.tf32:
-        torch.backends.cuda.matmul.allow_tf32 = True
+    if info.device == "cuda":
+        # Look-alikes are compared in fp32.
+        torch.backends.cuda.matmul.allow_tf32 = False
     # Where the last model of this process had sequence ranks.
     leave_sequence()
     layout = plan.layout
@@ -164,6 +165,8 @@ def assemble(
     if run.model.lean_activations and not run.model.activation_checkpointing and not run.model.compile:
         use_lean_layers(part.model)
     distilling = None if teacher is None else distil(taught, plan, part, data, teacher)
+    if info.device == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = run.precision.tf32
     # DeepSpeed keeps the groups of the last engine of this process.
     deepspeed.utils.groups.mpu = None
     engine, *_ = deepspeed.initialize(

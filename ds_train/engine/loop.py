@@ -118,6 +118,8 @@ def train_steps(
         labels, real_tokens, weight = begin_step(run, parts, timeline, shape, batches, stop)
         if stop is not None and stop.agreed:
             parts.clock.stop()
+            if pruning is not None:
+                pruning.forget_step()
             if watchdog is not None:
                 watchdog.end(whole=False)
             return

@@ -78,6 +78,12 @@ class Pruning:
         if self.removed is not None:
             self.set_masks(closed_share(self._section, shape.before, timeline.total_tokens))
 
+    def forget_step(self) -> None:
+        """The step that `before_step` has prepared isn't trained."""
+        if self._gates.collecting:
+            self._scored -= 1
+        self._drawn = None
+
     def choose(self) -> None:
         """Choose the units of least worth: rank 0 does, by what all ranks have summed, and tells. Collective.
 
@@ -251,7 +257,7 @@ def _is_sharded(gate: Gate, module: nn.Module) -> bool:
 def _measured(score: str, coupling: Coupling, gate: Gate) -> int:
     """How many numbers a gate measures."""
     if coupling.kind == LAYERS:
-        return 1
+        return 2
     return coupling.units if gate.how == "router" or score == "fisher" else coupling.units * gate.each
 
 

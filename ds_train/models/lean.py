@@ -30,7 +30,9 @@ def use_lean_layers(model: nn.Module) -> int:
     for module in model.modules():
         kind: Any = type(module)
         form = forms.get(_code(kind))
-        if form is not None and "forward" not in vars(module):
+        activation = getattr(module, "act_fn", None)
+        learned = isinstance(activation, nn.Module) and any(True for _ in activation.parameters())
+        if form is not None and not learned and "forward" not in vars(module):
             module.forward = partial(form, module)  # type: ignore[method-assign]
             found += 1
     return found

@@ -53,6 +53,9 @@ def load_model_config(run: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Pre
         # GPT-like classifiers look for the last token that isn't padding, and the tokenizer pads.
         if run.task.kind == "sequence-classification" or getattr(config, "pad_token_id", None) is None:
             config.pad_token_id = tokenizer.pad_token_id
+    if getattr(config, "output_router_logits", False):
+        reason = "the routers' auxiliary loss isn't part of the loss here"
+        raise user_error("model.output_router_logits", reason, "set false", "true")
     config.use_cache = False
     vocabulary = config.get_text_config().vocab_size
     if vocabulary < len(tokenizer):
@@ -151,7 +154,7 @@ def initialize_weights(model: PreTrainedModel, seed: int, only: set[str] | None 
             for child in module.children():
                 if not isinstance(child, PreTrainedModel):
                     parameters.extend(child.parameters(recurse=False))
-            with gathered(parameters, modify=True):
+            with gathered(parameters, modify=True), _on_host(parameters):
                 owner._init_weights(module)
     if model.all_tied_weights_keys:  # a part of a model has none
         model.tie_weights()
@@ -182,6 +185,19 @@ def gathered(parameters: list[nn.Parameter], modify: bool = False) -> Iterator[N
 
     with deepspeed.zero.GatheredParameters(partitioned, modifier_rank=0 if modify else None):
         yield
+
+
+@contextlib.contextmanager
+def _on_host(parameters: list[nn.Parameter]) -> Iterator[None]:
+    """Parameters that ZeRO-3 has gathered on a device are on the CPU inside the block: its generator draws others."""
+    places = [(parameter, parameter.data) for parameter in parameters if parameter.device.type not in ("cpu", "meta")]
+    for parameter, place in places:
+        parameter.data = place.cpu()
+    try:
+        yield
+    finally:
+        for parameter, place in places:
+            parameter.data = place.copy_(parameter.data)
 
 
 def _post_order(

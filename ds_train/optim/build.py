@@ -111,7 +111,8 @@ def _trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 def _group_key(name: str, parameter: nn.Parameter, section: OptimizerSection) -> _GroupKey:
     everything = section.decay_all or (section.kind == "adagrad" and section.kernel != "fused")
-    decayed = everything or _dimensions(parameter) > 1
+    # A mixture's biases are matrices, a row for each expert.
+    decayed = everything or (_dimensions(parameter) > 1 and not name.endswith("bias"))
     factors = (factor for pattern, factor in section.lr_factors.items() if fnmatchcase(name, pattern))
     return section.weight_decay if decayed else 0.0, next(factors, 1.0)
 

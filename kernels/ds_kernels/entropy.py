@@ -28,11 +28,17 @@ def entropy_in_place(logits_CV: Tensor, labels: Tensor, ignored: int, gradient: 
 
     A label of `ignored` is left out. With `gradient` the logits become that of the sum; else they stay. `entropy_takes`
     says what it can be given.
+
+    Raises:
+        IndexError: a label beyond the logits.
     """
     library = cpu_library()
     assert isinstance(library, CpuLibrary)
     labels = labels.contiguous()
     rows, width = logits_CV.shape
+    beyond = (labels != ignored) & ((labels < 0) | (labels >= width))
+    if bool(beyond.any()):
+        raise IndexError(f"label {int(labels[beyond][0])} is beyond the {width} logits")
     arguments = Entropy(
         logits_CV.data_ptr(), labels.data_ptr(), rows, width, labels.numel() // max(1, rows), ignored,
         DTYPES[logits_CV.dtype], gradient,

@@ -143,6 +143,10 @@ RULES: tuple[Rule | KeyRule, ...] = (
         "special-tokens", _special_token_keys, "a model from scratch takes the tokenizer's special tokens",
         "leave it out",
     ),
+    Rule(
+        "router-loss", "model.output_router_logits", lambda f: f.run.model.config.get("output_router_logits") is True,
+        "the routers' auxiliary loss isn't part of the loss here", "set false", lambda f: "true",
+    ),
     KeyRule("model-count", _bad_counts, "a size is a whole number above 0", "write one, without quotes"),
     Rule(
         "heads", "model.num_attention_heads",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, LlamaForCausalLM, PreTrainedConfig
 
-from ds_train.compress.coupling import Coupling, Gate, Structure
+from ds_train.compress.coupling import LAYERS, Coupling, Gate, Structure
 from ds_train.compress.gates import Gates, lowest, worth
 from ds_train.compress.structure import find_structure
 from ds_train.config import RunConfig
@@ -113,10 +113,17 @@ def test_a_layer_is_worth_what_it_turns(recipe: Make) -> None:
     gates.collecting = False
     with torch.no_grad():
         hidden = [torch.stack(model(input_ids=batch, output_hidden_states=True).hidden_states) for batch in tokens]
-    change = sum((1 - torch.cosine_similarity(h[:-1], h[1:], dim=-1))[:, :, :5].sum((1, 2)) for h in hidden)
+    changes = [(1 - torch.cosine_similarity(h[:-1], h[1:], dim=-1))[:, :, :5].flatten(1) for h in hidden]
+    change = torch.cat(changes, 1).mean(1)
     # The last of transformers' hidden states has passed the final norm.
     found = worth(structure.couplings[0], "magnitude", gates.sums, None)
     torch.testing.assert_close(found[:-1].float(), change[:-1], rtol=1e-4, atol=1e-6)
+
+
+def test_a_layer_is_worth_as_much_whatever_tokens_count_in_it() -> None:
+    coupling = Coupling(LAYERS, 0, 2, (), (Gate("first", "layer", unit=0), Gate("last", "layer", unit=1)))
+    sums = {(LAYERS, 0, "first"): torch.tensor([3.0, 60.0]), (LAYERS, 0, "last"): torch.tensor([1.0, 2.0])}
+    assert worth(coupling, "magnitude", sums, None).tolist() == pytest.approx([0.05, 0.5])
 
 
 def test_experts_are_scored_by_their_logits(recipe: Make) -> None:

@@ -77,3 +77,10 @@ def test_others_are_left_alone() -> None:
     assert not entropy_takes(logits.t(), labels)
     assert not entropy_takes(logits, labels.int())
     assert not entropy_takes(logits, labels[:, None].expand(4, 17))
+
+
+def test_labels_beyond_the_logits_touch_nothing_else() -> None:
+    whole = torch.zeros(4, 8)
+    with pytest.raises(IndexError, match="label 17 is beyond the 8 logits"):
+        entropy_in_place(whole[:2], torch.tensor([3, 17]), -100, True)
+    assert not whole.any()

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.activations import ACT2FN
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaConfig, LlamaMLP, LlamaRMSNorm
 
@@ -104,6 +105,10 @@ def test_a_16_bit_layer_keeps_less(kind: str) -> None:
 def test_modules_with_other_code_are_left_alone() -> None:
     assert use_lean_layers(GemmaRMSNorm(8)) == 0
     assert use_lean_layers(nn.LayerNorm(8)) == 0
+
+    learned = LlamaMLP(config(8))
+    learned.act_fn = ACT2FN["xielu"]
+    assert use_lean_layers(learned) == 0
 
     class Scaled(LlamaMLP):
         def forward(self, x: Tensor) -> Tensor:

@@ -98,3 +98,15 @@ def test_every_family_gives_the_loss_of_its_own_logits(family: str) -> None:
     loss.backward()
     assert all(p.grad is not None for name, p in model.named_parameters() if "lm_head" in name or "embed_out" in name)
     assert model(input_ids=ids).logits.shape == (2, 13, 97), "the model must give logits again after the loss"
+
+
+def test_a_16_bit_gradient_is_multiplied_by_the_whole_number() -> None:
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(64, 32).bfloat16().requires_grad_(), torch.randn(97, 32).bfloat16()
+    labels = torch.randint(97, (64,))
+    (fused.linear_cross_entropy(hidden, weight, None, labels) * (2 / 907)).backward()
+    assert hidden.grad is not None
+    wide = hidden.detach().double().requires_grad_()
+    (torch.nn.functional.cross_entropy(wide @ weight.double().T, labels, reduction="sum") * (2 / 907)).backward()
+    assert wide.grad is not None
+    assert float(hidden.grad.double().norm() / wide.grad.norm()) == pytest.approx(1.0, abs=1e-3)

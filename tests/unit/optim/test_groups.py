@@ -103,3 +103,10 @@ def test_a_demanded_kernel_that_is_missing_is_the_users_error_and_else_torchs_do
         optimizer = build_optimizer(Tied(), section(kernel="torch"), Choice(name, ""))
         assert type(optimizer) is torch.optim.AdamW
         assert optimizer.defaults[key]
+
+
+def test_a_bias_for_each_expert_is_not_decayed() -> None:
+    experts = nn.Module()
+    experts.gate_up_proj, experts.gate_up_proj_bias = (nn.Parameter(torch.ones(2, 3)) for _ in range(2))
+    found = by_name(experts, parameter_groups(experts, section()))
+    assert found == {"gate_up_proj": (0.1, 1.0), "gate_up_proj_bias": (0.0, 1.0)}

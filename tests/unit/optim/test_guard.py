@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from types import SimpleNamespace
 from typing import Any
@@ -66,3 +67,37 @@ def test_a_loss_without_a_number_has_a_gradient_without_one() -> None:
         assert torch.equal(loss.detach().isfinite(), torch.tensor(math.isfinite(value)))
         assert weight.grad is not None
         assert float(weight.grad) == (0.5 if math.isfinite(value) else pytest.approx(math.nan, nan_ok=True))
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_zero_divides_by_the_scale_that_the_loss_had(stage: int) -> None:
+    """Where DeepSpeed lets the scale grow after the gradient is divided, the guard's own order can go."""
+    from deepspeed.runtime.zero import stage3, stage_1_and_2
+
+    source = inspect.getsource(stage3 if stage == 3 else stage_1_and_2)
+    assert source.index("self._update_scale(self.overflow)") < source.index("self.unscale_and_clip_grads(")
+    zero = Scaled()
+    guard_steps(SimpleNamespace(optimizer=zero, basic_optimizer=None), norm)
+    for overflow, scale in ((False, 32.0), (False, 64.0), (True, 32.0), (False, 64.0)):
+        loss_scale = zero.loss_scale
+        zero.overflow = overflow
+        zero.step()
+        assert zero.divided_by == (None if overflow else loss_scale)
+        assert zero.loss_scale == scale
+
+
+class Scaled:
+    """Steps as ZeRO does, with a scale that grows after each."""
+
+    def __init__(self) -> None:
+        self.loss_scale, self.overflow = 16.0, False
+        self.divided_by: float | None = None
+
+    def step(self) -> None:
+        self.divided_by = None
+        self._update_scale(self.overflow)
+        if not self.overflow:
+            self.divided_by = self.loss_scale
+
+    def _update_scale(self, has_overflow: bool = False) -> None:
+        self.loss_scale *= 0.5 if has_overflow else 2.0

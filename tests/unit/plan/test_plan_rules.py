@@ -419,6 +419,10 @@ CASES = [
     Broken("model-key-elsewhere", {"model.dtype": "bfloat16"}, "set precision.dtype"),
     Broken("model-key-elsewhere", CLASSIFIER | {"model.num_labels": 3}, "set task.num_labels"),
     Broken("special-tokens", {"model.eos_token_id": 7}, "tokenizer's special tokens"),
+    Broken(
+        "router-loss", {"model": {"arch": "mixtral", "output_router_logits": True}},
+        "model.output_router_logits=true: the routers' auxiliary loss",
+    ),
     Broken("model-count", {"model.num_hidden_layers": 0}, "above 0"),
     Broken("model-count", {"model.hidden_size": "512"}, "whole number"),
     Broken("heads", {"model.num_attention_heads": 12}, "hidden size 512"),
