@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from ds_train.checkpoint import hf
 from ds_train.checkpoint.fragments import WEIGHT, Fragment, Shape
@@ -42,12 +43,22 @@ def export(checkpoint: Path, folder: Path, dtype: torch.dtype) -> None:
     files = open_fragments(checkpoint)
     try:
         model = outline(run, config_after(load_model_config(run, tokenizer), state.pruning))
+        check_no_buffers(model, checkpoint)
         keep_generation_config(run, model)
         quantize = run.compress.quantize
         packing = Packing.of(quantize, model) if quantize.bits else None
         hf.export_fragments(files, model, tokenizer, folder, card, dtype, packing=packing)
     finally:
         files.close()
+
+
+def check_no_buffers(model: PreTrainedModel, checkpoint: Path) -> None:
+    """Refuse a model with numbers that are no parameters, such as a router's correction: a checkpoint has none."""
+    names = {name for name, _ in model.named_buffers()} & set(model.state_dict())
+    if names:
+        reason = f"the model's {min(names)} is no parameter, and checkpoints hold parameters alone"
+        fix = "continue the run: it exports the whole model when it ends"
+        raise user_error("checkpoint", reason, fix, str(checkpoint))
 
 
 def quantize(

@@ -16,6 +16,7 @@ import json
 import shutil
 import socket
 import time
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -93,12 +94,13 @@ def cached_teacher(
     box: list[Any] = [None]
     if dist.get_rank() == 0:
         folder = cache / f"teacher-{_key(run, count, str(manifest['content']))}"
-        box[0] = folder, (folder / MANIFEST).is_file()
+        # Other runs may fill the same cache now.
+        box[0] = folder, (folder / MANIFEST).is_file(), uuid.uuid4().hex[:8]
     dist.broadcast_object_list(box, src=0)
-    folder, there = box[0]
-    _check_seen(cache, folder.name)
+    folder, there, own = box[0]
+    _check_seen(cache, f"{folder.name}-{own}")
     if not there:
-        _make(folder, Teacher(run, device), run, batches, device, micro_samples, count)
+        _make(folder, own, Teacher(run, device), run, batches, device, micro_samples, count)
     return TeacherCache(folder, batches)
 
 
@@ -128,12 +130,18 @@ def _check_seen(cache: Path, name: str) -> None:
 
 
 def _make(
-    folder: Path, teacher: Teacher, run: RunConfig, batches: Batches, device: Any, micro_samples: int, count: int
+    folder: Path,
+    own: str,
+    teacher: Teacher,
+    run: RunConfig,
+    batches: Batches,
+    device: Any,
+    micro_samples: int,
+    count: int,
 ) -> None:
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    partial = folder.with_name(folder.name + ".partial")
+    partial = folder.with_name(f"{folder.name}.{own}.partial")
     if rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     dist.barrier()
     firsts = [batches.num_samples * number // ranks for number in range(ranks + 1)]
@@ -158,7 +166,12 @@ def _make(
     if rank == 0:
         words = {"format": FORMAT, "count": count, "firsts": firsts[:-1], "teacher": teacher_path(run)}
         (partial / MANIFEST).write_text(json.dumps(words), encoding="utf-8")
-        partial.rename(folder)
+        try:
+            partial.rename(folder)
+        except OSError:
+            if not (folder / MANIFEST).is_file():
+                raise
+            shutil.rmtree(partial)  # another run was first, with the same
     dist.barrier()
 
 

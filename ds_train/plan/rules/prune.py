@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ds_train.config.compress import PRUNE_TARGETS, PRUNED_KINDS
 from ds_train.errors import Problem
 from ds_train.plan.facts import Facts
 from ds_train.plan.model_size import ALIASES
@@ -20,6 +21,7 @@ from ds_train.plan.rules.base import (
     given,
     nvme,
     size_of,
+    unread,
 )
 from ds_train.plan.topology import Layout
 from ds_train.plan.transformers_keys import takes_list
@@ -75,6 +77,12 @@ def _unread_latency(facts: Facts) -> dict[str, Any]:
     defaults = {"latency_samples": 1, "latency_length": None}
     given = {key: getattr(section, key) for key in defaults}
     return {f"compress.prune.{key}": value for key, value in given.items() if value != defaults[key]}
+
+
+def _unread(facts: Facts) -> dict[str, Any]:
+    """Keys of a section that prunes nothing; sizes, times and budgets have rules of their own."""
+    others = ("latency_samples", "latency_length", "budget")
+    return {} if _pruning(facts) else unread(facts, "compress.prune", *PRUNED_KINDS, *PRUNE_TARGETS, *others)
 
 
 def _by_layer(facts: Facts) -> bool:
@@ -174,6 +182,9 @@ RULES: tuple[Rule | KeyRule, ...] = (
     KeyRule(
         "prune-targets", lambda f: dict(list(_targets(f).items())[1:]),
         lambda f, _: f"shares are scaled to {next(iter(_targets(f)))} already", "leave one of them out",
+    ),
+    KeyRule(
+        "prune-unread", _unread, "nothing is asked to go, so nothing reads it", "set a share, such as ffn: 0.5",
     ),
     KeyRule(
         "prune-latency-unread", _unread_latency,
