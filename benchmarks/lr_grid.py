@@ -33,7 +33,9 @@ def ds_train(command: str, options: argparse.Namespace, folder: Path, *overrides
 
 
 def held_out_loss(options: argparse.Namespace, folder: Path, rate: float) -> float:
-    keep = ["checkpoint.export=false", "checkpoint.save_final=false", "track.progress=false"]
+    keep = [
+        "checkpoint.export=false", "checkpoint.save_final=false", "track.progress=false", "track.sample_prompt=null",
+    ]  # fmt: skip
     run = ds_train("launch", options, folder, f"optimizer.lr={rate}", *keep)
     return float([record["loss"] for record in read_metrics(run / "metrics.jsonl") if record["kind"] == "eval"][-1])
 
@@ -48,6 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         found = json.loads((ds_train("lr-find", options, folder) / "lr-find.json").read_text())["value"]
+        print(f"lr-find names {found:.3g}", flush=True)
         losses: dict[float, float] = {}
         for rate in [*GRID, found]:
             losses[rate] = held_out_loss(options, folder, rate)
