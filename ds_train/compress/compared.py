@@ -263,7 +263,7 @@ def visible_tokens(batch: Batch, causal: bool) -> Tensor:
     if mask is not None:
         visible_BTT &= mask[:, None].bool() if mask.dim() == 2 else mask[:, 0].bool()
     if positions is not None:
-        document_BT = (positions == 0).cumsum(-1)
+        document_BT = (positions == positions[:, :1]).cumsum(-1)
         visible_BTT &= document_BT[:, :, None] == document_BT[:, None]
     if causal:
         visible_BTT.tril_()

@@ -255,8 +255,8 @@ def _real_tokens(batch: Mapping[str, Tensor], pads_rows: bool) -> int:
         return int(mask.sum())
     if not pads_rows:
         return batch["input_ids"].numel()
-    # Padding of a row of documents has position 0, and no position 1 behind it.
-    positions_BT = batch["position_ids"]
+    # Padding of a row of documents has position 0, as the row's first token has, and no position 1 behind it.
+    positions_BT = batch["position_ids"] - batch["position_ids"][:, :1]
     alone_BT = (positions_BT == 0) & (torch.nn.functional.pad(positions_BT[:, 1:], (0, 1)) == 0)
     return int((~alone_BT).sum())
 
