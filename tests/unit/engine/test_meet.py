@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-from tests.ranks import ROOT, clean_environment
+from ranks import ROOT, clean_environment
 
 MEET = """
 import sys
