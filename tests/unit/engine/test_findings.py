@@ -171,7 +171,7 @@ def test_the_planner_gets_hosts_that_are_alike() -> None:
     cluster = surveyed().cluster()
     assert (cluster.ranks, cluster.ranks_per_host, cluster.device, cluster.here) == (4, 2, "cuda", False)
     uneven = replace(surveyed(), hosts=(Host("a", (0,)), Host("b", (0, 1))))
-    with pytest.raises(UserError, match=r"a has 1, b has 2\. Fix: give each host as many slots, or choose among them"):
+    with pytest.raises(UserError, match=r"a has 1, b has 2\. Fix: give each host as many slots, or leave some out"):
         uneven.cluster()
 
 
