@@ -23,6 +23,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from launching import folder_of
 from sst2 import accuracy, fine_tune, labelled, unpack_weights
 
 BATCH, LENGTH, ROUNDS = 32, 64, 15
@@ -129,11 +130,6 @@ def _after(make: Callable[..., None], origin: Path, what: Any, train: Callable[[
         return train()
 
     return made_then_trained
-
-
-def folder_of(root: Path, row: str, seed: int) -> Path:
-    """A run's folder."""
-    return root / f"{''.join(letter if letter.isalnum() else '-' for letter in row)}-seed{seed}"
 
 
 def random_weights(origin: Path, folder: Path, seed: int) -> None:

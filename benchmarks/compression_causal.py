@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from launching import ROOT, launch
+from launching import ROOT, folder_of, launch
 from safetensors import safe_open
 
 from ds_train.track.metrics import read_metrics
@@ -101,11 +101,6 @@ def rows(root: Path, seed: int, options: argparse.Namespace) -> Iterator[tuple[s
         config = json.loads((folder_of(root, row, seed) / "export" / "config.json").read_text())
         row = f"{share:.0%} smaller from scratch"
         yield row, train(row, options.steps + options.more, LARGE | {size: config[size] for size in SIZES})
-
-
-def folder_of(root: Path, row: str, seed: int) -> Path:
-    """A run's folder."""
-    return root / f"{''.join(letter if letter.isalnum() else '-' for letter in row)}-seed{seed}"
 
 
 def parameters(folder: Path) -> int:

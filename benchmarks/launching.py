@@ -15,6 +15,11 @@ from ds_train.engine.port import free_port
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def folder_of(root: Path, row: str, seed: int) -> Path:
+    """The folder of the run of a table's row."""
+    return root / f"{''.join(letter if letter.isalnum() else '-' for letter in row)}-seed{seed}"
+
+
 def launch(command: Sequence[str], ranks: int, threads: int = 1) -> str:
     """Run a script under the deepspeed launcher on CPU ranks; its output. Ends this process with it on failure."""
     with started(command, ranks, threads) as process:
