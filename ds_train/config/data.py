@@ -78,6 +78,12 @@ class DataSection(Section):
     """Steps whose batches a thread loads ahead of the step loop; 0 loads them inside the loop."""
 
     @property
+    def holds_out(self) -> bool:
+        """Whether there is something to evaluate on."""
+        named = self.validation_path is not None or self.validation_split is not None
+        return named or self.validation_fraction > 0
+
+    @property
     def rows_have_documents(self) -> bool:
         """Whether a row of a language model's micro-batch may hold several documents."""
         return self.packing or self.padding_free
