@@ -80,7 +80,7 @@ def prune(
 
 _NOT_PROFILED = (
     "checkpoint.every_steps", "checkpoint.keep_every", "checkpoint.push_to", "checkpoint.best", "checkpoint.patience",
-    "health.on_spike", "health.max_roll_backs", "track.also", "track.sample_prompt", "track.sample_tokens",
+    "health.on_spike", "health.max_roll_backs", "track.also", "track.sample_prompt",
 )  # fmt: skip
 """Keys of what takes time or writes beside the steps that `profile` looks at: it takes their defaults."""
 

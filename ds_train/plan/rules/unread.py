@@ -112,9 +112,9 @@ def _above(key: str, least: float = 0.0) -> Predicate:
     return lambda facts: facts.value(key) > least
 
 
-def _off_in_words(facts: Facts) -> bool:
-    """Whether the recipe itself says that wandb is off: then it may say where runs go that have it."""
-    return "wandb" in facts.run.track.model_fields_set
+def _said(key: str) -> Predicate:
+    """The recipe itself says this key of `track`: one that is off in so many words may keep how it is when it is on."""
+    return lambda facts: key in facts.run.track.model_fields_set
 
 
 def _local_folder(facts: Facts) -> bool:
@@ -152,7 +152,6 @@ def _close_one_by_one(facts: Facts) -> bool:
 
 
 _PRUNES = _pruned(*PRUNED_KINDS)
-_PROMPTED = any_of(given("track.sample_prompt"), is_not(at("track.eval_prompts", ())))
 _LOADS_TOKENIZER = all_of(is_not(at("data.tokenizer", "bytes")), is_not(given("data.train_vocabulary")))
 
 RULES: tuple[KeyRule, ...] = (
@@ -250,7 +249,7 @@ RULES: tuple[KeyRule, ...] = (
     ),
     _read_where(
         "wandb-unread", ["track.wandb_project", "track.wandb_entity", "track.wandb_artifacts"],
-        any_of(is_not(at("track.wandb", "off")), _off_in_words), "wandb is off",
+        any_of(is_not(at("track.wandb", "off")), _said("wandb")), "wandb is off",
         "set track.wandb=online or offline, or leave it out",
     ),
     _read_where(
@@ -263,7 +262,8 @@ RULES: tuple[KeyRule, ...] = (
         "set track.profile_steps, or leave it out",
     ),
     _read_where(
-        "sample-unread", ["track.sample_tokens"], _PROMPTED, "no text is continued",
+        "sample-unread", ["track.sample_tokens"], any_of(_said("sample_prompt"), _said("eval_prompts")),
+        "no text is continued",
         "set track.sample_prompt or track.eval_prompts, or leave it out",
     ),
     # -- teachers and few bits --------------------------------------------------------------------------------------
