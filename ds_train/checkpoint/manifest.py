@@ -70,6 +70,8 @@ def without_manifest(folder: Path) -> str | None:
     """Why `folder` is no whole checkpoint, in a phrase, as far as its manifest tells without a look at the files."""
     if read_manifest(folder) is not None:
         return None
+    if not folder.is_dir():
+        return "there is no such folder"
     there = (folder / MANIFEST).is_file()
     return f"{MANIFEST} has other content than was saved" if there else f"{MANIFEST} is missing"
 

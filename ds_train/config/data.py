@@ -51,7 +51,7 @@ class DataSection(Section):
 
     tokenizer: str = "bytes"
     """`bytes` (embedded, vocabulary 259), a hub id or folder, or `model` for the one beside `model.path`.
-    Ignored where `train_vocabulary` trains a new one."""
+    Left out where `train_vocabulary` trains a new one."""
 
     train_vocabulary: int | None = Field(default=None, ge=260)
     """Train a byte-level BPE tokenizer of this vocabulary size on the source, instead of loading one."""

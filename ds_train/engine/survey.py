@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -169,9 +169,13 @@ def checkpoint_bytes(parameters: int | None) -> int | None:
     return None if parameters is None else parameters * _BYTES_IN_CHECKPOINT
 
 
-def refuse(found: Sequence[Finding]) -> None:
-    """Raise the failures among `found` as a `UserError`, if there are any."""
+def refuse(found: Sequence[Finding], plan: Callable[[], object] = lambda: None) -> None:
+    """Raise the failures among `found`, and what is wrong with a plan, as one `UserError`, if there are any."""
     failed = [finding.problem() for finding in found if finding.level == "fail"]
+    try:
+        plan()
+    except UserError as error:
+        failed = [*error.problems, *failed]
     if failed:
         raise UserError(failed)
 
