@@ -1,6 +1,7 @@
 """Keys that only some recipes read, and which: what would be ignored without a word is refused.
 
-A key counts where it has another value than its default, since a resolved recipe writes every default out.
+A key counts where it has another value than its default, since a resolved recipe writes every default out. What holds
+anyway isn't ignored: parallel.pin_memory=false where nothing is offloaded, say.
 """
 
 from __future__ import annotations
@@ -122,6 +123,10 @@ def _local_folder(facts: Facts) -> bool:
     return path is not None and facts.cluster.here and Path(path).expanduser().is_dir()
 
 
+def _sharded(facts: Facts) -> bool:
+    return facts.stage > 0
+
+
 def _pruned(*kinds: str) -> Predicate:
     """Units of one of `kinds` go."""
     return lambda facts: not set(kinds).isdisjoint(facts.run.compress.prune.kinds)
@@ -133,7 +138,7 @@ def _taught(facts: Facts) -> bool:
 
 def _cuts_heads_anew(facts: Facts) -> bool:
     distill = facts.run.compress.distill
-    return distill.relations > 0 and distill.relation_kinds != ["attention"]
+    return distill.relations > 0 and {*distill.relation_kinds} != {"attention"}
 
 
 def _truncates(facts: Facts) -> bool:
@@ -184,8 +189,13 @@ RULES: tuple[KeyRule, ...] = (
         "leave it out, or set parallel.offload_optimizer=nvme",
     ),
     _read_where(
-        "buckets-unread", ["parallel.bucket_elements", "parallel.overlap_communication"], lambda f: f.stage > 0,
-        "stage 0 has no buckets of its own", "leave it out, or set parallel.zero_stage=1",
+        "buckets-unread", ["parallel.bucket_elements"], _sharded, "stage 0 has DeepSpeed's own buckets",
+        "leave it out, or set parallel.zero_stage=1",
+    ),
+    _read_where(
+        "overlap-unread", ["parallel.overlap_communication"],
+        any_of(_sharded, at("parallel.overlap_communication", False)),
+        "stage 0 reduces gradients after the last backward pass", "leave it out, or set parallel.zero_stage=1",
     ),
     _read_where(
         "loss-scale-unread", ["precision.loss_scale", "precision.initial_loss_scale_power"],

@@ -461,6 +461,11 @@ CASES = [
         {"parallel.zero_stage": 0, "precision.dtype": "fp32", "parallel.bucket_elements": 1000},
         "parallel.bucket_elements=1000: stage 0",
     ),
+    Broken(
+        "overlap-unread",
+        {"parallel.zero_stage": 0, "precision.dtype": "fp32", "parallel.overlap_communication": True},
+        "stage 0 reduces gradients after the last backward pass",
+    ),
     Broken("nvme-unread", {"parallel.nvme_path": "/tmp"}, "parallel.nvme_path=/tmp: nothing is offloaded to a disk"),
     Broken("revision-unread", {"model.revision": "v1"}, "only models of the hub have revisions"),
     Broken("revision-unread", {"model": {"path": TEACHER, "revision": "v1"}}, "give a hub id in model.path"),
@@ -555,7 +560,7 @@ CASES = [
 
 CLEAN = [
     ({}, 1, "cpu"),
-    ({"parallel.zero_stage": 0, "precision.dtype": "fp32"}, 4, "cpu"),
+    ({"parallel.zero_stage": 0, "precision.dtype": "fp32", "parallel.overlap_communication": False}, 4, "cpu"),
     ({"precision.dtype": "fp16", "precision.loss_scale": 64.0, "precision.gradient_dtype": "fp16"}, 4, "cuda"),
     (
         STAGE3
