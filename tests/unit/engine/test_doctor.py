@@ -11,7 +11,9 @@ import pytest
 from ds_train.config import RunConfig
 from ds_train.engine import doctor
 from ds_train.engine.findings import Finding
+from ds_train.engine.supervise import find_hosts
 from ds_train.engine.survey import survey
+from ds_train.errors import UserError
 from ds_train.plan.hostfile import Host
 
 Recipe = Callable[..., RunConfig]
@@ -72,3 +74,17 @@ def test_paths_that_are_not_here_are_said_before_ranks_start(recipe: Recipe, tmp
             "Fix: give the folder of a whole checkpoint, or auto."
         ),
     ]
+
+
+def test_a_supervised_run_goes_on_without_what_it_began_from(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    (tmp_path / "text").write_text("what the recipe trains on")
+    run, here = recipe(checkpoint={"resume": str(tmp_path / "gone")}), [Host("localhost", (0,))]
+    with pytest.raises(UserError, match="there is no such folder"):
+        find_hosts(run, "", here, None, None)
+    own = tmp_path / "runs" / run.name / "checkpoints" / "step-00000004"
+    own.mkdir(parents=True)
+    (own / "manifest.json").write_text("{}")
+    assert find_hosts(run, "", here, None, None)[0] == here
