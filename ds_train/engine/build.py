@@ -156,7 +156,7 @@ def assemble(
     if fp32_products_are_faster(info.device, part.model.dtype):
         use_fp32_products(part.model)
     elif run.model.attention == "auto" and not run.model.compile and tiles_are_faster(info.device, part.model.dtype):
-        use_tiled_attention()
+        use_tiled_attention(part.model)
     quantize = run.compress.quantize
     packing = Packing.of(quantize, part.outline) if quantize.bits else None
     rounding = Rounding(run, part.model, mesh.tensor) if quantize.bits else None
