@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
@@ -185,7 +184,6 @@ class Session:
         # What holds the engine, before another one is built beside it.
         self.watch.let_go()
         del saver, self.saver, self.speed, self.parts
-        gc.collect()
         parts = self.build(self.pruned, clock)
         native.load(parts.engine, parts.part, saved.path, cut)
         self._go_on_with(self.after, parts)

@@ -92,7 +92,18 @@ def train(folder: Path, root: str, layouts: tuple[str, ...], prune: dict[str, An
     for ranks in sorted({LAYOUTS[layout][0] for layout in layouts}):
         here = [layout for layout in layouts if LAYOUTS[layout][0] == ranks]
         recipes = [str(write_recipe(folder, root, layout, prune, **changes)) for layout in here]
-        run_ranks(ranks, ["tests/parity/train_many.py", *recipes], timeout_s=900).check()
+        ended = run_ranks(ranks, ["tests/parity/counted_cuts.py", *recipes], timeout_s=900).check()
+        for line in "".join(ended.outputs).splitlines():
+            if line.startswith("CUT "):
+                check_nothing_left(json.loads(line.removeprefix("CUT ")))
+
+
+def check_nothing_left(cut: dict[str, Any]) -> None:
+    """The larger model's engine is gone, with its groups' sockets and threads."""
+    before, after = cut["before"], cut["after"]
+    assert before["engines"] == after["engines"] == 1, cut
+    for what in ("groups", "threads", "files"):
+        assert after[what] <= before[what], cut
 
 
 @pytest.fixture
