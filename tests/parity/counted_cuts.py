@@ -1,4 +1,4 @@
-"""Trains recipes as train_many.py does, and prints what each cut leaves behind: `counted_cuts.py RECIPE [RECIPE ...]`."""
+"""Trains recipes as train_many.py does, and prints what each cut leaves: `counted_cuts.py RECIPE [RECIPE ...]`."""
 
 from __future__ import annotations
 
