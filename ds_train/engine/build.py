@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 from ds_kernels import Choice
 from ds_kernels.memory import hand_back_memory
@@ -78,11 +79,17 @@ class Assembly:
         return self.part.model
 
 
+_engines: WeakSet[Any] = WeakSet()
+"""Those that were built in this process and are still there."""
+
+
 def _leave_last_engine() -> None:
     """Free what is left of this process's last engine, where there was one. Collective."""
     from deepspeed.runtime.zero import parameter_offload
 
     leave_sequence()
+    while _engines:
+        _engines.pop().destroy()  # its hooks on parameters are a cycle that the garbage collector doesn't see
     # ZeRO-3 puts each engine's module there and never takes it out (runtime/zero/parameter_offload.py).
     parameter_offload.FWD_MODULE_STACK.clear()
     gc.collect()  # engines are in cycles of references
@@ -186,6 +193,7 @@ def assemble(
         config=plan.deepspeed_json,
         mpu=part.mpu,
     )
+    _engines.add(engine)
     fuse_passes(engine)
     guard_steps(engine, partial(gradient_norm, group=mesh.tensor))
     if run.patch.size > 1:

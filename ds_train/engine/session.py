@@ -180,8 +180,7 @@ class Session:
             raise user_error("run_root", reason, "make room there, and start the command again", str(folder))
         self.pruned, clock = {"removed": self.pruning.removed, **cut.record()}, self.parts.clock
         self.pruning = None
-        self.parts.engine.destroy()
-        # What holds the engine, before another one is built beside it.
+        # What holds the engine, which the next one takes the place of.
         self.watch.let_go()
         del saver, self.saver, self.speed, self.parts
         parts = self.build(self.pruned, clock)
