@@ -48,8 +48,9 @@ def test_a_loader_that_hangs_is_named(place: Place, workers: int) -> None:
 
 @pytest.mark.faults
 def test_held_out_samples_that_hang_are_named(place: Place) -> None:
-    recipe = place.recipe("late", 20, {"zero_stage": 2}, **QUICK)
-    ended = place.train(recipe, acts=[act(0, "ds_train.data.batches:Collator.__call__", "hang", call=14)])
+    recipe = place.recipe("late", 20, {"zero_stage": 2}, **QUICK, data={"workers": 0})
+    # Two micro-batches a step, and an evaluation after three.
+    ended = place.train(recipe, acts=[act(0, "ds_train.data.batches:Collator.__call__", "hang", call=7)])
     assert ended.codes == [76, 76], ended.outputs
     assert "loading the data of step 3 from " in ended.outputs[0]
     assert "validation.tokens has taken" in ended.outputs[0]
