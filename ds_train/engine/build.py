@@ -85,13 +85,19 @@ _engines: WeakSet[Any] = WeakSet()
 
 def _leave_last_engine() -> None:
     """Free what is left of this process's last engine, where there was one. Collective."""
-    from deepspeed.runtime.zero import parameter_offload
+    from deepspeed.runtime.zero import parameter_offload, partitioned_param_coordinator
 
     leave_sequence()
     while _engines:
         _engines.pop().destroy()  # its hooks on parameters are a cycle that the garbage collector doesn't see
-    # ZeRO-3 puts each engine's module there and never takes it out (runtime/zero/parameter_offload.py).
+    # ZeRO-3 puts each engine's module there and never takes it out (runtime/zero/parameter_offload.py), and remembers for
+    # ever what to release after which module (partitioned_param_coordinator.py, `__params_to_release`).
     parameter_offload.FWD_MODULE_STACK.clear()
+    coordinator = partitioned_param_coordinator.PartitionedParameterCoordinator
+    remembered = getattr(coordinator, "_PartitionedParameterCoordinator__params_to_release", None)
+    for cell in getattr(remembered, "__closure__", None) or ():
+        if hasattr(cell.cell_contents, "cache_clear"):
+            cell.cell_contents.cache_clear()
     gc.collect()  # engines are in cycles of references
     leave_groups()
 
