@@ -90,8 +90,8 @@ def _leave_last_engine() -> None:
     leave_sequence()
     while _engines:
         _engines.pop().destroy()  # its hooks on parameters are a cycle that the garbage collector doesn't see
-    # ZeRO-3 puts each engine's module there and never takes it out (runtime/zero/parameter_offload.py), and remembers for
-    # ever what to release after which module (partitioned_param_coordinator.py, `__params_to_release`).
+    # ZeRO-3 puts each engine's module there and never takes it out (runtime/zero/parameter_offload.py), and never
+    # forgets what to release after which module (partitioned_param_coordinator.py, `__params_to_release`).
     parameter_offload.FWD_MODULE_STACK.clear()
     coordinator = partitioned_param_coordinator.PartitionedParameterCoordinator
     remembered = getattr(coordinator, "_PartitionedParameterCoordinator__params_to_release", None)
