@@ -55,7 +55,7 @@ class UserError(Exception):
 
 
 class Stopped(Exception):
-    """The run was told to stop and has ended in order; the process exits with code 75."""
+    """The run was told to stop and has ended in order; the process exits with code 75. Any text is for people."""
 
 
 def user_error(key: str, reason: str, fix: str = "", value: Any = _NO_VALUE) -> UserError:

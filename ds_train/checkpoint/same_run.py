@@ -37,6 +37,9 @@ _FREE = (
     "compress.prune.parallel",
     "compress.distill.placement",
 )
+_SAID = ("schedule", "batch", "health")
+"""Sections that may change on resume, and that losses depend on from there."""
+
 _PLACES_OF_DATA = ("data.path", "data.validation_path")
 
 
@@ -64,12 +67,19 @@ def check_resumable(state: TrainState, recipe: Mapping[str, Any], data_fingerpri
         raise UserError(problems)
 
 
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+def said_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """What a resumed run does otherwise from here on, though it may: a phrase for each key."""
+    return [f"{key} was {before} and is now {now}" for key, before, now in _differences(old, new, _SAID)]
+
+
+def _differences(
+    old: Mapping[str, Any], new: Mapping[str, Any], roots: Sequence[str] = _MEANING
+) -> list[tuple[str, Any, Any]]:
     old_leaves, new_leaves = leaves(old), leaves(new)
     return [
         (key, old_leaves.get(key), new_leaves.get(key))
         for key in sorted(old_leaves.keys() | new_leaves.keys())
-        if old_leaves.get(key) != new_leaves.get(key) and _is_below(key, _MEANING) and not _is_below(key, _FREE)
+        if old_leaves.get(key) != new_leaves.get(key) and _is_below(key, roots) and not _is_below(key, _FREE)
     ]
 
 

@@ -117,10 +117,14 @@ def start_again_on(hostfile: Path | None, ranks: int | None, run: RunConfig, rec
         return
     from ds_train.engine import survey
     from ds_train.engine.launch import run as run_ranks
+    from ds_train.engine.supervise import MARGIN_S
 
     found = survey.survey(survey.hosts_of(hostfile, "", "", ranks), run=run, recipe=recipe)
     survey.refuse(found.findings())
-    exit_as(run_ranks(found.world(), ["ds_train.cli", *sys.argv[1:]]))
+    ended = run_ranks(found.world(), ["ds_train.cli", *sys.argv[1:]], run.faults.grace_seconds + MARGIN_S)
+    if ended.code == STOPPED_CODE:  # its ranks have said what becomes of it
+        sys.exit(STOPPED_CODE)
+    exit_as(ended)
 
 
 def exit_as(ended: Ended) -> NoReturn:

@@ -18,6 +18,7 @@ from ds_train.compress.distill_loss import Targets, TeacherHead, TeacherLogits
 from ds_train.compress.teacher_shares import Shares, whole
 from ds_train.config import RunConfig
 from ds_train.errors import UserError, first_line, user_error
+from ds_train.models.cpu_attention import tiles_are_faster, use_tiled_attention
 from ds_train.models.cpu_products import fp32_products_are_faster, use_fp32_products
 from ds_train.models.load import AUTO_CLASSES, DTYPES
 from ds_train.models.tasks import TOKEN_IDS, Batch, model_inputs, plain_head
@@ -101,6 +102,8 @@ class Teacher:
                 buffer.data = buffer.data.to(device)
         if fp32_products_are_faster(device, dtype):
             use_fp32_products(self.model)
+        elif tiles_are_faster(device, dtype):
+            use_tiled_attention(self.model)
         if run.task.kind != "sequence-classification" and run.data.rows_have_documents:
             with self._running():
                 _check_documents(run, self.model, path)

@@ -33,6 +33,9 @@ Item = TypeVar("Item")
 Micro = list[dict[str, Tensor]]
 """A rank's micro-batches of a step."""
 
+LOADER = "loader"
+"""Name of the thread that loads samples ahead."""
+
 _PAD_MULTIPLE = 8
 
 
@@ -228,7 +231,7 @@ def prefetch(make: Callable[[], Iterator[Item]], depth: int) -> Iterator[Item]:
         except BaseException as error:  # whatever it is, the consumer is the one to know
             put((False, error))
 
-    thread = threading.Thread(target=produce, name="prefetch", daemon=True)
+    thread = threading.Thread(target=produce, name=LOADER, daemon=True)
     thread.start()
     try:
         while True:

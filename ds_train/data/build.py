@@ -101,8 +101,8 @@ def _samples(run: RunConfig, file: TokenFile, tokenizer: Any, allow_short: bool)
         plain = FittedSamples(file, length, best, padding_token(tokenizer))
     if run.task.kind == "causal-lm":
         return plain
-    special = frozenset(tokenizer.all_special_ids)
-    return MaskedSamples(plain, run.task.mask_fraction, len(tokenizer), tokenizer.mask_token_id, special, run.seed)
+    special, tokens = frozenset(tokenizer.all_special_ids), tokenizer.get_vocab().values()
+    return MaskedSamples(plain, run.task.mask_fraction, tokens, tokenizer.mask_token_id, special, run.seed)
 
 
 def _too_short(length: int, tokens: int, split: str) -> UserError:

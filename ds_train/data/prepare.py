@@ -19,7 +19,7 @@ import os
 import platform
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from fractions import Fraction
@@ -33,6 +33,7 @@ from numpy.typing import NDArray
 
 from ds_train.config import RunConfig
 from ds_train.config.data import DataSection
+from ds_train.data.in_time import in_time
 from ds_train.data.sources import Document, documents, has_held_out, local_files
 from ds_train.data.tokenizer import Encoder, fingerprint, load_saved, load_tokenizer, train_bpe, vocabulary_size
 from ds_train.errors import UserError, user_error
@@ -229,7 +230,7 @@ class _SplitWriter:
 def _write(run: RunConfig, tokenizer: Any, folder: Path, progress: bool) -> None:
     data, task = run.data, run.task
     if tokenizer is None:
-        texts = (document.text for document in documents(data, task))
+        texts = (document.text for document in _read(run))
         tokenizer = train_bpe(_shown(texts, "training the tokenizer", progress), int(data.train_vocabulary or 0))
     # Before encoding, which leaves a length to cut at in the tokenizer.
     tokenizer.save_pretrained(folder / "tokenizer")
@@ -239,10 +240,10 @@ def _write(run: RunConfig, tokenizer: Any, folder: Path, progress: bool) -> None
     encoder = Encoder(tokenizer, own, labelled, data.sequence_length)
     with ExitStack() as stack:
         train, validation = (_SplitWriter(stack, folder, split, dtype, labelled) for split in SPLITS)
-        encoded = _encode(encoder, documents(data, task), progress)
+        encoded = _encode(encoder, _read(run), progress)
         if has_held_out(data):
             _fill(train, encoded)
-            _fill(validation, _encode(encoder, documents(data, task, held_out=True), progress))
+            _fill(validation, _encode(encoder, _read(run, held_out=True), progress))
         else:
             _split(encoded, data.validation_fraction, labelled, train, validation)
     _check_not_empty(data, train.tokens, validation.tokens)
@@ -253,7 +254,7 @@ def _write(run: RunConfig, tokenizer: Any, folder: Path, progress: bool) -> None
             "source": data.model_dump(mode="json", exclude={"cache_dir", "workers", *SHAPE_KEYS}),
             "task": task.kind,
             "tokenizer": fingerprint(tokenizer),
-            "vocabulary": len(tokenizer),
+            "vocabulary": vocabulary_size(tokenizer),
             "dtype": dtype,
             "labelled": labelled,
             "splits": {"train": train.counts(), "validation": validation.counts()},
@@ -263,6 +264,13 @@ def _write(run: RunConfig, tokenizer: Any, folder: Path, progress: bool) -> None
             },
         },
     )
+
+
+def _read(run: RunConfig, held_out: bool = False) -> Iterator[Document]:
+    def read(opened: Callable[[str], None]) -> Iterator[Document]:
+        return documents(run.data, run.task, held_out, opened)
+
+    return in_time(read, run.faults.first_step_seconds)
 
 
 def _write_manifest(folder: Path, facts: dict[str, Any]) -> None:

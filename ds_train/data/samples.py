@@ -6,7 +6,7 @@ a position is the token that follows it in the same document.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -201,12 +201,14 @@ class MaskedSamples:
     """
 
     def __init__(
-        self, samples: Samples, fraction: float, vocabulary: int, mask_token: int, special: frozenset[int], seed: int
-    ) -> None:
+        self, samples: Samples, fraction: float, vocabulary: Iterable[int], mask_token: int, special: frozenset[int],
+        seed: int,
+    ) -> None:  # fmt: skip
+        """`vocabulary`: every token of the tokenizer, whose ids may have gaps."""
         self.file, self.plain, self._fraction = samples.file, samples, fraction
         self._mask_token, self._seed = mask_token, seed
         self._special = np.array(sorted(special), dtype=np.int64)
-        self._ordinary = np.setdiff1d(np.arange(vocabulary), self._special)
+        self._ordinary = np.setdiff1d(np.fromiter(vocabulary, np.int64), self._special)
 
     def __len__(self) -> int:
         return len(self.plain)

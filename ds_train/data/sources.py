@@ -9,7 +9,7 @@ import json
 import os
 import sysconfig
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
@@ -38,13 +38,17 @@ class Document:
     label: int | None = None
 
 
-def documents(data: DataSection, task: TaskSection, held_out: bool = False) -> Iterator[Document]:
+def documents(
+    data: DataSection, task: TaskSection, held_out: bool = False, opened: Callable[[str], None] | None = None
+) -> Iterator[Document]:
     """The documents of the source in a fixed order, or of its held-out path or split.
+
+    `opened` is told each file, or the hub's data set, before it is read.
 
     Raises:
         UserError: missing or unreadable file, missing column, a label that is no class, an unreachable hub.
     """
-    return itertools.islice(_read(data, task, held_out), data.max_documents)
+    return itertools.islice(_read(data, task, held_out, opened or (lambda place: None)), data.max_documents)
 
 
 def has_held_out(data: DataSection) -> bool:
@@ -151,17 +155,20 @@ def _nothing_there(path: Path, source: str) -> tuple[str, str]:
     return "there is no such file, folder or glob", fix
 
 
-def _read(data: DataSection, task: TaskSection, held_out: bool) -> Iterator[Document]:
+def _read(data: DataSection, task: TaskSection, held_out: bool, opened: Callable[[str], None]) -> Iterator[Document]:
     if data.source == "stdlib":
         for file in local_files(data):
+            opened(str(file))
             yield Document(str(file), file.read_bytes().decode(errors="replace"))
         return
     origin = _origin(data, held_out)
     columns = [data.text_column] + ([data.label_column] if task.kind == "sequence-classification" else [])
     if data.source == "hub":
+        opened(origin.given)
         yield from _rows(_hub_rows(data, held_out, origin), data, task)
         return
     for path in local_files(data, held_out):
+        opened(str(path))
         if data.source == "text":
             yield Document(str(path), _read_text(path, origin))
         elif data.source == "tsv":

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 from ds_kernels import Choice
 from ds_kernels.memory import hand_back_memory
@@ -36,7 +38,7 @@ from ds_train.optim.fuse import fuse_passes
 from ds_train.optim.guard import guard_steps
 from ds_train.parallel.build import Part, build_part
 from ds_train.parallel.check import check_documents_apart, check_layer_dropping, check_layout, check_token_dropping
-from ds_train.parallel.mesh import Mesh
+from ds_train.parallel.mesh import Mesh, leave_groups
 from ds_train.parallel.sequence import leave_sequence
 from ds_train.parallel.tensor import gradient_norm
 from ds_train.plan.make import RunPlan, make_plan
@@ -77,12 +79,37 @@ class Assembly:
         return self.part.model
 
 
+_engines: WeakSet[Any] = WeakSet()
+"""Those that were built in this process and are still there."""
+
+
+def _leave_last_engine() -> None:
+    """Free what is left of this process's last engine, where there was one. Collective."""
+    from deepspeed.runtime.zero import parameter_offload, partitioned_param_coordinator
+
+    leave_sequence()
+    while _engines:
+        _engines.pop().destroy()  # its hooks on parameters are a cycle that the garbage collector doesn't see
+    # ZeRO-3 puts each engine's module there and never takes it out (runtime/zero/parameter_offload.py), and never
+    # forgets what to release after which module (partitioned_param_coordinator.py, `__params_to_release`).
+    parameter_offload.FWD_MODULE_STACK.clear()
+    coordinator = partitioned_param_coordinator.PartitionedParameterCoordinator
+    remembered = getattr(coordinator, "_PartitionedParameterCoordinator__params_to_release", None)
+    for cell in getattr(remembered, "__closure__", None) or ():
+        if hasattr(cell.cell_contents, "cache_clear"):
+            cell.cell_contents.cache_clear()
+    gc.collect()  # engines are in cycles of references
+    leave_groups()
+
+
 def assemble(
     run: RunConfig, plan: RunPlan, info: RankInfo, tokenizer: Any, prepared: Path, after: Layout | None = None,
     cut: Callable[[PreTrainedConfig], PreTrainedConfig] | None = None, clock: StepClock | None = None,
     left: Mapping[str, Count] | None = None,
 ) -> Assembly:  # fmt: skip
     """Build everything on this rank. Collective: every rank calls it with the same recipe and plan.
+
+    What was built before it in this process can't be used any more.
 
     Args:
         after: layout from the cut of a run that prunes on, for what can be cut; the plan's own without it.
@@ -100,8 +127,7 @@ def assemble(
     if info.device == "cuda":
         # Look-alikes are compared in fp32.
         torch.backends.cuda.matmul.allow_tf32 = False
-    # Where the last model of this process had sequence ranks.
-    leave_sequence()
+    _leave_last_engine()
     layout = plan.layout
     if run.model.keep_layers is not None:
         whole = run
@@ -156,7 +182,7 @@ def assemble(
     if fp32_products_are_faster(info.device, part.model.dtype):
         use_fp32_products(part.model)
     elif run.model.attention == "auto" and not run.model.compile and tiles_are_faster(info.device, part.model.dtype):
-        use_tiled_attention()
+        use_tiled_attention(part.model)
     quantize = run.compress.quantize
     packing = Packing.of(quantize, part.outline) if quantize.bits else None
     rounding = Rounding(run, part.model, mesh.tensor) if quantize.bits else None
@@ -167,14 +193,13 @@ def assemble(
     distilling = None if teacher is None else distil(taught, plan, part, data, teacher)
     if info.device == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = run.precision.tf32
-    # DeepSpeed keeps the groups of the last engine of this process.
-    deepspeed.utils.groups.mpu = None
     engine, *_ = deepspeed.initialize(
         model=part.module,
         optimizer=build_optimizer(part.model, run.optimizer, kernel, part.outline),
         config=plan.deepspeed_json,
         mpu=part.mpu,
     )
+    _engines.add(engine)
     fuse_passes(engine)
     guard_steps(engine, partial(gradient_norm, group=mesh.tensor))
     if run.patch.size > 1:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ds_train.config import RunConfig, dump, load
+from ds_train.engine.alone import alone_in
 from ds_train.engine.ranks import RankInfo, meet, on_main_first, run_to_exit_code, settle, versions
 from ds_train.engine.session import Placed, Session, layout_record, placed
 from ds_train.engine.stop import StopRequest
@@ -64,11 +65,20 @@ def train(run: RunConfig, info: RankInfo, stop_after: int | None = None) -> None
 def _train(
     before: Placed, after: Placed, info: RankInfo, folder: Path, stop: StopRequest, stop_after: int | None
 ) -> None:
-    from ds_train.engine.contract import check_common, check_facts, check_parameters
+    from ds_train.engine.contract import check_common
+
+    check_common(before.run.model_dump(mode="json"), before.plan)
+    on_main_first(info, lambda: _check_places(before.run, folder))
+    with alone_in(folder, info):
+        _train_alone(before, after, info, folder, stop, stop_after)
+
+
+def _train_alone(
+    before: Placed, after: Placed, info: RankInfo, folder: Path, stop: StopRequest, stop_after: int | None
+) -> None:
+    from ds_train.engine.contract import check_facts, check_parameters
 
     run, plan = before.run, before.plan
-    check_common(run.model_dump(mode="json"), plan)
-    on_main_first(info, lambda: _check_places(run, folder))
     prepared, tokenizer = _prepare_data(run, info)
 
     from ds_train.checkpoint import hf, native
@@ -150,6 +160,8 @@ def _note_start(
     """Say what a run begins with, and what it goes on from."""
     from ds_kernels.memory import memory_library
 
+    from ds_train.checkpoint.same_run import said_changes
+
     tracker.note(f"optimizer kernel: {parts.kernel}")
     if parts.engine.device.type == "cpu" and isinstance(memory_library(), Exception):
         tracker.note(f"large freed blocks go back to the system: {first_line(memory_library())}")
@@ -167,6 +179,8 @@ def _note_start(
     tracker.note(f"continuing {resumed} after step {state.step}")
     if state.layout != layout:
         tracker.note(f"its states were spread by {_words(state.layout)}, and are now by {_words(layout)}")
+    for change in said_changes(state.recipe, run.model_dump(mode="json")):
+        tracker.note(change)
     for name, now in versions().items():
         before = state.versions.get(name, now)
         if before != now:

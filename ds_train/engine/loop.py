@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from ds_train.config import RunConfig
 from ds_train.data.batches import count_labels
+from ds_train.data.build import DataBundle
 from ds_train.engine.build import Assembly
 from ds_train.engine.noise import MicroGradients
 from ds_train.engine.prune import Pruning
@@ -96,10 +98,10 @@ def train_steps(
         end = min(end, pruning.steps.cut)
     place = plan.layout.coordinates(info.rank)
     steps = parts.data.train.steps(lambda: timeline.shapes(first, end), run.data.workers)
-    while True:
+    for number in itertools.count(first + 1):
         started = time.perf_counter()
         parts.clock.start()
-        with parts.clock("data"):
+        with parts.clock("data"), waiting(watchdog, number, parts.data, "train"):
             entry = next(steps, None)
         if entry is None:
             parts.clock.stop()
@@ -152,12 +154,15 @@ def train_steps(
         yield result
 
 
-def evaluate(run: RunConfig, parts: Assembly, step: int) -> EvalResult | None:
-    """Score the first `track.eval_samples` held-out samples; None where no label is held out. Collective."""
+def evaluate(run: RunConfig, parts: Assembly, step: int, watchdog: Watchdog | None = None) -> EvalResult | None:
+    """Score the first `track.eval_samples` held-out samples; None where no label is held out. Collective.
+
+    `watchdog` times the wait for each.
+    """
     if parts.data.validation is None:
         return None
     started = time.perf_counter()
-    batches = parts.data.validation.eval(run.track.eval_samples)
+    batches = _waited(parts.data.validation.eval(run.track.eval_samples), parts.data, step, watchdog)
     totals = _scores(parts, batches) * (parts.part.mesh.place.tensor == 0)
     loss, correct, labels = all_sum(totals).tolist()
     if labels == 0:
@@ -237,6 +242,29 @@ def _scores(parts: Assembly, batches: Iterator[dict[str, Tensor]]) -> Tensor:
         totals += part.loss.scores(engine, _own(batch, parts))
     engine.train()
     return totals
+
+
+@contextmanager
+def waiting(watchdog: Watchdog | None, step: int, data: DataBundle, split: str) -> Iterator[None]:
+    """Let `watchdog` time the wait for samples of step `step` inside of the block."""
+    if watchdog is None:
+        yield
+        return
+    watchdog.begin_wait(step, data.folder / f"{split}.tokens")
+    yield
+    watchdog.end()
+
+
+def _waited(
+    batches: Iterator[dict[str, Tensor]], data: DataBundle, step: int, watchdog: Watchdog | None
+) -> Iterator[dict[str, Tensor]]:
+    """`batches`, the wait for each of which is timed."""
+    while True:
+        with waiting(watchdog, step, data, "validation"):
+            batch = next(batches, None)
+        if batch is None:
+            return
+        yield batch
 
 
 def due(every: int | None, step: int) -> bool:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ds_train.config import RunConfig
 from ds_train.engine.job import make_run_folder, quiet_libraries
 from ds_train.engine.ranks import RankInfo, barrier, meet, on_main_first, settle
+from ds_train.engine.stop import StopRequest
 from ds_train.errors import user_error
 from ds_train.plan.make import make_plan
 from ds_train.plan.model_size import ModelSize, model_size
@@ -50,6 +51,7 @@ def find(run: RunConfig, info: RankInfo, test: RangeTest) -> dict[str, Any]:
 
     Raises:
         UserError: whatever a run of the recipe is refused for, or training that is unstable at the lowest rate.
+        Stopped: a rank was told to stop.
     """
     started = time.perf_counter()
     tested, ratio = (run, 1.0) if test.proxy_width is None else proxy(run, test.proxy_width)
@@ -60,7 +62,8 @@ def find(run: RunConfig, info: RankInfo, test: RangeTest) -> dict[str, Any]:
     tested = on_main_first(info, lambda: make_plan(tested, cluster).run)
     plan = make_plan(tested, cluster)
     folder = Path(run.run_root).expanduser() / run.name
-    finding, tokenizer = _search(tested, plan, info, test, folder)
+    with StopRequest(run.faults.grace_seconds) as stop:
+        finding, tokenizer = _search(tested, plan, info, test, folder, stop)
     moved = {} if test.proxy_width is None else transfer(run, tokenizer, ratio)
     record = asdict(finding) | {
         "value": finding.value / ratio,
@@ -130,7 +133,7 @@ def transfer(run: RunConfig, tokenizer: Any, ratio: float) -> dict[str, Any]:
 
 
 def _search(
-    run: RunConfig, plan: RunPlan, info: RankInfo, test: RangeTest, folder: Path
+    run: RunConfig, plan: RunPlan, info: RankInfo, test: RangeTest, folder: Path, stop: StopRequest
 ) -> tuple[Finding, PreTrainedTokenizerBase]:
     """What was found, and the tokenizer of the data."""
     from ds_train.data.prepare import prepare, prepared_tokenizer
@@ -145,7 +148,7 @@ def _search(
         on_main_first(info, lambda: _make(kept))
         parts.engine.save_checkpoint(str(kept), tag=_START, save_latest=False)
         barrier()
-        trainer = _Trainer(run, plan, info, parts, kept)
+        trainer = _Trainer(run, plan, info, parts, kept, stop)
         finding = find_learning_rate(
             trainer,
             test.lowest,
@@ -167,8 +170,11 @@ def _search(
 class _Trainer:
     """Trains the recipe's first steps from its first weights, at the rates that it is given."""
 
-    def __init__(self, run: RunConfig, plan: RunPlan, info: RankInfo, parts: Assembly, kept: Path) -> None:
-        self._run, self._plan, self._info, self._parts, self._kept = run, plan, info, parts, kept
+    def __init__(
+        self, run: RunConfig, plan: RunPlan, info: RankInfo, parts: Assembly, kept: Path, stop: StopRequest
+    ) -> None:
+        self._run, self._plan, self._info, self._parts = run, plan, info, parts
+        self._kept, self._stop = kept, stop
 
     def __call__(self, rates: Sequence[float]) -> Iterator[float]:
         from ds_train.engine.loop import train_steps
@@ -176,8 +182,11 @@ class _Trainer:
         # Also brings back the optimizer's states and the loss scale of their first step.
         self._parts.engine.load_checkpoint(str(self._kept), tag=_START, load_lr_scheduler_states=False)
         timeline = make_timeline(self._run, self._parts.data.samples_per_epoch)
-        for result in train_steps(self._run, self._plan, self._info, self._parts, timeline, rates=rates):
+        for result in train_steps(
+            self._run, self._plan, self._info, self._parts, timeline, rates=rates, stop=self._stop
+        ):
             yield result.loss
+        self._stop.check("the test has found nothing yet; the same command begins it anew")
 
 
 def _make(folder: Path) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ds_train.config import RunConfig, dump
 from ds_train.engine.job import make_run_folder, quiet_libraries
 from ds_train.engine.ranks import RankInfo, barrier, meet, on_main_first, settle, versions
+from ds_train.engine.stop import StopRequest
 from ds_train.errors import user_error
 from ds_train.plan.make import make_plan
 from ds_train.plan.topology import Cluster
@@ -19,6 +20,9 @@ from ds_train.schedule.timeline import make_timeline
 if TYPE_CHECKING:
     from ds_train.compress.cut import Cut
     from ds_train.engine.build import Assembly
+    from ds_train.plan.make import RunPlan
+
+_NOTHING_YET = "nothing has been cut or written; the same command begins anew"
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,7 @@ def prune_once(run: RunConfig, info: RankInfo, checkpoint: Path | None = None) -
 
     Raises:
         UserError: whatever a run of the recipe is refused for; it asks for nothing to go; the checkpoint has been cut.
+        Stopped: a rank was told to stop before anything was written.
     """
     section = run.compress.prune
     if not section.kinds:
@@ -59,7 +64,13 @@ def prune_once(run: RunConfig, info: RankInfo, checkpoint: Path | None = None) -
     quiet_libraries()
     folder = Path(run.run_root).expanduser() / run.name
     on_main_first(info, lambda: make_run_folder(folder))
+    with StopRequest(run.faults.grace_seconds) as stop:
+        return _prune(run, plan, info, checkpoint, folder, stop)
 
+
+def _prune(
+    run: RunConfig, plan: RunPlan, info: RankInfo, checkpoint: Path | None, folder: Path, stop: StopRequest
+) -> Pruned:
     from ds_train.checkpoint import native, offline
     from ds_train.data.prepare import prepare, prepared_tokenizer
     from ds_train.engine.build import assemble
@@ -78,14 +89,17 @@ def prune_once(run: RunConfig, info: RankInfo, checkpoint: Path | None = None) -
         native.load(parts.engine, parts.part, checkpoint)
     timeline = make_timeline(run, parts.data.samples_per_epoch)
     before = evaluate(run, parts, 0)
-    steps = min(section.score_steps, timeline.steps)
+    stop.check(_NOTHING_YET)
+    steps = min(run.compress.prune.score_steps, timeline.steps)
     pruning = Pruning(run, parts.prunable, parts.engine, parts.part, PruneSteps(0, steps, steps))
     # At a rate of 0 nothing moves.
-    for _ in train_steps(run, plan, info, parts, timeline, rates=[0.0] * steps, pruning=pruning):
+    for _ in train_steps(run, plan, info, parts, timeline, rates=[0.0] * steps, stop=stop, pruning=pruning):
         pass
+    stop.check(_NOTHING_YET)
     pruning.choose()
     pruning.set_masks(1.0)
     after = evaluate(run, parts, 0)
+    stop.check(_NOTHING_YET)
     cut = pruning.cut()
     parameters = _export(run, info, parts, cut, tokenizer, folder)
     return Pruned(

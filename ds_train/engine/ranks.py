@@ -241,7 +241,9 @@ def run_to_exit_code(body: Callable[[RankInfo], None]) -> int:
             for problem in error.problems:
                 print(f"error{here}: {problem}", file=sys.stderr, flush=True)
         return EXIT_CODE
-    except Stopped:
+    except Stopped as stopped:
+        if str(stopped) and os.environ.get("RANK", "0") == "0":
+            print(stopped, file=sys.stderr, flush=True)
         return STOPPED_CODE
     finally:
         if "torch" in sys.modules:

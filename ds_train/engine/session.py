@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
@@ -81,6 +80,7 @@ class Session:
         self.folder, self.fingerprint, self.watch, self.stop = folder, fingerprint, watch, stop
         self._at: tuple[int, int] | None = None  # step and tokens
         self._saved_step = 0
+        self.watchdog: Watchdog | None = None
         self.pruning: Pruning | None = None
         self.pruned: Mapping[str, Any] = {}
         """What has been cut."""
@@ -117,23 +117,24 @@ class Session:
 
     def train(self, done: int, watchdog: Watchdog | None = None, stop_after: int | None = None) -> None:
         """Steps `done` + 1 to `stop_after`, or the timeline's last, each followed by what is due after it."""
+        self.watchdog = watchdog
         start = None if self.watch.patience_ended else done
         while start is not None:
             if self.pruning is not None and start >= self.pruning.steps.cut:
                 self._cut(start)
-            start = self._train_from(start, watchdog, stop_after or self.watch.timeline.steps)
+            start = self._train_from(start, stop_after or self.watch.timeline.steps)
         if self.stop.agreed:
             self._save_and_stop(done)
         self._note_saves(self.saver.close())
 
-    def _train_from(self, done: int, watchdog: Watchdog | None, stop_after: int) -> int | None:
+    def _train_from(self, done: int, stop_after: int) -> int | None:
         """Train to the end; or to a step that is rolled back or followed by a cut: gives the one to go on from."""
         from ds_train.engine.loop import due, train_steps
 
         run, timeline = self.run, self.watch.timeline
         steps = train_steps(
             run, self.plan, self.info, self.parts, timeline, done,
-            stop=self.stop, watchdog=watchdog, pruning=self.pruning,
+            stop=self.stop, watchdog=self.watchdog, pruning=self.pruning,
         )  # fmt: skip
         with closing(steps):
             for result in self._profiled(steps, done):
@@ -170,7 +171,7 @@ class Session:
         cut = self.pruning.cut()
         before = parameters_of(self.parts.part)
         self.pruning.set_masks(1.0)
-        masked = evaluate(self.run, self.parts, step)
+        masked = evaluate(self.run, self.parts, step, self.watchdog)
         folder = self.folder / "cut"
         saver = native.Saver(folder, self.parts.engine, self.parts.part, keep_last=1)
         (saved,) = saver.save(self._state(step, self.watch.timeline.tokens_after(step)))
@@ -179,11 +180,9 @@ class Session:
             raise user_error("run_root", reason, "make room there, and start the command again", str(folder))
         self.pruned, clock = {"removed": self.pruning.removed, **cut.record()}, self.parts.clock
         self.pruning = None
-        self.parts.engine.destroy()
-        # What holds the engine, before another one is built beside it.
+        # What holds the engine, which the next one takes the place of.
         self.watch.let_go()
         del saver, self.saver, self.speed, self.parts
-        gc.collect()
         parts = self.build(self.pruned, clock)
         native.load(parts.engine, parts.part, saved.path, cut)
         self._go_on_with(self.after, parts)
@@ -192,7 +191,7 @@ class Session:
         record: dict[str, Any] = {"kind": "cut", "step": step, "parameters": left, "parameters_before": before, **sizes}
         words = ", ".join(f"{kind} {count}" for kind, count in sizes.items())
         note = f"cut after step {step}: {before:,} parameters, now {left:,} ({words})"
-        found = evaluate(self.run, parts, step)
+        found = evaluate(self.run, parts, step, self.watchdog)
         if masked is not None and found is not None:
             record |= {"masked_loss": masked.loss, "loss": found.loss}
             note += f"; held-out loss {masked.loss:.4f} with these masked, {found.loss:.4f} without them"
@@ -246,7 +245,7 @@ class Session:
         from ds_train.engine.continuations import continue_prompts
         from ds_train.engine.loop import evaluate
 
-        scores = evaluate(self.run, self.parts, result.step)
+        scores = evaluate(self.run, self.parts, result.step, self.watchdog)
         if scores is None:
             return False
         better = self.watch.judge(scores)

@@ -15,7 +15,7 @@ from typing import Any
 
 import psutil
 
-from ds_train.errors import STOPPED_CODE
+from ds_train.errors import STOPPED_CODE, Stopped
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 """What asks a run to stop. Slurm sends the last one ahead of a time limit (`sbatch --signal=USR1@120`)."""
@@ -49,6 +49,22 @@ class StopRequest:
     def requested(self) -> bool:
         """Whether this rank was told to stop."""
         return self.reason is not None
+
+    def check(self, then: str) -> None:
+        """End here on all ranks, if any was told to; `then` says what becomes of the work. Collective.
+
+        Raises:
+            Stopped: on all ranks.
+        """
+        import torch
+        from deepspeed.accelerator import get_accelerator
+
+        from ds_train.engine.ranks import all_sum
+
+        asked = torch.tensor(int(self.requested), device=get_accelerator().current_device_name())
+        self.agreed = self.agreed or bool(all_sum(asked))
+        if self.agreed:
+            raise Stopped(f"told to stop ({self.reason or 'another rank was'}): {then}")
 
     def __enter__(self) -> StopRequest:
         # A thread reads the signals' numbers: Python's own handlers run only between two instructions of the main

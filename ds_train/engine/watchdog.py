@@ -1,8 +1,9 @@
 """A run that hangs says where, names the late rank, and ends: a dead rank must not keep the others for hours.
 
-Every rank's step is timed by a thread of its own. When one takes far too long, or a rank no longer answers, all ranks
-write their stacks and last collectives to RUN/faults and tell rank 0 what they are at, through the store at which they
-met, since collectives are what hangs. Nothing is added to a step but two readings of the clock.
+Every rank's step, and its wait for the step's samples, is timed by a thread of its own. When one takes far too long, or
+a rank no longer answers, all ranks write their stacks and last collectives to RUN/faults and tell rank 0 what they are
+at, through the store at which they met, since collectives are what hangs. Nothing is added to a step but four readings
+of the clock.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 from ds_train.config.faults import FaultsSection
+from ds_train.data.batches import LOADER, prefetch
 from ds_train.engine.ranks import RankInfo
 from ds_train.errors import HUNG_CODE
 
@@ -42,7 +44,10 @@ _COLLECTIVES = ("torch/distributed/", "deepspeed/comm/")
 
 
 class Pace:
-    """How long a step may take: a factor times the median of the last ones per token, but for the first of a kind."""
+    """How long a step may take: a factor times the median of the last ones per token, but for the first of a kind.
+
+    A wait for samples is timed as a step of one token.
+    """
 
     def __init__(self, section: FaultsSection) -> None:
         self._section = section
@@ -79,8 +84,11 @@ class Report:
 
 
 @dataclass(frozen=True)
-class _Step:
-    number: int
+class _Phase:
+    """A step, or the wait for its samples: `what` it is in words, and the pace that it is measured by."""
+
+    what: str
+    pace: Pace
     kind: Any
     tokens: int
     started: float
@@ -90,14 +98,15 @@ class _Step:
 class Watchdog:
     """Watches the steps of this rank, and with the other ranks' watchdogs that every one still answers.
 
-    What lies between steps (evaluation, saving, export) may take as long as it does, as long as every rank answers.
+    What lies between steps (evaluation, saving, export) may take as long as it does, as long as every rank answers;
+    but each wait for samples is timed there too.
     """
 
     def __init__(self, section: FaultsSection, info: RankInfo, folder: Path, tell: Callable[[str], None]) -> None:
         """`tell` gets the verdict on rank 0, from a thread, before the process ends."""
         self._section, self._info, self._folder, self._tell = section, info, folder, tell
-        self._pace = Pace(section)
-        self._step: _Step | None = None
+        self._steps, self._waits = Pace(section), Pace(section)
+        self._phase: _Phase | None = None
         self._last = 0
         self._since = self._answered = time.monotonic()
         self._alarm: str | None = None
@@ -117,7 +126,7 @@ class Watchdog:
     ) -> None:
         """In order, all ranks leave together: rank 0's end is the end of the store."""
         faulthandler.cancel_dump_traceback_later()
-        self._step = None
+        self._phase = None
         if error is None:
             from ds_train.engine.ranks import barrier
 
@@ -127,26 +136,32 @@ class Watchdog:
 
     def begin(self, number: int, kind: Any, tokens: int) -> None:
         """The work of step `number` begins, over `tokens` of all ranks."""
-        limit = self._pace.limit(kind, tokens)
+        self._begin(f"step {number}", number, self._steps, kind, tokens)
+
+    def begin_wait(self, number: int, file: Path) -> None:
+        """The wait for samples of `file` begins, which step `number` trains on or is evaluated by."""
+        self._begin(f"loading the data of step {number} from {file}", number, self._waits, None, 1)
+
+    def _begin(self, what: str, number: int, pace: Pace, kind: Any, tokens: int) -> None:
+        limit = pace.limit(kind, tokens)
         self._since = time.monotonic()
-        self._last, self._step = number, _Step(number, kind, tokens, self._since, limit)
+        self._last, self._phase = number, _Phase(what, pace, kind, tokens, self._since, limit)
         # Where a thread of Python can't run, since another one holds the interpreter, this one of C still does.
         faulthandler.dump_traceback_later(1.5 * limit + 2 * _ANSWER_S, exit=True, file=sys.__stderr__ or 2)
 
     def end(self, whole: bool = True) -> None:
         """It has ended, or was given up; what comes until the next one may take its time."""
         faulthandler.cancel_dump_traceback_later()
-        step, self._step = self._step, None
+        phase, self._phase = self._phase, None
         seconds, self._since = time.monotonic() - self._since, time.monotonic()
-        if step is not None and whole:
-            self._pace.add(step.kind, step.tokens, seconds)
+        if phase is not None and whole:
+            phase.pace.add(phase.kind, phase.tokens, seconds)
 
     def _watch(self) -> None:
         while not self._closing.wait(self._look_every_s):
-            step, now = self._step, time.monotonic()
-            if step is not None and now - step.started > step.limit:
-                reason = f"step {step.number} has taken {now - step.started:.0f} s and may take {step.limit:.0f} s"
-                self._end(reason)
+            phase, now = self._phase, time.monotonic()
+            if phase is not None and now - phase.started > phase.limit:
+                self._end(f"{phase.what} has taken {now - phase.started:.0f} s and may take {phase.limit:.0f} s")
             elif self._alarm is not None:
                 self._end(self._alarm)
             elif self._info.ranks > 1 and now - self._answered > self._section.late_floor_seconds:
@@ -295,7 +310,8 @@ def _give(numbers: Sequence[int]) -> str:
 
 
 def _place() -> tuple[str, bool]:
-    """(where the main thread is, whether any thread that computes is inside of a collective)."""
+    """(where the main thread is, or the one that loads what it waits for; whether any thread that computes is inside of
+    a collective)."""
     frames = sys._current_frames()
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     busy = {
@@ -304,7 +320,16 @@ def _place() -> tuple[str, bool]:
         if not any(names.get(ident, "").startswith(prefix) for prefix in _OWN_THREADS)
     }
     main = frames.get(threading.main_thread().ident or 0)
+    if _waits_for_samples(main):
+        main = next((frame for ident, frame in frames.items() if names.get(ident) == LOADER), main)
     return _words(main), any(_in_collective(frame) for frame in busy.values())
+
+
+def _waits_for_samples(frame: FrameType | None) -> bool:
+    """Whether it is the loader's thread that samples would come from."""
+    while frame is not None and frame.f_code is not prefetch.__code__:
+        frame = frame.f_back
+    return frame is not None
 
 
 def _words(frame: FrameType | None) -> str:

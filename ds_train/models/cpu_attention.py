@@ -12,7 +12,8 @@ import torch
 from ds_kernels.attention import attention_library, causal_attention, takes
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ds_train.models.attention import attend_by
 
 
 def tiles_are_faster(device: Any, dtype: torch.dtype) -> bool:
@@ -24,9 +25,9 @@ def tiles_are_faster(device: Any, dtype: torch.dtype) -> bool:
     return fit and not isinstance(attention_library(), Exception)
 
 
-def use_tiled_attention() -> None:
-    """Let scaled-dot-product attention of every model of this process go by tiles."""
-    ALL_ATTENTION_FUNCTIONS["sdpa"] = _attention
+def use_tiled_attention(model: nn.Module) -> None:
+    """Let scaled-dot-product attention of `model` go by tiles."""
+    attend_by(model, _attention)
 
 
 def _attention(

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ds_train.models.attention import attend_by
 
 
 def fp32_products_are_faster(device: Any, dtype: torch.dtype) -> bool:
@@ -36,7 +37,7 @@ def use_fp32_products(model: PreTrainedModel) -> None:
         # A head that gives the loss (models/tasks.py) has a forward of its own and widens by itself.
         if type(module) is nn.Linear and "forward" not in vars(module):
             module.forward = partial(_linear, module)  # type: ignore[method-assign]
-    ALL_ATTENTION_FUNCTIONS["sdpa"] = _attention
+    attend_by(model, _attention)
 
 
 def _linear(module: nn.Linear, hidden: Tensor) -> Tensor:

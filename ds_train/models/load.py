@@ -40,10 +40,11 @@ def load_model_config(run: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Pre
             or a vocabulary smaller than the tokenizer's.
     """
     keys = dict(run.model.config)
+    tokens = max(tokenizer.get_vocab().values()) + 1  # not their number: some tokenizers leave ids out
     if run.task.kind == "sequence-classification":
         keys["num_labels"] = run.task.num_labels
     if run.model.path is None:
-        keys.setdefault("vocab_size", len(tokenizer))
+        keys.setdefault("vocab_size", tokens)
         keys.update(_special_tokens(tokenizer))
         config = _config_from_scratch(str(run.model.arch), keys)
     else:
@@ -58,11 +59,12 @@ def load_model_config(run: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Pre
         raise user_error("model.output_router_logits", reason, "set false", "true")
     config.use_cache = False
     vocabulary = config.get_text_config().vocab_size
-    if vocabulary < len(tokenizer):
+    if vocabulary < tokens:
+        largest = "" if tokens == len(tokenizer) else f", and the largest is number {tokens - 1}"
         raise user_error(
             "model.vocab_size",
-            f"vocabulary mismatch: the tokenizer has {len(tokenizer)} tokens",
-            f"set model.vocab_size to {len(tokenizer)} or more, or data.tokenizer to the model's own",
+            f"vocabulary mismatch: the tokenizer has {len(tokenizer)} tokens{largest}",
+            f"set model.vocab_size to {tokens} or more, or data.tokenizer to the model's own",
             vocabulary,
         )
     return config

@@ -11,6 +11,20 @@ from ds_train.plan.topology import Layout
 Group = Any
 
 
+def leave_groups() -> None:
+    """Destroy every process group but that of all ranks. Collective; no engine of this process may be used after it.
+
+    DeepSpeed makes the next engine's anew and keeps the last one's, each with its sockets and threads.
+    """
+    import deepspeed
+
+    dist.barrier()  # nobody is in a collective of theirs any more
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            deepspeed.comm.destroy_process_group(group)
+    deepspeed.utils.groups.mpu = None
+
+
 class Mesh:
     """Groups of this rank along the axes. Collective: every rank builds it.
 

@@ -17,12 +17,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, masking_utils
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ds_train.models.attention import SDPA, attend
 from ds_train.models.loss import IGNORE_INDEX
 
 Group = Any
-
-ATTENTION = "sdpa"
-"""The attention implementation that can be shared."""
 
 
 class SequenceParallel:
@@ -31,8 +29,8 @@ class SequenceParallel:
     def __init__(self, group: Group, model: PreTrainedModel) -> None:
         """Raises ValueError where the attention of `model` is another."""
         attention = model.config._attn_implementation
-        if attention != ATTENTION:
-            raise ValueError(f"its attention is {attention}, and tokens are exchanged around {ATTENTION} only")
+        if attention != SDPA:
+            raise ValueError(f"its attention is {attention}, and tokens are exchanged around {SDPA} only")
         self.group = group
         """The ranks that share the tokens of a sample."""
         self._rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
@@ -108,24 +106,17 @@ def _install() -> None:
     """Put the exchange around scaled-dot-product attention; without an active group it changes nothing."""
     masking_utils._preprocess_mask_arguments = _mask_arguments
     masking_utils.packed_sequence_compatibility_function = _packed_mask
-    plain = ALL_ATTENTION_FUNCTIONS[ATTENTION]
-    if isinstance(plain, _SharedAttention):
-        return
-    ALL_ATTENTION_FUNCTIONS[ATTENTION] = _SharedAttention(plain)
+    ALL_ATTENTION_FUNCTIONS[SDPA] = _shared_attention
 
 
-class _SharedAttention:
-    def __init__(self, plain: Callable[..., Any]) -> None:
-        self._plain = plain
-
-    def __call__(
-        self, module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
-    ) -> tuple[Tensor, None]:
-        group = _ACTIVE.group
-        if group is None:
-            return self._plain(module, query, key, value, attention_mask, **options)
-        query, key, value = (
-            _SeqAllToAll.apply(group, states.transpose(1, 2), 2, 1, 0).transpose(1, 2) for states in (query, key, value)
-        )
-        output_BTHD, _ = self._plain(module, query, key, value, attention_mask, **options)
-        return _SeqAllToAll.apply(group, output_BTHD, 1, 2, 0), None
+def _shared_attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
+    group = _ACTIVE.group
+    if group is None:
+        return attend(module, query, key, value, attention_mask, **options)
+    query, key, value = (
+        _SeqAllToAll.apply(group, states.transpose(1, 2), 2, 1, 0).transpose(1, 2) for states in (query, key, value)
+    )
+    output_BTHD, _ = attend(module, query, key, value, attention_mask, **options)
+    return _SeqAllToAll.apply(group, output_BTHD, 1, 2, 0), None

@@ -58,16 +58,18 @@ class Place:
 
     def train(
         self, recipe: Path, acts: Sequence[Act] = (), settle_s: float = 20, ordinary: bool = False,
-        own_overrides: Mapping[int, list[str]] | None = None,
+        own_overrides: Mapping[int, list[str]] | None = None, command: str = "train",
     ) -> Ended:  # fmt: skip
         """Train `recipe` by two ranks; after one has ended badly, the other gets `settle_s`.
 
         Args:
+            command: another one of `ds-train` that is run by every rank.
             ordinary: they ask for the modes of files, as root doesn't.
             own_overrides: overrides of single ranks.
         """
         launch = {
             "recipe": str(recipe), "acts": list(acts), "ordinary": ordinary, "own_overrides": dict(own_overrides or {}),
+            "command": command,
         }  # fmt: skip
         return run_ranks(2, [str(STRUCK), json.dumps(launch)], settle_s=settle_s)
 

@@ -75,9 +75,15 @@ def main() -> int:
             lay(act)
     if launch["ordinary"]:
         respect_modes()
-    from ds_train.engine.job import run_job
+    if launch["command"] == "train":
+        from ds_train.engine.job import run_job
 
-    return run_job(launch["recipe"], launch["own_overrides"].get(rank, []))
+        return run_job(launch["recipe"], launch["own_overrides"].get(rank, []))
+    from ds_train.cli import main as ds_train
+
+    sys.argv = ["ds-train", launch["command"], launch["recipe"]]
+    ds_train()
+    return 0
 
 
 if __name__ == "__main__":

@@ -33,6 +33,41 @@ def test_a_rank_that_hangs_is_named_and_the_run_ends(place: Place) -> None:
 
 
 @pytest.mark.faults
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_loader_that_hangs_is_named(place: Place, workers: int) -> None:
+    recipe = place.recipe("late", 20, {"zero_stage": 2}, **QUICK, data={"workers": workers})
+    ended = place.train(recipe, acts=[act(1, "ds_train.data.batches:Batches.take", "hang", call=8)])
+    assert ended.codes == [76, 76], ended.outputs
+    assert "late is rank 1 on " in ended.outputs[0]
+    assert "at step 8, in strike (tests/faults/struck.py:" in ended.outputs[0]
+    words = "".join(ended.outputs)
+    assert "loading the data of step 8 from " in words or "step 8 has taken" in words
+    place.train(recipe).check()
+    assert place.records("late", "train")[-1]["step"] == 20
+
+
+@pytest.mark.faults
+def test_held_out_samples_that_hang_are_named(place: Place) -> None:
+    recipe = place.recipe("late", 20, {"zero_stage": 2}, **QUICK, data={"workers": 0})
+    # Two micro-batches a step, and an evaluation after three.
+    ended = place.train(recipe, acts=[act(0, "ds_train.data.batches:Collator.__call__", "hang", call=7)])
+    assert ended.codes == [76, 76], ended.outputs
+    assert "loading the data of step 3 from " in ended.outputs[0]
+    assert "validation.tokens has taken" in ended.outputs[0]
+    assert "late is rank 0 on " in ended.outputs[0]
+
+
+@pytest.mark.faults
+def test_a_source_that_hangs_while_it_is_read_is_named(place: Place) -> None:
+    recipe = place.recipe("late", 20, {"zero_stage": 2}, faults={"first_step_seconds": 3})
+    ended = place.train(recipe, acts=[act(0, "ds_train.data.sources:_read_text", "hang", call=8)])
+    assert ended.codes[0] == 76, ended.outputs
+    assert f"nothing has come from {place.folder}/text/07.txt for 3 s" in ended.outputs[0]
+    assert not (place.run("late") / "metrics.jsonl").exists()
+    place.train(recipe).check()
+
+
+@pytest.mark.faults
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_is_stopped_is_named(place: Place, rank: int) -> None:
     recipe = place.recipe("stopped", 20, {"zero_stage": 2}, **QUICK)

@@ -47,6 +47,25 @@ def test_a_save_that_outlasts_the_grace_time_is_left(place: Place) -> None:
     place.train(recipe).check()
 
 
+PRUNE = {"compress": {"prune": {"ffn": 0.5, "score_steps": 6}}}
+
+
+@pytest.mark.parametrize(
+    ("command", "word"),
+    [
+        ("lr-find", "the test has found nothing yet"),
+        pytest.param("prune", "nothing has been cut or written", marks=pytest.mark.faults),
+    ],
+)
+def test_commands_that_train_on_ranks_stop_in_order(place: Place, command: str, word: str) -> None:
+    recipe = place.recipe("told", 20, {"zero_stage": 2}, **(PRUNE if command == "prune" else {}))
+    ended = place.train(recipe, acts=[act(1, "ds_train.engine.loop:update", "SIGTERM", call=3)], command=command)
+    assert ended.codes == [75, 75], ended.outputs
+    assert f"told to stop (another rank was): {word}" in ended.outputs[0]
+    assert "Traceback" not in "".join(ended.outputs)
+    assert list(place.run("told").iterdir()) == [], "nothing is left"
+
+
 class Run:
     """A run through a launcher, until it has trained a few steps."""
 

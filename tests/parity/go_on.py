@@ -1,4 +1,4 @@
-"""Goes on from a checkpoint in the layout of each recipe: `go_on.py CHECKPOINT RECIPE ...`.
+"""Goes on from a checkpoint in the layout of each recipe: `go_on.py CHECKPOINT RECIPE ... [-- CHECKPOINT RECIPE ...]`.
 
 First the checkpoint is loaded and saved again untouched, under `resaved` of the recipe's run folder; then the recipe is
 trained from it.
@@ -6,6 +6,7 @@ trained from it.
 
 from __future__ import annotations
 
+import itertools
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -20,9 +21,14 @@ from ds_train.plan.topology import Cluster
 
 
 def body(info: ranks.RankInfo) -> None:
-    checkpoint, *recipes = map(Path, sys.argv[1:])
     ranks.meet(info)
     job.quiet_libraries()
+    for between, group in itertools.groupby(sys.argv[1:], key="--".__eq__):
+        if not between:
+            go_on(info, *map(Path, group))
+
+
+def go_on(info: ranks.RankInfo, checkpoint: Path, *recipes: Path) -> None:
     for recipe in recipes:
         run = load(recipe, [f"checkpoint.resume={checkpoint}"])
         plan = make_plan(run, Cluster(info.ranks, info.ranks_per_host, info.device))

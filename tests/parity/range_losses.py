@@ -9,6 +9,7 @@ from typing import Any
 
 from ds_train.config import load
 from ds_train.engine import lr_find, ranks
+from ds_train.engine.stop import StopRequest
 from ds_train.plan.make import make_plan
 from ds_train.plan.topology import Cluster
 
@@ -28,7 +29,7 @@ def main() -> int:
             lr_find.find_learning_rate = search  # type: ignore[assignment]
             folder = Path(run.run_root) / run.name
             folder.mkdir(parents=True, exist_ok=True)
-            lr_find._search(run, plan, info, lr_find.RangeTest(), folder)
+            lr_find._search(run, plan, info, lr_find.RangeTest(), folder, StopRequest(grace_s=60))
             ranks.barrier()
             left = sorted(path.name for path in folder.iterdir())
             print("LOSSES " + json.dumps({"name": run.name, "parts": parts, "left": left}), flush=True)

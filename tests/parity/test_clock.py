@@ -32,6 +32,7 @@ LAYOUTS: dict[str, dict[int, dict[str, Any]]] = {
     "patch": {2: {"sequence": 2, "zero_stage": 1}, 4: {"pipeline": 2, "tensor": 2}},
 }
 """A sample: the layout of each number of ranks; one rank is compared with."""
+SAMPLE = {1: tuple(LAYOUTS), 2: tuple(LAYOUTS), 4: ("patch",)}
 ALL: tuple[dict[str, Any], ...] = (
     {"zero_stage": 0}, {"zero_stage": 3}, {"pipeline": 2}, {"pipeline": 4}, {"tensor": 2, "zero_stage": 3},
     {"pipeline": 2, "tensor": 2}, {"sequence": 2, "zero_stage": 3}, {"tensor": 2, "sequence": 2, "zero_stage": 0},
@@ -74,13 +75,13 @@ def compare(folder: Path, reference: str, other: str, case: str) -> None:
 
 def test_the_clock_is_the_same_in_every_layout_and_after_a_stop(tmp_path: Path) -> None:
     recipes = {
-        ranks: dict(recipe(tmp_path, case, ranks, 0, LAYOUTS[case].get(ranks, {})) for case in LAYOUTS)
-        for ranks in (1, 2, 4)
+        ranks: dict(recipe(tmp_path, case, ranks, 0, LAYOUTS[case].get(ranks, {})) for case in cases)
+        for ranks, cases in SAMPLE.items()
     }
     for ranks, named in recipes.items():
         run_ranks(ranks, ["tests/parity/train_many.py", *named.values()], timeout_s=500).check()
-    for case in LAYOUTS:
-        for ranks in (2, 4):
+    for ranks in (2, 4):
+        for case in SAMPLE[ranks]:
             compare(tmp_path, f"{case}-1-0", f"{case}-{ranks}-0", case)
     unbroken = {name: records(tmp_path, name) for name in recipes[2]}
     for name in unbroken:  # what a crash after step 5 leaves

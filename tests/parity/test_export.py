@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from huggingface_hub import ModelCard
 from plain_loop import write_corpus, write_recipe, write_weights
-from ranks import ROOT, clean_environment, run_ranks
+from ranks import Ended, run_ranks
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -52,9 +50,8 @@ def same(folder: Path, original: Path) -> None:
     assert torch.equal(one, other)
 
 
-def command(*words: str) -> subprocess.CompletedProcess[str]:
-    started = [sys.executable, "-m", "ds_train.cli", *words]
-    return subprocess.run(started, env=clean_environment(), cwd=ROOT, text=True, capture_output=True, timeout=300)
+def command(*words: str) -> Ended:
+    return run_ranks(1, ["-m", "ds_train.cli", *words])
 
 
 def test_what_came_in_goes_out(tmp_path: Path) -> None:
@@ -75,17 +72,15 @@ def test_what_came_in_goes_out(tmp_path: Path) -> None:
 
     checkpoint = tmp_path / "runs" / "mixtral-tensor" / "checkpoints" / "step-00000000"
     moved = tmp_path / "moved"
-    done = command("reshard", str(checkpoint), str(moved), "--file-gb", "0.001")
-    assert done.returncode == 0, done.stderr
+    command("reshard", str(checkpoint), str(moved), "--file-gb", "0.001").check()
     assert damage(moved) is None
     one, other = native.open_fragments(checkpoint), native.open_fragments(moved)
     assert all(torch.equal(one.whole(name), other.whole(name)) for name in one.shapes)
-    done = command("export", str(moved), str(tmp_path / "offline"), "--dtype", "fp32")
-    assert done.returncode == 0, done.stderr
+    command("export", str(moved), str(tmp_path / "offline"), "--dtype", "fp32").check()
     same(tmp_path / "offline", tmp_path / "mixtral")
 
     (moved / "state.json").unlink()
     refused = command("export", str(moved), str(tmp_path / "nowhere"))
-    assert refused.returncode == 2
-    assert "state.json is missing" in refused.stderr
+    assert refused.codes == [2]
+    assert "state.json is missing" in refused.outputs[0]
     assert not (tmp_path / "nowhere").exists()

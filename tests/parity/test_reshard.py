@@ -86,23 +86,23 @@ def check_pairs(folder: Path, model: str, pairs: list[tuple[str, str]], **change
             if LAYOUTS[source][0] == ranks
         ]
         run_each(folder, "train_many.py", ranks, recipes)
-    for source in sources:
-        targets = [target for other, target in pairs if other == source]
-        checkpoint = folder / "whole" / source / "checkpoints" / f"step-{SAVED:08d}"
-        for ranks in sorted({LAYOUTS[target][0] for target in targets}):
-            here = [target for target in targets if LAYOUTS[target][0] == ranks]
+    saved = {source: folder / "whole" / source / "checkpoints" / f"step-{SAVED:08d}" for source in sources}
+    for ranks in sorted({LAYOUTS[target][0] for _, target in pairs}):
+        words: list[str] = []
+        for source, checkpoint in saved.items():
+            here = [target for other, target in pairs if other == source and LAYOUTS[target][0] == ranks]
             recipes = [str(write_recipe(folder, f"from-{source}", target, model, **changes)) for target in here]
-            run_each(folder, "go_on.py", ranks, [str(checkpoint), *recipes])
-        for target in targets:
-            root = f"from-{source}"
-            expected = torch.tensor(losses(folder, "whole", source)[SAVED:])
-            found = torch.tensor(losses(folder, root, target))
-            furthest = float(((found - expected).abs() / expected).max())
-            print(f"{model}, {source} to {target}: losses at most {furthest:.1e} apart")
-            if not furthest <= 1e-5:
-                apart.append(f"{source} to {target}: {furthest:.1e}, {found.tolist()} instead of {expected.tolist()}")
-            same_states(checkpoint, next((folder / root / target / "resaved").glob("step-*")))
-
+            words += ["--", str(checkpoint), *recipes]
+        run_each(folder, "go_on.py", ranks, words)
+    for source, target in pairs:
+        root = f"from-{source}"
+        expected = torch.tensor(losses(folder, "whole", source)[SAVED:])
+        found = torch.tensor(losses(folder, root, target))
+        furthest = float(((found - expected).abs() / expected).max())
+        print(f"{model}, {source} to {target}: losses at most {furthest:.1e} apart")
+        if not furthest <= 1e-5:
+            apart.append(f"{source} to {target}: {furthest:.1e}, {found.tolist()} instead of {expected.tolist()}")
+        same_states(saved[source], next((folder / root / target / "resaved").glob("step-*")))
     assert not apart, "\n".join(apart)
 
 

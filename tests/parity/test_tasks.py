@@ -141,7 +141,7 @@ def test_masked_language_model_on_packed_documents(weights: Path, tmp_path: Path
     file = open_split(prepare(load(recipes[0])), "train")
     assert file is not None
     packed = PackedSamples(file, LENGTH)
-    masked = MaskedSamples(packed, 0.15, 259, 258, frozenset({256, 257, 258}), SEED)
+    masked = MaskedSamples(packed, 0.15, range(259), 258, frozenset({256, 257, 258}), SEED)
     order, batches = Order(len(packed), SEED), []
     for step in range(STEPS):
         places = range(step * GLOBAL, (step + 1) * GLOBAL)

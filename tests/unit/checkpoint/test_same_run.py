@@ -7,7 +7,7 @@ import json
 import pytest
 
 from ds_train.checkpoint.native import TrainState
-from ds_train.checkpoint.same_run import check_resumable
+from ds_train.checkpoint.same_run import check_resumable, said_changes
 from ds_train.errors import UserError
 
 
@@ -32,3 +32,12 @@ def test_what_may_and_what_may_not_change_on_resume() -> None:
         check_resumable(saved, recipe | {"seed": 2, "data": {"source": "stdlib"}}, "abc")
     with pytest.raises(UserError, match="data has changed"):
         check_resumable(saved, recipe, "xyz")
+
+
+def test_what_changes_the_losses_from_here_on_is_said() -> None:
+    recipe = {"schedule": {"steps": 100, "kind": "cosine"}, "track": {"wandb": "off"}, "batch": {"micro_samples": 2}}
+    later = {"schedule": {"steps": 200, "kind": "cosine"}, "track": {"wandb": "on"}, "batch": {"micro_samples": 1}}
+    assert said_changes(recipe, recipe) == []
+    assert said_changes(recipe, later) == [
+        "batch.micro_samples was 2 and is now 1", "schedule.steps was 100 and is now 200",
+    ]  # fmt: skip

@@ -175,7 +175,7 @@ def test_patches_predict_the_next_patch_of_their_document(lengths: list[int], si
 def test_masking_follows_place_and_seed_and_has_its_shares() -> None:
     file = token_file([4000])
     plain = PackedSamples(file, 1000)
-    masked = MaskedSamples(plain, 0.15, 250, 258, frozenset({7}), seed=3)
+    masked = MaskedSamples(plain, 0.15, range(250), 258, frozenset({7}), seed=3)
     one, again, other = masked.at(0, 0), masked.at(0, 0), masked.at(0, 4)
     assert np.array_equal(one["input_ids"], again["input_ids"])
     assert not np.array_equal(one["labels"], other["labels"])
@@ -195,8 +195,18 @@ def test_masking_follows_place_and_seed_and_has_its_shares() -> None:
 
 
 def test_a_short_sample_still_has_something_to_predict() -> None:
-    masked = MaskedSamples(PieceSamples(token_file([2] * 50), 8), 0.01, 250, 258, frozenset(), seed=1)
+    masked = MaskedSamples(PieceSamples(token_file([2] * 50), 8), 0.01, range(250), 258, frozenset(), seed=1)
     assert all((masked.at(i, i)["labels"] != -100).sum() >= 1 for i in range(50))
+
+
+def test_masking_puts_in_tokens_that_there_are() -> None:
+    tokens = [*range(0, 250, 2), 255, 4_000]  # ids with gaps
+    masked = MaskedSamples(PackedSamples(token_file([2_000]), 1_000), 1.0, tokens, 255, frozenset({0, 255}), seed=2)
+    sample = masked.at(0, 0)
+    chosen = sample["labels"] != -100
+    put_in = set(sample["input_ids"][chosen & (sample["input_ids"] != sample["labels"])].tolist()) - {255}
+    assert len(put_in) > 30
+    assert put_in <= set(tokens) - {0}
 
 
 def test_prefetch_keeps_order_and_hands_on_errors() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,8 +12,11 @@ import torch
 import torch.distributed as dist
 
 from ds_train.config.faults import FaultsSection
+from ds_train.data.batches import prefetch
 from ds_train.engine import watchdog
+from ds_train.engine.ranks import RankInfo
 from ds_train.engine.watchdog import Pace, Report, name_late
+from ds_train.errors import HUNG_CODE
 
 SECTION = FaultsSection(late_factor=10, late_floor_seconds=3, first_step_seconds=100)
 
@@ -71,6 +77,35 @@ def test_nobody_is_named_without_a_sign() -> None:
 
 def test_a_single_rank_says_where_it_is() -> None:
     assert name_late([report(0, waits=False, place="f (a.py:1)")], 1).endswith("in f (a.py:1)")
+
+
+def test_a_wait_for_samples_that_hangs_names_the_file_and_the_loaders_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    codes: list[int] = []
+    monkeypatch.setattr(watchdog.os, "_exit", codes.append)
+    told: list[str] = []
+
+    def blocked_read() -> Iterator[int]:
+        yield 1
+        while not codes:
+            time.sleep(0.01)
+
+    section = FaultsSection(late_factor=10, late_floor_seconds=0.4, first_step_seconds=60)
+    info = RankInfo(rank=0, ranks=1, local_rank=0, ranks_per_host=1, device="cpu")
+    samples = prefetch(blocked_read, depth=1)
+    watched = watchdog.Watchdog(section, info, tmp_path / "faults", told.append)
+    monkeypatch.setattr("ds_train.engine.ranks.barrier", lambda: None)
+    with watched:
+        for number in (1, 2):
+            watched.begin_wait(number, Path("/cache/train.tokens"))
+            next(samples, None)
+            watched.end()
+    assert codes[0] == HUNG_CODE
+    assert told[0].startswith("loading the data of step 2 from /cache/train.tokens has taken ")
+    assert "at step 2, in blocked_read (unit/engine/test_watchdog.py:" in told[0]
+    assert "the run hangs (rank 0 on " in capsys.readouterr().err
+    assert "blocked_read" in (tmp_path / "faults" / "rank-00000.txt").read_text()
 
 
 def test_collectives_are_counted_and_named() -> None:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from ds_kernels.attention import attention_library, causal_attention, takes
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from unit.models.test_loss import tiny
 
 from ds_train.models import cpu_attention
@@ -21,13 +18,6 @@ pytestmark = pytest.mark.skipif(
 SHAPES = [  # samples, heads, heads of the keys, positions, width
     (2, 4, 2, 37, 16), (1, 2, 1, 130, 64), (2, 2, 2, 64, 32), (3, 1, 1, 1, 16), (1, 4, 4, 200, 80), (1, 2, 2, 515, 256),
 ]  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def _restore_attention() -> Iterator[None]:
-    before = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    yield
-    ALL_ATTENTION_FUNCTIONS["sdpa"] = before
 
 
 def states(samples: int, heads: int, key_heads: int, positions: int, width: int) -> list[Tensor]:
@@ -125,7 +115,7 @@ def test_a_model_of_tiles_is_as_close_to_fp32_as_before(family: str, monkeypatch
     exact = reference(input_ids=ids, position_ids=positions).logits
     plain = reference.bfloat16()
     before = (plain(input_ids=ids, position_ids=positions).logits.float() - exact).abs().max()
-    cpu_attention.use_tiled_attention()
+    cpu_attention.use_tiled_attention(plain)
     taken: list[bool] = []
     monkeypatch.setattr(cpu_attention, "takes", lambda *states: taken.append(takes(*states)) or taken[-1])
     output = plain(input_ids=ids, position_ids=positions).logits

@@ -2,22 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from unit.models.test_loss import tiny
 
 from ds_train.models import loss as fused
 from ds_train.models.cpu_products import fp32_products_are_faster, use_fp32_products
-
-
-@pytest.fixture(autouse=True)
-def _restore_attention() -> Iterator[None]:
-    before = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    yield
-    ALL_ATTENTION_FUNCTIONS["sdpa"] = before
 
 
 @pytest.mark.parametrize("matrices", [False, True])

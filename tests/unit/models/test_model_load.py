@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import GenerationConfig
+from tokenizers import Tokenizer, models
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from ds_train.config import RunConfig, parse
 from ds_train.data.tokenizer import load_tokenizer
@@ -88,6 +89,20 @@ def test_a_pretrained_folder_loads_and_its_new_head_follows_the_seed(tmp_path: P
 def test_what_the_family_refuses_is_one_line(overrides: tuple[str, ...], message: str) -> None:
     with pytest.raises(UserError, match=message):
         build(recipe(*overrides))
+
+
+def test_a_vocabulary_holds_the_largest_token_where_ids_have_gaps() -> None:
+    words = Tokenizer(models.WordLevel({"?": 0, "a": 5, "</s>": 9}, unk_token="?"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>")  # type: ignore[no-untyped-call]
+    assert len(tokenizer) == 3
+    config = load_model_config(recipe(), tokenizer)
+    assert config.vocab_size == 10
+    assert config.eos_token_id == 9
+    expected = (
+        "model.vocab_size=9: vocabulary mismatch: the tokenizer has 3 tokens, and the largest is number 9. Fix: set "
+    )
+    with pytest.raises(UserError, match=f"{expected}model.vocab_size to 10 or more"):
+        load_model_config(recipe("model.vocab_size=9"), tokenizer)
 
 
 def test_an_unreachable_hub_id_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

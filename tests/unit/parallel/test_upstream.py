@@ -24,6 +24,17 @@ def test_stage_3_averages_over_all_ranks_in_one_path_and_over_data_ranks_in_the_
     assert "averaging_world_sz / float(self.sequence_parallel_size)" in inspect.getsource(stage3)
 
 
+def test_stage_3_keeps_the_module_of_every_engine() -> None:
+    """Why the last engine's is taken out of a list of DeepSpeed's: engine/build.py."""
+    from deepspeed.runtime.zero import parameter_offload, partitioned_param_coordinator
+
+    hooks = inspect.getsource(parameter_offload.DeepSpeedZeRoOffload)
+    assert "FWD_MODULE_STACK.append(self.module)" in hooks
+    assert "FWD_MODULE_STACK.clear" not in hooks
+    coordinator = partitioned_param_coordinator.PartitionedParameterCoordinator
+    assert "lru_cache(maxsize=None)\n    def __params_to_release" in inspect.getsource(coordinator)
+
+
 def test_column_parallel_sums_a_copy_of_a_gradient_that_is_not_contiguous(monkeypatch: pytest.MonkeyPatch) -> None:
     """Why parallel/tensor.py sums gradients by a hook of its own."""
     from deepspeed.module_inject import layers
