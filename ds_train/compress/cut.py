@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 
 from ds_train.compress.coupling import EXPERTS, FFN, HEADS, HIDDEN, LAYERS, OF_MODEL, Removed, Structure
 from ds_train.errors import first_line
-from ds_train.models.look_alike import per_layer
+from ds_train.plan.model_size import said_of_layers
 
 _FFN_KEYS = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
 _EXPERT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts")
@@ -89,8 +89,7 @@ def resized(
             raise ValueError(f"a token visits {least} experts, and {one[EXPERTS]} would be left")
         put(_key(config, EXPERTS), one[EXPERTS])
     if layers is not None:
-        for key, value in per_layer(given, config.num_hidden_layers).items():
-            given[key] = [value[index] for index in layers]
+        given |= said_of_layers(given, config.num_hidden_layers, layers)
         put("num_hidden_layers", len(layers))
     if FFN in each:
         put(_key(config, FFN), each[FFN])

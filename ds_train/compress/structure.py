@@ -34,6 +34,7 @@ from ds_train.compress.coupling import (
 from ds_train.compress.cut import Cut, heads_tie_hidden, resized, size_of
 from ds_train.compress.gates import Gates
 from ds_train.config import RunConfig
+from ds_train.models.fewer_layers import check_layers
 from ds_train.models.load import build_model, outline
 from ds_train.models.look_alike import small_run
 from ds_train.models.tensor_plan import general_name, tensor_plan
@@ -73,6 +74,10 @@ def _structure(run: RunConfig, config: PreTrainedConfig, kinds: Sequence[str]) -
     if buffer is not None:
         raise ValueError(f"its {buffer} is learned without being a parameter, and would be lost")
     structure = Structure((), _layer_list(run, config, _shapes(whole)), size_of(config, LAYERS))
+    if LAYERS in kinds:
+        # What layers are by their places, from the start or from the end, shows where the first or the last has gone.
+        for kept in (range(1, structure.count), range(structure.count - 1)):
+            check_layers(whole, outline(run, resized(config, {}, kept)), kept)
     couplings: list[Coupling] = []
     for kind in kinds:
         couplings.extend(_of_kind(whole, structure, run, config, kind))
