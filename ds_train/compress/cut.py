@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
@@ -202,15 +202,17 @@ class Cut:
             whole = whole.index_select(dim, indices.to(whole.device))
         return whole
 
+    def shape(self, origin: str, whole: Sequence[int]) -> tuple[int, ...]:
+        """The size that is left of a parameter of the whole model."""
+        size = list(whole)
+        for dim, indices in self._places.get(origin, ()):
+            size[dim] = len(indices)
+        return tuple(size)
+
     def parameters(self, shapes: Mapping[str, Sequence[int]]) -> int:
         """Elements that are left of parameters of these whole sizes."""
-        total = 0
-        for name in map(self.origin, self.names(list(shapes))):
-            size = list(shapes[name])
-            for dim, indices in self._places.get(name, ()):
-                size[dim] = len(indices)
-            total += torch.Size(size).numel()
-        return total
+        origins = map(self.origin, self.names(list(shapes)))
+        return sum(math.prod(self.shape(name, shapes[name])) for name in origins)
 
 
 def config_after(config: PreTrainedConfig, record: Mapping[str, Any]) -> PreTrainedConfig:

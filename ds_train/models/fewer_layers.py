@@ -48,9 +48,12 @@ def check_layers(whole: nn.Module, fewer: nn.Module, kept: Sequence[int]) -> Non
     """
     prefix = list_of_layers(whole)
     layers: Any = whole.get_submodule(prefix)
+    others: Any = fewer.get_submodule(prefix)
+    if len(others) != len(kept):
+        raise ValueError(f"a config of {len(kept)} layers gives it {len(others)}")
     for place, layer in enumerate(kept):
         anew = partial(_anew, kept=kept, count=len(layers), place=place)
-        other = next(_differences(layers[layer], fewer.get_submodule(f"{prefix}.{place}"), anew), None)
+        other = next(_differences(layers[layer], others[place], anew), None)
         if other is not None:
             raise ValueError(f"layer {layer} would be another one at place {place}, where its config has {other}")
     sizes, left = _outside(whole, prefix), _outside(fewer, prefix)
