@@ -22,10 +22,12 @@ def config_of_layers(config: PreTrainedConfig, kept: Sequence[int]) -> PreTraine
     which of Gemma's layers are sliding, is in its lists.
 
     Raises:
-        ValueError: its class doesn't take it, or it is one of several models.
+        ValueError: its class doesn't take it, it is one of several models, or there are no such layers.
     """
     if config.get_text_config() is not config:
         raise ValueError(f"{config.model_type} holds a text model among others")
+    if max(kept) >= config.num_hidden_layers:
+        raise ValueError(f"there is no layer {max(kept)}: they count from 0 to {config.num_hidden_layers - 1}")
     try:
         return type(config).from_dict(of_kept_layers(config.to_dict(), [*kept]))
     except Exception as error:  # every config class validates in its own way

@@ -96,6 +96,12 @@ def test_layers_that_are_what_they_are_by_their_place_are_refused(
     assert not [*(tmp_path / "runs").glob("*/start")]
 
 
+def test_layers_that_are_not_there_are_refused(tmp_path: Path) -> None:
+    saved("llama", tmp_path / "whole")
+    with pytest.raises(UserError, match=r"model.keep_layers=.*: there is no layer 4: they count from 0 to 3"):
+        load_model_config(recipe_of("llama", tmp_path, [1, 4]), byte_tokenizer())
+
+
 def test_a_start_is_made_anew_when_its_source_or_its_layers_change(tmp_path: Path) -> None:
     saved("llama", tmp_path / "whole")
     run = recipe_of("llama", tmp_path, [0, 3])
