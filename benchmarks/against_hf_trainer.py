@@ -1,6 +1,7 @@
 """Tokens per second and peak memory against Hugging Face Trainer on DeepSpeed: same model, data, ranks and precision.
 
-Both are started by the deepspeed launcher, in turn, several rounds; step times are medians within a run and over runs.
+Both are started by the deepspeed launcher, in turn, several rounds, from the same weights, and see the same windows of
+text in the same order, so that their losses can be compared. Step times are medians within a run and over runs.
 One table: placements of ranks and threads, vocabularies, and torch_compile on the rival's side; then the share of the
 machine's own bf16 products that a step of ours reaches at hidden size 1024.
 """
@@ -16,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 from launching import launch
 from tables import machine, put_into_docs, show
@@ -105,13 +107,14 @@ def write_corpus(folder: Path) -> Path:
 
 def compared(folder: Path, corpus: Path, setting: Setting, steps: int) -> tuple[dict[str, float], dict[str, float]]:
     """One round: (the rival's, ours)."""
-    return run_rival(folder, corpus, setting, steps), run_ours(folder, corpus, setting.model, setting, steps)
+    recipe = recipe_of(folder, corpus, setting.model, setting.ranks, steps)
+    return run_rival(folder, recipe, setting), run_ours(folder, recipe, setting)
 
 
-def run_rival(folder: Path, corpus: Path, setting: Setting, steps: int) -> dict[str, float]:
+def run_rival(folder: Path, recipe: dict[str, Any], setting: Setting) -> dict[str, float]:
     job = asdict(setting) | {
-        "model": setting.model, "micro": MICRO, "length": LENGTH, "stage": STAGE, "lr": LR, "steps": steps,
-        "folder": str(folder), "corpus": str(corpus),
+        "weights": recipe["model"]["path"], "micro": MICRO, "stage": STAGE, "lr": LR,
+        "steps": recipe["schedule"]["steps"], "folder": str(folder), "windows": str(write_windows(folder, recipe)),
     }  # fmt: skip
     path = folder / "job.json"
     path.write_text(json.dumps(job))
@@ -119,14 +122,43 @@ def run_rival(folder: Path, corpus: Path, setting: Setting, steps: int) -> dict[
     return json.loads(next(line for line in lines if line.startswith("RESULT ")).removeprefix("RESULT "))
 
 
+def write_weights(folder: Path, model: dict[str, int]) -> Path:
+    """A Llama of these sizes with random weights, which both start from."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    path = folder / f"weights-{model['hidden_size']}-{model['vocab_size']}"
+    if not path.is_dir():
+        torch.manual_seed(0)
+        LlamaForCausalLM(LlamaConfig(max_position_embeddings=LENGTH, **model)).save_pretrained(path)
+    return path
+
+
+def write_windows(folder: Path, recipe: dict[str, Any]) -> Path:
+    """The samples of the recipe's run in their order: `input_ids` and `labels`, which are shifted, (samples, T)."""
+    from ds_train.config.load import validate
+    from ds_train.data.build import open_samples
+    from ds_train.data.order import Order
+    from ds_train.data.prepare import prepare
+
+    run = validate(recipe)
+    samples = open_samples(run, prepare(run), "train")
+    assert samples is not None
+    places = np.arange(recipe["schedule"]["steps"] * run.batch.global_samples)
+    taken = [samples[index] for index in Order(len(samples), run.seed).index(places).tolist()]
+    path = folder / "windows.npz"
+    np.savez(path, **{key: np.stack([sample[key] for sample in taken]) for key in ("input_ids", "labels")})
+    return path
+
+
 def recipe_of(folder: Path, corpus: Path, model: dict[str, int], ranks: int, steps: int) -> dict[str, Any]:
     """Our recipe of what the rival trains, each in a run of its own."""
     return {
         "name": f"ours-{len(list(folder.glob('ours-*')))}",
         "run_root": str(folder),
-        "model": {"arch": "llama", "max_position_embeddings": LENGTH, **model},
+        "model": {"path": str(write_weights(folder, model))},
         "data": {
-            "source": "text", "path": str(corpus), "sequence_length": LENGTH,
+            "source": "text", "path": str(corpus), "tokenizer": "bytes", "sequence_length": LENGTH,
             "validation_fraction": 0.0, "cache_dir": str(folder / "cache"),
         },
         "batch": {"global_samples": MICRO * ranks, "micro_samples": MICRO},
@@ -139,11 +171,7 @@ def recipe_of(folder: Path, corpus: Path, model: dict[str, int], ranks: int, ste
     }  # fmt: skip
 
 
-def run_ours(
-    folder: Path, corpus: Path, model: dict[str, int], place: Setting, steps: int, peak: float | str = 1.0
-) -> dict[str, float]:
-    recipe = recipe_of(folder, corpus, model, place.ranks, steps)
-    recipe["track"] = {"peak_tflops": peak}
+def run_ours(folder: Path, recipe: dict[str, Any], place: Setting) -> dict[str, float]:
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))
     launch(["launch/train.py", str(path)], place.ranks, place.threads)
@@ -168,11 +196,12 @@ def row(setting: Setting, rounds: list[tuple[dict[str, float], dict[str, float]]
         ratio = statistics.median(of(ours[key]) / of(rival[key]) for rival, ours in rounds)
         cells.append(f"{ratio:.2f}")
     losses = [statistics.mean(sides[side]["loss"] for sides in rounds) for side in (0, 1)]
-    return [*cells, f"{losses[0]:.3f}, {losses[1]:.3f}"]
+    return [*cells, f"{losses[0]:.4f}, {losses[1]:.4f}"]
 
 
 def measured_share(folder: Path, corpus: Path, place: tuple[int, ...], steps: int) -> str:
-    ours = run_ours(folder, corpus, HIDDEN_1024, Setting(*place), steps, peak="auto")
+    recipe = recipe_of(folder, corpus, HIDDEN_1024, place[0], steps) | {"track": {"peak_tflops": "auto"}}
+    ours = run_ours(folder, recipe, Setting(*place))
     return (
         f"at hidden size 1024 ({place[0]} x {place[1]}) a step reaches {ours['share']:.0%} of the FLOP/s that the same "
         "ranks reach in bf16 products of 2048 x 2048"

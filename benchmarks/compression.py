@@ -44,10 +44,12 @@ LAYOUTS = {"ZeRO-3 on 2 ranks": ["parallel.zero_stage=3"], "tensor 2": ["paralle
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--scale", type=float, default=1.0, help="length of every run, as a share")
-    parser.add_argument("--ours", action="store_true", help="leave the other ways out")
+    parser.add_argument(
+        "--only", nargs="+", metavar="WORD", default=[""], help="rows with one of these in their names, and the first"
+    )
     parser.add_argument("--layouts", action="store_true", help="the first seed's 50 % in other layouts too")
     parser.add_argument("--folder", type=Path, help="keep the runs there, and go on after those that are there")
     parser.add_argument("overrides", nargs="*", help="recipe keys to replace")
@@ -56,13 +58,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         root = options.folder.resolve() if options.folder else Path(name)
         weights = unpack_weights(root)
-        for seed in range(1, options.seeds + 1):
+        for seed in options.seeds:
             for row, train in rows(root, weights, seed, options).items():
+                if row != "fine-tuned" and not any(word in row for word in options.only):
+                    continue
                 started = time.monotonic()
                 found.setdefault(row, []).append(accuracy(train()))
                 seconds = time.monotonic() - started
                 print(f"seed {seed}  {row:26} {found[row][-1]:5.1f} %  ({seconds:.0f} s)", flush=True)
-        models = {row: load(folder_of(root, row, 1) / "export") for row in found}
+        models = {row: load(folder_of(root, row, options.seeds[0]) / "export") for row in found}
         times, whole = inference(models), encoder(models["fine-tuned"])
         for row, values in found.items():
             spread = statistics.stdev(values) if len(values) > 1 else 0.0
@@ -103,12 +107,10 @@ def rows(root: Path, weights: Path, seed: int, options: argparse.Namespace) -> d
         shares = [f"compress.prune.layers={size['layers']}", f"compress.prune.ffn={size['ffn']}", *WHEN]
         ours = f"{share} pruned, distilled"
         all_rows[ours] = run(ours, teacher, *shares, *TAUGHT)
-        if options.layouts and share == "50 %" and seed == 1:
+        if options.layouts and share == "50 %" and seed == options.seeds[0]:
             for layout, keys in LAYOUTS.items():
                 row = f"{share}, {layout}"
                 all_rows[row] = run(row, teacher, *shares, *TAUGHT, *keys, ranks=2)
-        if options.ours:
-            continue
         row = f"{share} magnitude"
         all_rows[row] = run(row, teacher, *shares, "compress.prune.score=magnitude")
         row = f"{share} fewer layers"

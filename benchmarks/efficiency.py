@@ -1,7 +1,8 @@
 """Fewer tokens, better steps: each technique against the plain run, at equal tokens and at equal time, over seeds.
 
-    .venv/bin/python benchmarks/efficiency.py                  # the standard library; minutes on one core
+    .venv/bin/python benchmarks/efficiency.py                  # the standard library; an hour on one core
     .venv/bin/python benchmarks/efficiency.py --text FILE      # any text
+    .venv/bin/python benchmarks/efficiency.py --techniques curriculum "patches of 2"
 
 Every technique trains twice: on the plain run's tokens, and on as many tokens as it does in a share of the plain run's
 time (`--share`, by the rate of its first run). Time is the processor time of the training steps on one thread, which
@@ -25,6 +26,7 @@ TECHNIQUES: dict[str, dict[str, Any]] = {
     "curriculum, discrete": {"curriculum": {"kind": "discrete", "lengths": [64, 256], "until": [0.5, 0.8]}},
     "token dropping": {"token_drop": {"kind": "random-ltd", "start_keep": 0.5, "fraction": 0.7, "multiple": 32}},
     "patches of 4": {"patch": {"size": 4, "fraction": 0.66}},
+    "patches of 2": {"patch": {"size": 2, "fraction": 0.5}},
 }
 WINDOW, GLOBAL = 512, 8
 
@@ -81,6 +83,7 @@ def main() -> int:
     parser.add_argument("--text", type=Path, help="a text file or folder instead of the standard library")
     parser.add_argument("--steps", type=int, default=200, help="steps of the plain run, of 4,096 tokens each")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--techniques", nargs="+", choices=list(TECHNIQUES), default=list(TECHNIQUES))
     parser.add_argument("--share", type=float, default=0.8, help="of the plain run's time that the second runs get")
     arguments = parser.parse_args()
     import torch
@@ -101,14 +104,13 @@ def main() -> int:
 def report(folder: Path, arguments: argparse.Namespace, info: Any) -> None:
     step_tokens = WINDOW * GLOBAL
     budget = arguments.steps * step_tokens
-    rows: dict[str, list[tuple[float, float, float, float]]] = {name: [] for name in TECHNIQUES}
+    techniques = {name: TECHNIQUES[name] for name in arguments.techniques if name != "plain"}
+    rows: dict[str, list[tuple[float, float, float, float]]] = {name: [] for name in ("plain", *techniques)}
     train(recipe(folder, arguments.text, 1, 3 * step_tokens, {}), info)  # warms up data and allocator
     for seed in arguments.seeds:
         plain_loss, plain_seconds, _ = train(recipe(folder, arguments.text, seed, budget, {}), info)
-        for name, sections in TECHNIQUES.items():
-            if name == "plain":
-                rows[name].append((plain_loss, 1.0, plain_loss, 1.0))
-                continue
+        rows["plain"].append((plain_loss, 1.0, plain_loss, 1.0))
+        for name, sections in techniques.items():
             loss, seconds, tokens = train(recipe(folder, arguments.text, seed, budget, sections), info)
             more = round(arguments.share * plain_seconds / (seconds / tokens) / step_tokens) * step_tokens
             timed_loss, timed_seconds, _ = train(recipe(folder, arguments.text, seed, more, sections), info)

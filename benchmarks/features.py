@@ -18,6 +18,7 @@ import tempfile
 import time
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import yaml
 from against_hf_trainer import LENGTH, LLAMA_34M, MICRO, Setting, recipe_of, run_rival, write_corpus
@@ -46,7 +47,7 @@ def main() -> None:
         work(options.worker[0], options.worker[1:], options.steps)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        recipe = write_recipe(folder)
+        recipe = recipe_of(folder, write_corpus(folder), LLAMA_34M, 1, 100)
         rounds = [one_round(folder, recipe, options.steps) for _ in range(options.rounds)]
     whole = statistics.median(one["everything"]["cpu_s"] for one in rounds)
     rows = []
@@ -65,17 +66,12 @@ def main() -> None:
         put_into_docs("features", [machine(), title], headings, rows)
 
 
-def one_round(folder: Path, recipe: Path, steps: int) -> dict[str, dict[str, float]]:
+def one_round(folder: Path, recipe: dict[str, Any], steps: int) -> dict[str, dict[str, float]]:
     """The rival, then every variant."""
-    rival = run_rival(folder, folder / "corpus.txt", Setting(1, 1), steps)
-    return {RIVAL: rival} | {name: measured(recipe, name, steps) for name in VARIANTS}
-
-
-def write_recipe(folder: Path) -> Path:
-    recipe = recipe_of(folder, write_corpus(folder), LLAMA_34M, 1, 100)
+    rival = run_rival(folder, recipe | {"schedule": {"steps": steps}}, Setting(1, 1))
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))
-    return path
+    return {RIVAL: rival} | {name: measured(path, name, steps) for name in VARIANTS}
 
 
 def measured(recipe: Path, name: str, steps: int) -> dict[str, float]:

@@ -32,6 +32,10 @@ def ds_train(command: str, options: argparse.Namespace, folder: Path, *overrides
     return folder / name
 
 
+def named(options: argparse.Namespace, folder: Path) -> float:
+    return float(json.loads((ds_train("lr-find", options, folder) / "lr-find.json").read_text())["value"])
+
+
 def held_out_loss(options: argparse.Namespace, folder: Path, rate: float) -> float:
     keep = [
         "checkpoint.export=false", "checkpoint.save_final=false", "track.progress=false", "track.sample_prompt=null",
@@ -45,11 +49,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("recipe", nargs="?", default="ds_configs/quickstart.yaml")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--named", type=float, help="what lr-find has named, instead of asking it again")
     parser.add_argument("override", nargs="*", help="recipe keys to replace")
     options = parser.parse_intermixed_args(arguments)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        found = json.loads((ds_train("lr-find", options, folder) / "lr-find.json").read_text())["value"]
+        found = options.named or named(options, folder)
         print(f"lr-find names {found:.3g}", flush=True)
         losses: dict[float, float] = {}
         for rate in [*GRID, found]:

@@ -1,8 +1,8 @@
 """Seconds from the command until the first step has ended, beside a DeepSpeed script with plain imports.
 
 Both are started by the deepspeed launcher on two CPU ranks, with the same small Llama in ZeRO-2 and bf16, in turn. What
-either compiles at first use is compiled before, and the data are prepared. `--docs` puts the table into
-docs/performance.md.
+either compiles at first use is compiled before, and the data are prepared. A script that does nothing shows what the
+launcher takes of both. `--docs` puts the table into docs/performance.md.
 """
 
 from __future__ import annotations
@@ -34,12 +34,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         corpus = write_corpus(folder)
-        rounds = [(rival(folder, corpus), ours(folder, corpus)) for _ in range(options.rounds + 1)][1:]
+        sides = {
+            "a DeepSpeed script with plain imports": lambda: rival(folder, corpus),
+            "launch/train.py": lambda: ours(folder, corpus),
+            "a script that does nothing": lambda: nothing(folder),
+        }
+        rounds = [[measure() for measure in sides.values()] for _ in range(options.rounds + 1)][1:]
     rows = []
-    for side, words in enumerate(("a DeepSpeed script with plain imports", "launch/train.py")):
-        seconds = sorted(pair[side] for pair in rounds)
+    for side, words in enumerate(sides):
+        seconds = sorted(one[side] for one in rounds)
         rows.append([words, f"{statistics.median(seconds):.1f} ({seconds[0]:.1f} - {seconds[-1]:.1f})"])
-    rows.append(["ratio", f"{statistics.median(mine / other for other, mine in rounds):.2f}"])
+    rows.insert(2, ["ratio", f"{statistics.median(mine / other for other, mine, _ in rounds):.2f}"])
     headings = ("", "seconds until the first step has ended")
     notes = [machine(), f"{RANKS} ranks, a Llama of two layers, {options.rounds} rounds in turn"]
     show(notes, headings, rows)
@@ -50,8 +55,18 @@ def main() -> None:
 def rival(folder: Path, corpus: Path) -> float:
     path = folder / "job.json"
     path.write_text(json.dumps({"model": MODEL, "micro": MICRO, "length": LENGTH, "corpus": str(corpus)}))
+    return until_said("benchmarks/rivals/plain_deepspeed.py", str(path))
+
+
+def nothing(folder: Path) -> float:
+    path = folder / "nothing.py"
+    path.write_text("print('FIRST STEP', flush=True)")
+    return until_said(str(path))
+
+
+def until_said(*command: str) -> float:
     begin, end = time.monotonic(), 0.0
-    with started(["benchmarks/rivals/plain_deepspeed.py", str(path)], RANKS) as process:
+    with started(command, RANKS) as process:
         assert process.stdout is not None
         for line in process.stdout:
             if line.startswith("FIRST STEP"):

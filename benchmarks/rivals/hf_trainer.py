@@ -15,8 +15,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 
 class StepClock(TrainerCallback):
@@ -32,17 +33,24 @@ class StepClock(TrainerCallback):
 
 
 class Windows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
-    """A file's bytes, cut into windows."""
+    """The windows of a file: labels are shifted already."""
 
-    def __init__(self, path: Path, length: int) -> None:
-        self.ids, self.length = torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8).long(), length
+    def __init__(self, path: Path) -> None:
+        with np.load(path) as file:
+            self.ids, self.labels = (torch.from_numpy(file[key]) for key in ("input_ids", "labels"))
 
     def __len__(self) -> int:
-        return len(self.ids) // self.length
+        return len(self.ids)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        window = self.ids[index * self.length : (index + 1) * self.length]
-        return {"input_ids": window, "labels": window.clone()}
+        return {"input_ids": self.ids[index], "labels": self.labels[index], "shift_labels": self.labels[index]}
+
+
+class InOrder(Trainer):
+    """Takes the windows as they come."""
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler[int]:
+        return torch.utils.data.SequentialSampler(train_dataset or self.train_dataset)
 
 
 def median_step(ends: list[float]) -> float:
@@ -55,11 +63,10 @@ def main() -> None:
     parser.add_argument("--local_rank", type=int, default=0)
     parser.add_argument("job", type=Path, help="JSON written by against_hf_trainer.py")
     job = json.loads(parser.parse_args().job.read_text())
-    torch.manual_seed(0)
     clock = StepClock()
-    trainer = Trainer(
-        model=LlamaForCausalLM(LlamaConfig(max_position_embeddings=job["length"], **job["model"])),
-        train_dataset=Windows(Path(job["corpus"]), job["length"]),
+    trainer = InOrder(
+        model=LlamaForCausalLM.from_pretrained(job["weights"], dtype=torch.float32),
+        train_dataset=Windows(Path(job["windows"])),
         callbacks=[clock],
         args=TrainingArguments(
             output_dir=job["folder"],
@@ -68,6 +75,7 @@ def main() -> None:
             learning_rate=job["lr"],
             lr_scheduler_type="constant",
             max_grad_norm=1.0,
+            remove_unused_columns=False,
             bf16=True,
             use_cpu=True,
             report_to=[],

@@ -48,6 +48,10 @@ class ParallelSection(Section):
     pin_memory: bool = True
     """Page-lock offloaded memory, for faster copies to the device. Without a device it does nothing."""
 
+    bind_cores: bool = True
+    """Keep CPU ranks of a host with several NUMA nodes on cores of their own, near their memory. Ranks that numactl, a
+    scheduler or a container has placed stay where they are, and so do those of a host with one node."""
+
     overlap_communication: bool | Auto = "auto"
     """Reduce gradients while the backward pass goes on. `auto`: on where there is more than one device with streams."""
 

@@ -140,11 +140,10 @@ def _rank(path: str) -> None:
     import torch
     import torch.distributed as dist
 
-    from ds_train.engine.ranks import end, leave, meet, rank_info, return_freed_memory
+    from ds_train.engine.ranks import end, leave, meet, rank_info, settle
 
     info = rank_info()
-    if info.device == "cpu":
-        return_freed_memory()
+    settle(info)
     meet(info)
     where: Any = "cpu" if info.device == "cpu" else f"{info.device}:{info.local_rank}"
     wait = _waiter(info.device)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ds_train.config import RunConfig, dump, load
-from ds_train.engine.ranks import RankInfo, meet, on_main_first, return_freed_memory, run_to_exit_code, versions
+from ds_train.engine.ranks import RankInfo, meet, on_main_first, run_to_exit_code, settle, versions
 from ds_train.engine.session import Placed, Session, layout_record, placed
 from ds_train.engine.stop import StopRequest
 from ds_train.errors import STOPPED_CODE, Stopped, first_line, user_error
@@ -53,8 +53,7 @@ def train(run: RunConfig, info: RankInfo, stop_after: int | None = None) -> None
             print(note, flush=True)
         if before.plan.predicted is not None:
             print(f"predicted: {before.plan.predicted.summary}", flush=True)
-    if info.device == "cpu":
-        return_freed_memory()
+    settle(info, run.parallel.bind_cores)
     # Below this line torch is imported; everything above answers in well under a second.
     meet(info)
     quiet_libraries()

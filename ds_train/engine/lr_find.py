@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ds_train.config import RunConfig
 from ds_train.engine.job import make_run_folder, quiet_libraries
-from ds_train.engine.ranks import RankInfo, barrier, meet, on_main_first, return_freed_memory
+from ds_train.engine.ranks import RankInfo, barrier, meet, on_main_first, settle
 from ds_train.errors import user_error
 from ds_train.plan.make import make_plan
 from ds_train.plan.model_size import ModelSize, model_size
@@ -54,8 +54,7 @@ def find(run: RunConfig, info: RankInfo, test: RangeTest) -> dict[str, Any]:
     started = time.perf_counter()
     tested, ratio = (run, 1.0) if test.proxy_width is None else proxy(run, test.proxy_width)
     cluster = Cluster(ranks=info.ranks, ranks_per_host=info.ranks_per_host, device=info.device)
-    if info.device == "cpu":
-        return_freed_memory()
+    settle(info, run.parallel.bind_cores)
     meet(info)
     quiet_libraries()
     tested = on_main_first(info, lambda: make_plan(tested, cluster).run)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ds_train.config import RunConfig, dump
 from ds_train.engine.job import make_run_folder, quiet_libraries
-from ds_train.engine.ranks import RankInfo, barrier, meet, on_main_first, return_freed_memory, versions
+from ds_train.engine.ranks import RankInfo, barrier, meet, on_main_first, settle, versions
 from ds_train.errors import user_error
 from ds_train.plan.make import make_plan
 from ds_train.plan.topology import Cluster
@@ -54,8 +54,7 @@ def prune_once(run: RunConfig, info: RankInfo, checkpoint: Path | None = None) -
         fix = "give shares, such as compress.prune.ffn=0.5; `ds-train schema compress.prune` lists all"
         raise user_error("compress.prune", "it asks for nothing to go", fix)
     plan = make_plan(run, Cluster(ranks=info.ranks, ranks_per_host=info.ranks_per_host, device=info.device))
-    if info.device == "cpu":
-        return_freed_memory()
+    settle(info, run.parallel.bind_cores)
     meet(info)
     quiet_libraries()
     folder = Path(run.run_root).expanduser() / run.name

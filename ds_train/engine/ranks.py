@@ -17,6 +17,7 @@ from functools import cache, wraps
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
+from ds_train.engine.cores import bind_to_cores
 from ds_train.engine.network import interface_to
 from ds_train.engine.schedulers import scheduler_place
 from ds_train.errors import EXIT_CODE, STOPPED_CODE, Stopped, UserError
@@ -116,6 +117,14 @@ def _import_muon() -> None:
         from deepspeed.runtime.zero.muon import muon_optimizer  # noqa: F401
     finally:
         torch.compile = compile_
+
+
+def settle(info: RankInfo, bind_cores: bool = True) -> None:
+    """Cores and memory of a rank on a CPU; call it before the first tensor is made and the first thread started."""
+    if info.device == "cpu":
+        if bind_cores:
+            bind_to_cores(info.local_rank, info.ranks_per_host)
+        return_freed_memory()
 
 
 def return_freed_memory() -> None:
