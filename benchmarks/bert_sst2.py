@@ -8,23 +8,24 @@ import tempfile
 import time
 from pathlib import Path
 
-from sst2 import fine_tune, last_scores, unpack_weights
+from sst2 import DATA, fine_tune, last_scores, unpack_weights
 
 KEYS = ("optimizer.lr=1.0e-4", "checkpoint.export=false")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, parents=[DATA])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("overrides", nargs="*", help="recipe keys to replace")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        weights = unpack_weights(Path(folder))
+        weights = unpack_weights(Path(folder), options.data)
         accuracies = []
         for seed in range(1, options.seeds + 1):
             started = time.monotonic()
-            run = fine_tune(weights, Path(folder) / f"seed{seed}", seed, options.ranks, *KEYS, *options.overrides)
+            keys = (*KEYS, *options.overrides)
+            run = fine_tune(weights, Path(folder) / f"seed{seed}", options.data, seed, options.ranks, *keys)
             last = last_scores(run)
             accuracies.append(100 * last["accuracy"])
             print(

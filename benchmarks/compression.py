@@ -19,12 +19,13 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from launching import folder_of
-from sst2 import accuracy, fine_tune, labelled, unpack_weights
+from sst2 import DATA, accuracy, fine_tune, labelled, unpack_weights
 
 BATCH, LENGTH, ROUNDS = 32, 64, 15
 STEPS = 648
@@ -43,7 +44,9 @@ LAYOUTS = {"ZeRO-3 on 2 ranks": ["parallel.zero_stage=3"], "tensor 2": ["paralle
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, parents=[DATA]
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--scale", type=float, default=1.0, help="length of every run, as a share")
@@ -57,13 +60,13 @@ def main() -> None:
     found: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as name:
         root = options.folder.resolve() if options.folder else Path(name)
-        weights = unpack_weights(root)
+        weights = unpack_weights(root, options.data)
         for seed in options.seeds:
             for row, train in rows(root, weights, seed, options).items():
                 if row != "fine-tuned" and not any(word in row for word in options.only):
                     continue
                 started = time.monotonic()
-                found.setdefault(row, []).append(accuracy(train()))
+                found.setdefault(row, []).append(accuracy(train(), options.data))
                 seconds = time.monotonic() - started
                 print(f"seed {seed}  {row:26} {found[row][-1]:5.1f} %  ({seconds:.0f} s)", flush=True)
         models = {row: load(folder_of(root, row, options.seeds[0]) / "export") for row in found}
@@ -94,7 +97,8 @@ def rows(root: Path, weights: Path, seed: int, options: argparse.Namespace) -> d
             if (folder / "export").is_dir():
                 return folder / "export"
             own = start or folder.with_name(f"{folder.name}-start")
-            return fine_tune(own, folder, seed, ranks, *lengths, *keys, *options.overrides) / "export"
+            every = (*lengths, *keys, *options.overrides)
+            return fine_tune(own, folder, options.data, seed, ranks, *every) / "export"
 
         return train
 
@@ -117,7 +121,9 @@ def rows(root: Path, weights: Path, seed: int, options: argparse.Namespace) -> d
         all_rows[row] = run(row, teacher, f"model.keep_layers={str(size['kept']).replace(' ', '')}")
         if find_spec("torch_pruning"):
             row = f"{share} Torch-Pruning"
-            all_rows[row] = _after(torch_pruned, teacher, size, run(row, None), folder_of(root, row, seed))
+            all_rows[row] = _after(
+                partial(torch_pruned, options.data), teacher, size, run(row, None), folder_of(root, row, seed)
+            )
         else:
             print("no row of Torch-Pruning: pip install torch-pruning", flush=True)
         row = f"{share} from scratch"
@@ -145,7 +151,7 @@ def random_weights(origin: Path, folder: Path, seed: int) -> None:
     AutoTokenizer.from_pretrained(origin).save_pretrained(folder)
 
 
-def torch_pruned(origin: Path, folder: Path, size: dict[str, Any]) -> None:
+def torch_pruned(data: Path, origin: Path, folder: Path, size: dict[str, Any]) -> None:
     """What Torch-Pruning leaves of the model."""
     import torch
     import torch_pruning
@@ -153,7 +159,7 @@ def torch_pruned(origin: Path, folder: Path, size: dict[str, Any]) -> None:
 
     model, tokenizer = load(origin), AutoTokenizer.from_pretrained(origin)
     config = model.config
-    sentences = labelled("train")[:512]
+    sentences = labelled(data, "train")[:512]
     for start in range(0, len(sentences), BATCH):
         part = sentences[start : start + BATCH]
         batch = tokenizer([text for text, _ in part], padding=True, truncation=True, max_length=64, return_tensors="pt")

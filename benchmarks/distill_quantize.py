@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from sst2 import accuracy, fine_tune, unpack_weights
+from sst2 import DATA, accuracy, fine_tune, unpack_weights
 
 GROUP = 64
 KEEP = "[1,3,5]"
@@ -24,7 +24,7 @@ STEPS = {"fp32": 648, "student": 648, "more": 216}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, parents=[DATA])
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--scale", type=float, default=1.0, help="length of every run, as a share")
@@ -33,14 +33,14 @@ def main() -> None:
     options = parser.parse_args()
     results: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as root:
-        weights = unpack_weights(Path(root))
+        weights = unpack_weights(Path(root), options.data)
         for seed in range(1, options.seeds + 1):
             rows = _Rows(Path(root), weights, seed, options)
             for name, row in rows.all().items():
                 if not options.only or name in ("fp32", *options.only.split(",")):
                     started = time.monotonic()
                     folder = row(name)
-                    results.setdefault(name, []).append(accuracy(folder))
+                    results.setdefault(name, []).append(accuracy(folder, options.data))
                     print(
                         f"seed {seed}  {name:24} {results[name][-1]:5.1f} %  {sizes(folder)}  "
                         f"({time.monotonic() - started:.0f} s)",
@@ -93,7 +93,8 @@ class _Rows:
             f"data.cache_dir={self._root / 'cache'}", "schedule.epochs=null", f"schedule.steps={steps}",
             "track.eval_every_steps=null", "track.eval_samples=32", *overrides, *self._options.overrides,
         ]  # fmt: skip
-        return fine_tune(start, self._root / own, self._seed, self._options.ranks, *keys) / "export"
+        options = self._options
+        return fine_tune(start, self._root / own, options.data, self._seed, options.ranks, *keys) / "export"
 
 
 def sizes(folder: Path) -> str:

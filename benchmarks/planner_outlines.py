@@ -16,13 +16,13 @@ def compare(arch: str, task: Any) -> str:
     import torch
     import transformers
 
-    from ds_train.models.load import _AUTO_CLASSES
+    from ds_train.models.load import AUTO_CLASSES
     from ds_train.plan.outline import outline
 
     try:
         config = transformers.AutoConfig.for_model(arch)
         with torch.device("meta"):
-            model: Any = _AUTO_CLASSES[task].from_config(config)
+            model: Any = AUTO_CLASSES[task].from_config(config)
         model.tie_weights()
     except Exception:  # each family has its own reasons
         return "can't be built"

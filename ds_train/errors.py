@@ -31,11 +31,15 @@ class Problem:
     fix: str = ""
     value: Any = _NO_VALUE
 
+    @property
+    def head(self) -> str:
+        """The key with its value."""
+        return self.key if self.value is _NO_VALUE else f"{self.key}={_shown(self.value)}"
+
     def __str__(self) -> str:
-        head = self.key if self.value is _NO_VALUE else f"{self.key}={_shown(self.value)}"
         end = "" if self.fix.endswith(("?", ".")) else "."
         tail = f" Fix: {self.fix}{end}" if self.fix else ""
-        return f"{head}: {self.reason.rstrip('.')}.{tail}"
+        return f"{self.head}: {self.reason.rstrip('.')}.{tail}"
 
 
 class UserError(Exception):

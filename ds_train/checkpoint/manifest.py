@@ -66,6 +66,16 @@ def newest_step(checkpoints: Path) -> int:
     return max(steps)
 
 
+def without_manifest(folder: Path) -> str | None:
+    """Why `folder` is no whole checkpoint, in a phrase, as far as its manifest tells without a look at the files."""
+    if read_manifest(folder) is not None:
+        return None
+    if not folder.is_dir():
+        return "there is no such folder"
+    there = (folder / MANIFEST).is_file()
+    return f"{MANIFEST} has other content than was saved" if there else f"{MANIFEST} is missing"
+
+
 def damage(folder: Path, first: int = 0, every: int = 1) -> str | None:
     """What is wrong with the files of `folder`, in a phrase; None if every one is as the manifest says.
 
@@ -73,8 +83,7 @@ def damage(folder: Path, first: int = 0, every: int = 1) -> str | None:
     """
     manifest = read_manifest(folder)
     if manifest is None:
-        there = (folder / MANIFEST).is_file()
-        return f"{MANIFEST} has other content than was saved" if there else f"{MANIFEST} is missing"
+        return without_manifest(folder)
     for name, expected in islice(manifest["files"].items(), first, None, every):
         path = folder / name
         if not path.is_file():

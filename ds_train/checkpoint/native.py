@@ -38,9 +38,10 @@ from ds_train.checkpoint.manifest import (
     write_manifest,
     write_text,
 )  # fmt: skip
+from ds_train.checkpoint.same_run import bad_checkpoint
 from ds_train.checkpoint.shards import FragmentFiles, write_fragments
 from ds_train.compress.cut import Cut, CutSource
-from ds_train.errors import first_line, user_error
+from ds_train.errors import UserError, first_line, user_error
 from ds_train.parallel.build import Part
 
 FORMAT = 2
@@ -265,7 +266,7 @@ def find(folder: Path, resume: str, note: Callable[[str], None]) -> Path | None:
         path = Path(resume).expanduser()
         reason = damage_of(path)
         if reason:
-            raise user_error("checkpoint.resume", reason, "give the folder of a whole checkpoint, or auto", resume)
+            raise UserError(bad_checkpoint(resume, reason))
         _check_nothing_later(_from_main(_whole(folder)), read_state(path).step, resume)
         return path
     candidates = _from_main(_checkpoints(folder))

@@ -40,6 +40,11 @@ _FREE = (
 _PLACES_OF_DATA = ("data.path", "data.validation_path")
 
 
+def bad_checkpoint(resume: str, reason: str) -> Problem:
+    """What `checkpoint.resume` names can't be continued."""
+    return Problem("checkpoint.resume", reason, "give the folder of a whole checkpoint, or auto", resume)
+
+
 def check_resumable(state: TrainState, recipe: Mapping[str, Any], data_fingerprint: str) -> None:
     """Refuse to continue a checkpoint under a recipe that means another run. The layout may be any, and so may the
     place of data whose content is the same.

@@ -40,9 +40,8 @@ def launch(
 
     hosts = survey.hosts_of(hostfile, include, exclude, ranks)
     found = survey.survey(hosts, master_port, run, recipe)
-    survey.refuse(found.findings())
+    survey.refuse(found.findings(), lambda: placed(run, found.cluster()) if found.facts else None)
     world = found.world(master_addr)
-    placed(run, found.cluster())
     print(survey.describe(world), flush=True)
     ended = run_ranks(world, ["ds_train.engine", recipe, *(overrides or [])], run.faults.grace_seconds + MARGIN_S)
     exit_as(ended)

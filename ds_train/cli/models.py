@@ -7,9 +7,12 @@ from typing import Annotated
 
 import typer
 
+from ds_train.cli.options import refuse_beside
 from ds_train.errors import user_error
 
 Checkpoint = Annotated[Path, typer.Argument(help="RUN/checkpoints/step-*, of any layout.")]
+
+_SAMPLES = 128
 
 Written = Annotated[
     Path, typer.Argument(help="Folder that transformers will load. An older model there is replaced, nothing else.")
@@ -53,17 +56,19 @@ def quantize(
     group: Annotated[int, typer.Option(min=0, help="Inputs that share a scale; 0 is one scale a row.")] = 0,
     method: Annotated[str, typer.Option(help="rtn (to nearest), gptq or awq (with samples).")] = "rtn",
     recipe: Annotated[Path | None, typer.Option(help="Recipe of the samples; the run's own without it.")] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Samples that are looked at.")] = 128,
+    samples: Annotated[int | None, typer.Option(min=1, help="Samples that are looked at; 128 without it.")] = None,
 ) -> None:
     """Round a trained model's linear layers to few bits, packed as compressed-tensors. Takes one process."""
     if bits not in (4, 8):
         raise user_error("--bits", "no such number of bits", "4 or 8", bits)
     if method not in ("rtn", "gptq", "awq"):
         raise user_error("--method", "no such method", "rtn, gptq or awq", method)
+    if method == "rtn":
+        refuse_beside("--method=rtn", {"--recipe": recipe, "--samples": samples}, "looks at no samples")
     _check_replaced(folder, source)
     from ds_train.checkpoint import offline
 
-    done = offline.quantize(source, folder, bits, group, method, recipe, samples)  # type: ignore[arg-type]
+    done = offline.quantize(source, folder, bits, group, method, recipe, samples or _SAMPLES)  # type: ignore[arg-type]
     scaled = f"; the inputs of {done.scaled} linear layers are scaled" if method == "awq" else ""
     print(f"{folder.resolve()}: {done.after / 1e6:,.2f} MB of weights, {done.before / 1e6:,.2f} MB before{scaled}")
 
@@ -74,11 +79,13 @@ def sparsify(
     pattern: Annotated[str, typer.Option(help="Zeros of a row: 2:4 (two in four neighbours), or a share.")] = "2:4",
     method: Annotated[str, typer.Option(help="magnitude, wanda or sparsegpt (both with samples).")] = "wanda",
     recipe: Annotated[Path | None, typer.Option(help="Recipe of the samples; the run's own without it.")] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Samples that are looked at.")] = 128,
+    samples: Annotated[int | None, typer.Option(min=1, help="Samples that are looked at; 128 without it.")] = None,
 ) -> None:
     """Set weights of a trained model's linear layers to zero; compress.keep_zeros trains it so. Takes one process."""
     if method not in ("magnitude", "wanda", "sparsegpt"):
         raise user_error("--method", "no such method", "magnitude, wanda or sparsegpt", method)
+    if method == "magnitude":
+        refuse_beside("--method=magnitude", {"--recipe": recipe, "--samples": samples}, "looks at no samples")
     from ds_train.checkpoint import offline
     from ds_train.compress.sparsity import Pattern
 
@@ -90,7 +97,7 @@ def sparsify(
     if not 0 < chosen.share < 1:
         raise user_error("--pattern", "not a share of a row", "such as 2:4 or 0.5", pattern)
     _check_replaced(folder, source)
-    share = offline.sparsify(source, folder, chosen, method, recipe, samples)  # type: ignore[arg-type]
+    share = offline.sparsify(source, folder, chosen, method, recipe, samples or _SAMPLES)  # type: ignore[arg-type]
     print(f"{folder.resolve()}: {share:.1%} of the blocks' linear weights are zero")
 
 

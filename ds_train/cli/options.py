@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+from ds_train.errors import Problem, UserError
 
 Recipe = Annotated[str, typer.Argument(help="Path of a YAML recipe.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key=value]...", help="Recipe keys to replace.")]
@@ -25,3 +28,20 @@ MasterAddr = Annotated[
 MasterPort = Annotated[
     int | None, typer.Option(min=1, max=65535, help="Port that ranks meet at; a free one where it is taken.")
 ]
+
+
+def refuse_beside(option: str, others: Mapping[str, Any], reason: str) -> None:
+    """Refuse the options that `option` leaves nobody to look at; `others` holds what each was given.
+
+    Raises:
+        UserError: one was given.
+    """
+    given = {name: value for name, value in others.items() if value}
+    fix = f"leave it out, or {option.partition('=')[0]}"
+    if given:
+        raise UserError(
+            Problem(name, f"{option} {reason}", fix)
+            if value is True
+            else Problem(name, f"{option} {reason}", fix, value)
+            for name, value in given.items()
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +11,8 @@ import typer
 
 from ds_train.cli.launching import start_again_on
 from ds_train.cli.options import Hostfile, Overrides, Ranks, Recipe
-from ds_train.config import load
+from ds_train.config import RunConfig, load
+from ds_train.config.reference import reference
 from ds_train.errors import user_error
 
 
@@ -76,6 +78,25 @@ def prune(
     end(run_to_exit_code(body))
 
 
+_NOT_PROFILED = (
+    "checkpoint.every_steps", "checkpoint.keep_every", "checkpoint.push_to", "checkpoint.best", "checkpoint.patience",
+    "health.on_spike", "health.max_roll_backs", "track.also", "track.sample_prompt",
+)  # fmt: skip
+"""Keys of what takes time or writes beside the steps that `profile` looks at: it takes their defaults."""
+
+
+def profiled_recipe(recipe: str, overrides: Sequence[str], first: int, last: int, record: str) -> RunConfig:
+    """The recipe with steps `first` to `last` recorded on ranks `record`, under a name of its own."""
+    asked = load(recipe, overrides)
+    changes = [
+        f"name={asked.name}-profile", f"track.profile_steps=[{first},{last}]", f"track.profile_ranks=[{record}]",
+        "track.wandb=off", "checkpoint.save_final=false", "checkpoint.export=false",
+        *(f"{row.key}={row.default}" for row in reference() if row.key in _NOT_PROFILED),
+        *(["track.eval_samples=1"] if asked.data.holds_out else []),
+    ]  # fmt: skip
+    return load(recipe, [*overrides, *changes])
+
+
 def profile(
     recipe: Recipe,
     overrides: Overrides = None,
@@ -92,14 +113,7 @@ def profile(
         first, last = (int(step) for step in steps.split(".."))
     except ValueError:
         raise user_error("--steps", "not a range of steps", "write 6..8", steps) from None
-    changes = [
-        f"track.profile_steps=[{first},{last}]", f"track.profile_ranks=[{record}]", "track.wandb=off", "track.also=[]",
-        "track.wandb_artifacts=off", "checkpoint.every_steps=null", "checkpoint.save_final=false",
-        "checkpoint.export=false", "checkpoint.push_to=null", "checkpoint.best=null", "checkpoint.patience=null",
-        "health.on_spike=note", "track.sample_prompt=null", "track.eval_samples=1",
-    ]  # fmt: skip
-    name = load(recipe, overrides or []).name
-    run = load(recipe, [*(overrides or []), *changes, f"name={name}-profile"])
+    run = profiled_recipe(recipe, overrides or [], first, last, record)
     start_again_on(hostfile, ranks, run, recipe)
     from ds_train.engine.job import train
     from ds_train.engine.ranks import end, run_to_exit_code

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from ds_train.cli.options import AsJson, Overrides, Recipe
+from ds_train.cli.options import AsJson, Overrides, Recipe, refuse_beside
 from ds_train.config import RunConfig, load
 from ds_train.errors import user_error
 
@@ -26,6 +26,8 @@ def schema(
     from ds_train.config.load import known_keys, nearest
     from ds_train.config.reference import json_schema, reference
 
+    if as_json and key:
+        raise user_error("--json", "the JSON Schema is of the whole recipe", f"leave out {key}, or --json")
     if as_json:
         print(json.dumps(json_schema(), indent=2))
         return
@@ -49,7 +51,9 @@ def plan(
     cluster: Annotated[
         str | None, typer.Option(help="Cluster to plan for: 16x8:H100 (hosts x devices:kind), or a hostfile.")
     ] = None,
-    ranks: Annotated[int, typer.Option(min=1, help="Ranks of the launch on machines like this one.")] = 1,
+    ranks: Annotated[
+        int | None, typer.Option(min=1, help="Ranks of the launch on machines like this one; 1 without it.")
+    ] = None,
     ranks_per_host: Annotated[
         int | None, typer.Option(min=1, help="Ranks of one host; all of them without it.")
     ] = None,
@@ -62,7 +66,7 @@ def plan(
     ] = None,
     as_json: AsJson = False,
     plot: Annotated[bool, typer.Option("--plot", help="Draw every schedule of the recipe, here and as a PNG.")] = False,
-    plot_file: Annotated[Path | None, typer.Option(help="The PNG; NAME-curves.png here without it.")] = None,
+    plot_file: Annotated[Path | None, typer.Option(help="Draw them into this PNG, not into NAME-curves.png.")] = None,
 ) -> None:
     """What a launch would do, need and reach: layout, memory, step time, or every reason why not. Starts nothing."""
     from ds_train.engine.session import placed
@@ -74,14 +78,23 @@ def plan(
 
     run = load(recipe, overrides or [])
     if cluster is not None:
+        refuse_beside(
+            f"--cluster={cluster}",
+            {"--ranks": ranks, "--ranks-per-host": ranks_per_host, "--device": device},
+            "says that already",
+        )
         imagined = cluster_of(cluster)
     else:
         known = known_device(device, "--device") if device else device_here()
+        ranks = ranks or 1
         on_host = ranks_per_host or ranks
         if ranks % on_host:
             fix = f"give a divisor of {ranks}; hosts are alike"
             raise user_error("--ranks-per-host", f"doesn't divide the {ranks} ranks", fix, on_host)
         imagined = Cluster(ranks, on_host, known, here=known == device_here())
+    for other, given in (("--why", why), ("--json", as_json)):
+        if given:
+            refuse_beside(other, {"--plot": plot, "--plot-file": plot_file}, "draws nothing")
     if auto:
         run = with_auto(run)
     if why is not None:
@@ -96,7 +109,7 @@ def plan(
         print(json.dumps(made.to_dict(), indent=2, default=str))
     else:
         show.show_plan(made)
-        if plot:
+        if plot or plot_file is not None:
             _plot_curves(run, plot_file or Path(f"{run.name}-curves.png"))
 
 

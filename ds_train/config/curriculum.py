@@ -32,8 +32,8 @@ class CurriculumSection(Section):
     """`discrete`: share of the run at which each of `lengths` ends."""
 
     multiple: int = Field(default=8, ge=1)
-    """Lengths are rounded down to a multiple of this; with `repack` or `keep_tokens` to a divisor of
-    `data.sequence_length`."""
+    """Lengths are rounded down to a multiple of this where nothing else decides them: `repack` and `keep_tokens` take
+    divisors of `data.sequence_length`."""
 
     how: Literal["repack", "truncate"] = "repack"
     """`repack` cuts every window into short samples, so no token is lost; `truncate` drops what lies behind."""

@@ -51,7 +51,7 @@ class DataSection(Section):
 
     tokenizer: str = "bytes"
     """`bytes` (embedded, vocabulary 259), a hub id or folder, or `model` for the one beside `model.path`.
-    Ignored where `train_vocabulary` trains a new one."""
+    Left out where `train_vocabulary` trains a new one."""
 
     train_vocabulary: int | None = Field(default=None, ge=260)
     """Train a byte-level BPE tokenizer of this vocabulary size on the source, instead of loading one."""
@@ -76,6 +76,12 @@ class DataSection(Section):
 
     workers: int = Field(default=1, ge=0)
     """Steps whose batches a thread loads ahead of the step loop; 0 loads them inside the loop."""
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether there is something to evaluate on."""
+        named = self.validation_path is not None or self.validation_split is not None
+        return named or self.validation_fraction > 0
 
     @property
     def rows_have_documents(self) -> bool:

@@ -31,6 +31,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise user_error(str(path), "no such recipe", _recipes_nearby(path)) from None
+    except IsADirectoryError:
+        raise user_error(str(path), "a folder, not a recipe", _recipes_nearby(path / "*")) from None
     except (OSError, UnicodeDecodeError) as error:
         raise user_error(str(path), f"the recipe can't be read: {error}", "give a readable UTF-8 YAML file") from None
     return parse(text, overrides, origin=str(path))
@@ -254,8 +256,8 @@ def _field_at(location: Sequence[str]) -> Any:
 
 def _recipes_nearby(path: Path) -> str:
     try:
-        folder = path.parent if path.parent.is_dir() else Path("ds_configs")
-        found = sorted(str(file) for file in folder.glob("*.yaml"))
+        folders = (path.parent, Path("ds_configs"))
+        found = sorted({str(file) for folder in folders for file in folder.glob("[!.]*.yaml")})
     except OSError:
         found = []
     best = nearest(str(path), found)

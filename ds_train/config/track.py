@@ -37,7 +37,8 @@ class TrackSection(Section):
     """Progress bar on rank 0. `auto`: on a terminal; otherwise a line every so often."""
 
     wandb: Annotated[Literal["off", "offline", "online"], _OFF] = "off"
-    """Weights & Biases: `offline` writes a run that `wandb sync` uploads later."""
+    """Weights & Biases: `offline` writes a run that `wandb sync` uploads later. A recipe that says `off` keeps the
+    project and the others for runs that don't."""
 
     wandb_project: str = "ds_train"
     """Project of the wandb run."""
@@ -46,7 +47,7 @@ class TrackSection(Section):
     """Team or user of the wandb run. `null` takes the account's default."""
 
     tags: tuple[str, ...] = ()
-    """Tags of the wandb run."""
+    """Tags of the wandb run; reports show them too."""
 
     wandb_artifacts: Annotated[Literal["off", "export", "all"], _OFF] = "off"
     """What goes to wandb as artifacts: the exported model at the end, or every checkpoint too. Rank 0 reads the files

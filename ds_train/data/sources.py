@@ -17,7 +17,7 @@ from typing import IO, Any, cast
 from ds_train.config.data import DataSection
 from ds_train.config.load import nearest
 from ds_train.config.task import TaskSection
-from ds_train.errors import UserError, first_line, user_error
+from ds_train.errors import Problem, UserError, first_line, user_error
 
 _NOT_LIBRARY = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
 _SUFFIXES = {
@@ -73,10 +73,23 @@ def local_files(data: DataSection, held_out: bool = False) -> list[Path]:
     return [file for file in found if file.resolve() not in aside] or found
 
 
-def _files(origin: _Origin, source: str) -> list[Path]:
+def check_paths(data: DataSection) -> list[Problem]:
+    """What is wrong with the paths of a local source, of which one file each is looked for."""
+    if data.source in ("stdlib", "hub"):
+        return []
+    problems: list[Problem] = []
+    for held_out in [place for place, path in ((False, data.path), (True, data.validation_path)) if path is not None]:
+        try:
+            _files(_origin(data, held_out), data.source, at_most=1)
+        except UserError as error:
+            problems += error.problems
+    return problems
+
+
+def _files(origin: _Origin, source: str, at_most: int | None = None) -> list[Path]:
     path = Path(origin.given).expanduser()
     try:
-        found = _found(path, source)
+        found = set(itertools.islice(_found(path, source), at_most))
         if not found:
             raise origin.error(*_nothing_there(path, source))
     except OSError as error:  # no right to look, or too long a name
@@ -84,13 +97,14 @@ def _files(origin: _Origin, source: str) -> list[Path]:
     return sorted(found)
 
 
-def _found(path: Path, source: str) -> set[Path]:
+def _found(path: Path, source: str) -> Iterator[Path]:
     if path.is_dir():
-        inside = [file for file in path.rglob("*") if file.is_file()]
-        return {file for file in inside if not _hidden(file, path) and file.name.endswith(_SUFFIXES.get(source, ""))}
-    if path.is_file():
-        return {path}
-    return {Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file()}
+        named = (file for file in path.rglob("*") if file.name.endswith(_SUFFIXES.get(source, "")))
+        yield from (file for file in named if file.is_file() and not _hidden(file, path))
+    elif path.is_file():
+        yield path
+    else:
+        yield from (Path(name) for name in glob.iglob(str(path), recursive=True) if Path(name).is_file())
 
 
 @dataclass(frozen=True)

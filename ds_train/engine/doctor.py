@@ -66,7 +66,9 @@ def _plan(surveyed: Survey, run: RunConfig | None) -> tuple[list[Finding], int |
             return [], None
         before, after = placed(run, cluster)
     except UserError as error:
-        return [Finding("fail", "recipe", problem.reason, problem.key, problem.fix) for problem in error.problems], None
+        return [
+            Finding("fail", "recipe", problem.reason, problem.head, problem.fix) for problem in error.problems
+        ], None
     found = _planned(before.plan)
     if after is not before:
         found += _planned(after.plan, "from the cut on ")

@@ -171,6 +171,9 @@ def find_hosts(
     """
     from ds_train.engine import survey
 
+    if newest_step(Path(run.run_root).expanduser() / run.name / "checkpoints"):
+        # It goes on from its own checkpoints, and what it began from may be gone.
+        run = run.model_copy(update={"checkpoint": run.checkpoint.model_copy(update={"resume": "auto"})})
     found = survey.survey(hosts, port, run, recipe)
     answering = [host for host in hosts if host.name in found.facts]
     if not answering:

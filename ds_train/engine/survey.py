@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ds_train.checkpoint.manifest import without_manifest
+from ds_train.checkpoint.same_run import bad_checkpoint
 from ds_train.config import RunConfig
+from ds_train.data.sources import check_paths
 from ds_train.engine.findings import Facts, Finding, findings, unreachable
 from ds_train.engine.hosts import LOCALHOST, Answer, ask_facts
 from ds_train.engine.launch import World
 from ds_train.engine.port import free_port
 from ds_train.engine.probe import devices, look
-from ds_train.errors import UserError, user_error
+from ds_train.errors import Problem, UserError, user_error
 from ds_train.plan.clusters import cluster_of_hosts
 from ds_train.plan.hostfile import Host, read_hostfile, select
 from ds_train.plan.topology import Cluster, device_here, known_device
@@ -92,11 +95,14 @@ class Survey:
     facts: Mapping[str, Facts]
     here: Facts
     port: int
+    missing: tuple[Problem, ...] = ()
+    """What a run on this machine alone would not find; what other hosts have isn't seen from here."""
 
     def findings(self, checkpoint_bytes: int | None = None) -> list[Finding]:
         """What is wrong with them."""
         found = unreachable(self.answers)
-        return [*found, *findings(self.hosts, self.facts, self.here, self.port, checkpoint_bytes)]
+        found += findings(self.hosts, self.facts, self.here, self.port, checkpoint_bytes)
+        return [*found, *(Finding("fail", "files", each.reason, each.head, each.fix) for each in self.missing)]
 
     def cluster(self) -> Cluster:
         """These hosts, for the planner; the kind of device is that of the first that answered.
@@ -132,7 +138,7 @@ def survey(hosts: Sequence[Host], port: int | None = None, run: RunConfig | None
     here = look(request)
     if local:
         answers = {LOCALHOST: Answer(LOCALHOST, "", None, here["time"], here["time"])}
-        return Survey(tuple(hosts), answers, {LOCALHOST: here}, here, wished)
+        return Survey(tuple(hosts), answers, {LOCALHOST: here}, here, wished, tuple(missing(run)) if run else ())
     requests = {host.name: json.dumps(request) for host in hosts}
     answers, facts = ask_facts(requests, "ds_train.engine.probe", ["look"], _LOOK_TIMEOUT_S)
     return Survey(tuple(hosts), answers, facts, here, wished)
@@ -150,14 +156,26 @@ def needs(run: RunConfig | None, recipe: str = "") -> dict[str, list[str]]:
     }
 
 
+def missing(run: RunConfig) -> list[Problem]:
+    """What a run reads and this machine hasn't, besides what its plan looks at (model, tokenizer, teacher)."""
+    problems = check_paths(run.data)
+    resume = run.checkpoint.resume
+    reason = None if resume in ("auto", "never") else without_manifest(Path(resume).expanduser())
+    return [*problems, bad_checkpoint(resume, reason)] if reason is not None else problems
+
+
 def checkpoint_bytes(parameters: int | None) -> int | None:
     """What a checkpoint of so many parameters takes on disk, about."""
     return None if parameters is None else parameters * _BYTES_IN_CHECKPOINT
 
 
-def refuse(found: Sequence[Finding]) -> None:
-    """Raise the failures among `found` as a `UserError`, if there are any."""
+def refuse(found: Sequence[Finding], plan: Callable[[], object] = lambda: None) -> None:
+    """Raise the failures among `found`, and what is wrong with a plan, as one `UserError`, if there are any."""
     failed = [finding.problem() for finding in found if finding.level == "fail"]
+    try:
+        plan()
+    except UserError as error:
+        failed = [*error.problems, *failed]
     if failed:
         raise UserError(failed)
 

@@ -80,14 +80,17 @@ def with_auto(run: RunConfig) -> RunConfig:
 
 
 def settle(run: RunConfig, values: dict[str, Any]) -> RunConfig:
-    """The recipe with dotted keys of two parts replaced."""
+    """The recipe with dotted keys of two parts replaced; without the folder for nvme if these are what leaves it."""
     sections: dict[str, dict[str, Any]] = {}
     for key, value in values.items():
         section, _, name = key.partition(".")
         sections.setdefault(section, {})[name] = value
-    return run.model_copy(
+    settled = run.model_copy(
         update={name: getattr(run, name).model_copy(update=values) for name, values in sections.items()}
     )
+    if _may_use_disks(run) and not _may_use_disks(settled):
+        return settled.model_copy(update={"parallel": settled.parallel.model_copy(update={"nvme_path": None})})
+    return settled
 
 
 def keep_choice(run: RunConfig, before: RunConfig) -> RunConfig:
@@ -305,6 +308,11 @@ def _plain(run: RunConfig) -> dict[str, Any]:
 def _value(run: RunConfig, key: str) -> Any:
     section, _, name = key.partition(".")
     return getattr(getattr(run, section), name)
+
+
+def _may_use_disks(run: RunConfig) -> bool:
+    offloads = run.parallel.offload_optimizer, run.parallel.offload_params
+    return "nvme" in offloads or "auto" in offloads
 
 
 def _options(value: Any, otherwise: Iterable[Any]) -> list[Any]:

@@ -42,7 +42,7 @@ class Place:
                 "cache_dir": str(self.folder / "cache"),
             },
             "batch": {"global_samples": 8, "micro_samples": 2},
-            "curriculum": {"kind": "linear", "start_length": 16, "fraction": 0.5, "multiple": 16},
+            "curriculum": {"kind": "linear", "start_length": 16, "fraction": 0.5},
             "parallel": parallel,
             "precision": {"dtype": dtype},
             "optimizer": {"lr": 1e-2},

@@ -175,7 +175,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def write_case(folder: Path, folders: dict[str, Path], case: str, layout: str, parallel: dict[str, Any]) -> Path:
-    section = {"teacher": str(folders["teacher"]), "temperature": TEMPERATURE, "alpha": ALPHA, **CASES[case][0]}
+    own = CASES[case][0]
+    of_logits = {"temperature": TEMPERATURE, "alpha": ALPHA} if "logits" in own else {}
+    section = {"teacher": str(folders["teacher"]), **of_logits, **own}
     return write_recipe(
         folder, f"{case}-{layout}", folders["corpus"], folders["weights"], "llama", parallel,
         compress={"distill": section}, schedule={"kind": "constant"},

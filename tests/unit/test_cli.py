@@ -9,6 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from ds_train.cli.ranks import profiled_recipe
+from ds_train.plan.make import make_plan
+from ds_train.plan.topology import Cluster
+
 ROOT = Path(__file__).resolve().parents[2]
 
 PROBE = """
@@ -98,7 +102,7 @@ def test_plan_draws_the_curves(tmp_path: Path) -> None:
     assert "learning rate of *embed*\n0.001 │" in done.stdout
     assert "over tokens, up to 819,200" in done.stdout
     assert picture.read_bytes().startswith(b"\x89PNG")
-    nowhere = run("plan", "ds_configs/quickstart.yaml", "--plot", "--plot-file", str(tmp_path / "no" / "x.png"))
+    nowhere = run("plan", "ds_configs/quickstart.yaml", "--plot-file", str(tmp_path / "no" / "x.png"))
     assert nowhere.returncode == 2
     assert nowhere.stderr.startswith("error: --plot-file=")
 
@@ -125,6 +129,40 @@ def test_mistakes_are_lines_with_exit_code_2() -> None:
         assert run(*arguments).stderr.startswith("error: RUN=nowhere: there is no metrics.jsonl.")
     assert run("report", "nowhere", "--axis", "epochs").stderr.startswith("error: --axis=epochs: no such axis")
     assert run("profile", "ds_configs/quickstart.yaml", "--steps", "5").stderr.startswith("error: --steps='5': ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ("plan R --cluster 1x8:H100 --ranks 2", "--ranks=2: --cluster=1x8:H100 says that already"),
+        ("plan R --cluster 1x8:H100 --device cpu", "--device=cpu: --cluster=1x8:H100 says that already"),
+        ("plan R --json --plot", "--plot: --json draws nothing. Fix: leave it out, or --json."),
+        ("plan R --why zero3 --plot-file x.png", "--plot-file=x.png: --why draws nothing"),
+        ("schema parallel --json", "--json: the JSON Schema is of the whole recipe"),
+        ("quantize a b --samples 8", "--samples=8: --method=rtn looks at no samples. Fix: leave it out, or --method."),
+        ("sparsify a b --method magnitude --recipe R", "--method=magnitude looks at no samples"),
+    ],
+)
+def test_options_that_nobody_would_look_at_are_refused(arguments: str, says: str) -> None:
+    done = run(*arguments.replace("R", "ds_configs/quickstart.yaml").split())
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert says in line
+
+
+@pytest.mark.parametrize("held_out", [0.0, 0.1])
+def test_a_profile_reads_all_that_it_leaves_of_a_recipe(held_out: float) -> None:
+    rich = [
+        "health.on_spike=roll-back", "health.max_roll_backs=1", "checkpoint.every_steps=2", "checkpoint.keep_every=4",
+        "checkpoint.push_to=a/b", "track.wandb=offline", "track.wandb_project=ours", "track.wandb_artifacts=export",
+        "track.also=[csv]", f"data.validation_fraction={held_out}",
+    ]  # fmt: skip
+    scored = ["checkpoint.best=loss", "checkpoint.patience=2"]
+    evaluated = scored if held_out else ["track.eval_every_steps=null", "track.eval_samples=256"]
+    run = profiled_recipe(str(ROOT / "ds_configs" / "quickstart.yaml"), [*rich, *evaluated], 6, 8, "0,1")
+    make_plan(run, Cluster(2, 2, "cpu"))
+    assert (run.track.profile_steps, run.track.profile_ranks) == ((6, 8), (0, 1))
+    assert (run.track.wandb, run.track.also, run.checkpoint.every_steps) == ("off", (), None)
 
 
 @pytest.mark.parametrize("command", ["launch", "doctor"])

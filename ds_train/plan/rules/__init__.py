@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from ds_train.errors import Problem
 from ds_train.plan.facts import Facts
-from ds_train.plan.rules import compress, data, layout, model, prune, raw, reports, states, tokens, training
+from ds_train.plan.rules import compress, data, layout, model, prune, raw, reports, states, tokens, training, unread
 from ds_train.plan.rules.base import KeyRule, Rule
 
 __all__ = ["RULES", "KeyRule", "Rule", "check"]
 
 RULES: tuple[Rule | KeyRule, ...] = tuple(
     rule
-    for table in (layout, states, training, tokens, prune, model, data, compress, reports, raw)
+    for table in (layout, states, training, tokens, prune, model, data, compress, reports, raw, unread)
     for rule in table.RULES
 )
 """Every rule, in the order in which they are told."""

@@ -92,6 +92,11 @@ def on_device(*devices: str) -> Predicate:
     return lambda facts: facts.cluster.device in devices
 
 
+def held_out(facts: Facts) -> bool:
+    """Whether there is something to evaluate on."""
+    return facts.run.data.holds_out
+
+
 def nvme(facts: Facts) -> bool:
     """Whether something is offloaded to a disk."""
     return "nvme" in (facts.run.parallel.offload_optimizer, facts.run.parallel.offload_params)
@@ -105,16 +110,6 @@ def size_of(facts: Facts, name: str) -> Any:
 def divisors(number: int | None) -> str:
     """ "one of 1, 2, 4" for 4."""
     return "one of " + ", ".join(str(value) for value in range(1, (number or 1) + 1) if (number or 1) % value == 0)
-
-
-def unread(facts: Facts, section: str, *switches: str) -> dict[str, Any]:
-    """Keys of a section that is off, besides what switches it on, that have another value than their default."""
-    fields = type(facts.value(section)).model_fields
-    return {
-        f"{section}.{key}": facts.value(f"{section}.{key}")
-        for key, field in fields.items()
-        if key not in switches and facts.value(f"{section}.{key}") != field.default
-    }
 
 
 def compared(*conditions: Predicate) -> Callable[[Facts], dict[str, Any]]:

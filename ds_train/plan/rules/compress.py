@@ -27,7 +27,6 @@ from ds_train.plan.rules.base import (
     given,
     is_not,
     size_of,
-    unread,
 )
 
 
@@ -127,11 +126,6 @@ RULES: tuple[Rule | KeyRule, ...] = (
         "keep-layers", "model.keep_layers", _missing_layer,
         lambda f: f"the model has {_stored_layers(f)} layers", lambda f: f"numbers from 0 to {_stored_layers(f) - 1}",
     ),
-    KeyRule(
-        "distill-unread",
-        lambda f: {} if _has_teacher(f) else unread(f, "compress.distill", "logits", "hidden", "relations"),
-        "there is no teacher, so nothing reads it", "set compress.distill.logits, hidden or relations",
-    ),
     Rule(
         "distill-start", _TEACHER, all_of(_has_teacher, is_not(given(_TEACHER)), is_not(given("model.path"))),
         "a model from scratch has no start to learn from", "give a teacher's folder or hub id", lambda f: "null",
@@ -205,10 +199,6 @@ RULES: tuple[Rule | KeyRule, ...] = (
     KeyRule(
         "distill-compared-rows", compared(at("data.padding_free", True)),
         "a sample's mean isn't taken where samples share a row", "set data.padding_free=false",
-    ),
-    KeyRule(
-        "quantize-unread", lambda f: {} if _ROUNDS(f) else unread(f, "compress.quantize", "weights"),
-        "nothing is rounded, so nothing reads it", "set compress.quantize.weights",
     ),
     Rule(
         "quantize-activations", "compress.quantize.activations",

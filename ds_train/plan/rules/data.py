@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from ds_train.plan.facts import Facts
 from ds_train.plan.rules.base import CLASSIFIER, CLASSIFYING, KeyRule, Rule, all_of, at, given, is_not
 
@@ -11,6 +13,11 @@ def _foreign_tokens(facts: Facts) -> bool:
     data = facts.run.data
     another = data.train_vocabulary is not None or "tokenizer" not in data.model_fields_set
     return another and facts.own_tokenizer and not (facts.size and facts.size.vocab_size == facts.vocabulary)
+
+
+def _tokenizer_missing(facts: Facts) -> bool:
+    name = facts.run.data.tokenizer
+    return facts.cluster.here and name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir()
 
 
 RULES: tuple[Rule | KeyRule, ...] = (
@@ -68,6 +75,10 @@ RULES: tuple[Rule | KeyRule, ...] = (
         "tokenizer-model", "data.tokenizer", all_of(at("data.tokenizer", "model"), is_not(given("model.path"))),
         "a model from scratch has no tokenizer beside it",
         "set bytes, a tokenizer's folder or hub id, or data.train_vocabulary",
+    ),
+    Rule(
+        "tokenizer-missing", "data.tokenizer", _tokenizer_missing, "there is no such folder",
+        "give a tokenizer's folder or hub id, bytes, or model for the one beside model.path",
     ),
     Rule(
         "tokenizer-trained", "data.train_vocabulary",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from ds_train.config.compress import PRUNE_TARGETS, PRUNED_KINDS
 from ds_train.errors import Problem
 from ds_train.plan.facts import Facts
 from ds_train.plan.model_size import ALIASES
@@ -20,7 +19,6 @@ from ds_train.plan.rules.base import (
     given,
     nvme,
     size_of,
-    unread,
 )
 from ds_train.plan.topology import Layout
 from ds_train.plan.transformers_keys import takes_list
@@ -67,21 +65,6 @@ def _unpruned_proportions(facts: Facts) -> dict[str, Any]:
 def _targets(facts: Facts) -> dict[str, Any]:
     """The keys that ask for a size or a time, and their values."""
     return {key: facts.value(key) for key in (f"compress.prune.{name}" for name in facts.run.compress.prune.targets)}
-
-
-def _unread_latency(facts: Facts) -> dict[str, Any]:
-    section = facts.run.compress.prune
-    if not {"latency", "latency_ms"}.isdisjoint(section.targets):
-        return {}
-    defaults = {"latency_samples": 1, "latency_length": None}
-    given = {key: getattr(section, key) for key in defaults}
-    return {f"compress.prune.{key}": value for key, value in given.items() if value != defaults[key]}
-
-
-def _unread(facts: Facts) -> dict[str, Any]:
-    """Keys of a section that prunes nothing; sizes, times and budgets have rules of their own."""
-    others = ("latency_samples", "latency_length", "budget")
-    return {} if _pruning(facts) else unread(facts, "compress.prune", *PRUNED_KINDS, *PRUNE_TARGETS, *others)
 
 
 def _by_layer(facts: Facts) -> bool:
@@ -137,11 +120,6 @@ RULES: tuple[Rule | KeyRule, ...] = (
         lambda f: f"a {f.arch} config has one feed-forward size for all layers", "set it to uniform",
     ),
     Rule(
-        "prune-budget-unread", "compress.prune.budget",
-        lambda f: f.run.compress.prune.budget != "uniform" and not f.run.compress.prune.share("ffn"),
-        "it is about feed-forward channels, and none go", "set compress.prune.ffn, or leave it out",
-    ),
-    Rule(
         "prune-shares", "compress.prune.ffn", lambda f: _by_layer(f) and f.run.compress.prune.budget != "per-layer",
         lambda f: f"compress.prune.budget={f.run.compress.prune.budget} takes one share",
         "set compress.prune.budget=per-layer",
@@ -171,13 +149,6 @@ RULES: tuple[Rule | KeyRule, ...] = (
     KeyRule(
         "prune-targets", lambda f: dict(list(_targets(f).items())[1:]),
         lambda f, _: f"shares are scaled to {next(iter(_targets(f)))} already", "leave one of them out",
-    ),
-    KeyRule(
-        "prune-unread", _unread, "nothing is asked to go, so nothing reads it", "set a share, such as ffn: 0.5",
-    ),
-    KeyRule(
-        "prune-latency-unread", _unread_latency,
-        "nothing reads it: no time is asked for", "set compress.prune.latency, such as 0.5, or leave it out",
     ),
     Rule(
         "prune-latency-length", "compress.prune.latency_length", _too_long,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 
 from ds_train.plan.facts import Facts
-from ds_train.plan.rules.base import Rule, all_of, at, is_not
+from ds_train.plan.rules.base import Rule
 
 
 def _bad_profile_steps(facts: Facts) -> bool:
@@ -18,11 +18,6 @@ RULES = (
         "tensorboard", "track.also",
         lambda f: "tensorboard" in f.run.track.also and f.cluster.here and find_spec("tensorboard") is None,
         "the package tensorboard isn't installed", "pip install tensorboard, or leave it out",
-    ),
-    Rule(
-        "wandb-artifacts", "track.wandb_artifacts",
-        all_of(is_not(at("track.wandb_artifacts", "off")), at("track.wandb", "off")),
-        "wandb is off", "set track.wandb, or leave it out",
     ),
     Rule(
         "profile-steps", "track.profile_steps", _bad_profile_steps,

@@ -103,9 +103,4 @@ RULES: tuple[Rule | KeyRule, ...] = (
         lambda f: f"gradients of a {f.run.precision.dtype} model are accumulated in {f.run.precision.dtype} or fp32",
         "set precision.gradient_dtype=fp32",
     ),
-    Rule(
-        "loss-scale", "precision.loss_scale",
-        all_of(is_not(at("precision.loss_scale", "dynamic")), is_not(at("precision.dtype", "fp16"))),
-        "only fp16 scales its loss", "leave it out, or set precision.dtype=fp16",
-    ),
 )  # fmt: skip

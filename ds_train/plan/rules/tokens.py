@@ -21,20 +21,7 @@ from ds_train.plan.rules.base import (
     divisors,
     is_not,
     size_of,
-    unread,
 )
-
-_OF_CURRICULA = {
-    "linear": {"start_length", "fraction"}, "root": {"start_length", "fraction", "root"},
-    "discrete": {"lengths", "until"}, "none": set(),
-}  # fmt: skip
-
-
-def _unread_curriculum(facts: Facts) -> dict[str, Any]:
-    """Keys of other kinds of curricula than the recipe's."""
-    kind = facts.run.curriculum.kind
-    own = _OF_CURRICULA[kind] if kind == "none" else {"multiple", "how", "keep_tokens", *_OF_CURRICULA[kind]}
-    return unread(facts, "curriculum", "kind", *own)
 
 
 def _tokens_of_steps(facts: Facts) -> int:
@@ -90,11 +77,6 @@ RULES: tuple[Rule | KeyRule, ...] = (
         "micro-batches have several packed windows then, and flash attention attends across their documents",
         "set curriculum.keep_tokens=false, or model.attention=sdpa",
     ),
-    KeyRule(
-        "curriculum-unread", _unread_curriculum,
-        lambda f, _: f"curriculum.kind={f.run.curriculum.kind} doesn't read it",
-        lambda f, _: "leave it out, or set curriculum.kind",
-    ),
     # -- patches ----------------------------------------------------------------------------------------------------
     Rule(
         "patch-task", "patch.size", all_of(PATCHES, is_not(at("task.kind", "causal-lm"))),
@@ -115,10 +97,6 @@ RULES: tuple[Rule | KeyRule, ...] = (
     Rule(
         "patch-alone", "patch.size", all_of(PATCHES, any_of(CURRICULUM, DROPPING)),
         "a run reduces its tokens in one way", "set curriculum.kind=none and token_drop.kind=none, or patch.size=1",
-    ),
-    KeyRule(
-        "patch-unread", lambda f: {} if PATCHES(f) else unread(f, "patch", "size"),
-        "positions hold one token, so nothing reads it", "set patch.size=4, or leave it out",
     ),
     # -- token dropping ---------------------------------------------------------------------------------------------
     Rule(
@@ -148,16 +126,7 @@ RULES: tuple[Rule | KeyRule, ...] = (
         lambda f: f"of the model's {size_of(f, 'num_hidden_layers')} layers none is left to drop tokens",
         lambda f: f"at most {(size_of(f, 'num_hidden_layers') - 1) // 2}, or token_drop.kind=none",
     ),
-    KeyRule(
-        "token-drop-unread", lambda f: {} if DROPPING(f) else unread(f, "token_drop", "kind"),
-        "no token is dropped, so nothing reads it", "set token_drop.kind=random-ltd, or leave it out",
-    ),
     # -- layer dropping ---------------------------------------------------------------------------------------------
-    KeyRule(
-        "layer-drop-unread",
-        lambda f: {} if LAYER_DROP(f) else unread(f, "layer_drop", "kind"),
-        "no layer is left out, so nothing reads it", "set layer_drop.kind=progressive",
-    ),
     Rule(
         "layer-drop-tokens", "layer_drop.kind", all_of(LAYER_DROP, DROPPING),
         "layers leave out tokens already", "set token_drop.kind=none, or layer_drop.kind=none",

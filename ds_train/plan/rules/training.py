@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from ds_train.plan.facts import Facts
 from ds_train.plan.rules.base import (
     PIPELINE,
@@ -15,6 +13,7 @@ from ds_train.plan.rules.base import (
     any_of,
     at,
     given,
+    held_out,
     is_not,
     nvme,
     on_device,
@@ -30,40 +29,12 @@ def _torchs_adagrad(facts: Facts) -> bool:
     return facts.run.optimizer.kind == "adagrad" and facts.run.optimizer.kernel != "fused"
 
 
-_SCHEDULE_KEYS = {
-    "decay_fraction": ("wsd",),
-    "final_ratio": ("cosine", "linear", "cosine-restarts", "wsd", "polynomial", "one-cycle"),
-    "power": ("polynomial",),
-    "cycles": ("cosine-restarts",),
-    "cycle_growth": ("cosine-restarts",),
-    "cycle_peak": ("cosine-restarts",),
-    "milestones": ("step",),
-    "step_factor": ("step",),
-}
-"""Keys of `schedule` that only some kinds read."""
-
-
-def _unread_schedule_keys(facts: Facts) -> dict[str, Any]:
-    """Those that have another value than their default; a resolved recipe writes every default out."""
-    schedule = facts.run.schedule
-    fields = type(schedule).model_fields
-    return {
-        f"schedule.{key}": getattr(schedule, key)
-        for key, kinds in _SCHEDULE_KEYS.items()
-        if schedule.kind not in kinds and getattr(schedule, key) != fields[key].default
-    }
-
-
 def _between_ends(facts: Facts) -> float:
     """Share of the run between warm-up and cool-down."""
     return round(1 - facts.run.schedule.warmup_fraction - facts.run.schedule.cooldown_fraction, 9)
 
 
-def _nothing_held_out(facts: Facts) -> bool:
-    data = facts.run.data
-    return data.validation_fraction == 0 and data.validation_path is None and data.validation_split is None
-
-
+_NOTHING_HELD_OUT = is_not(held_out)
 _PROMPTS = is_not(at("track.eval_prompts", ()))
 _ROLL_BACK = at("health.on_spike", "roll-back")
 
@@ -109,15 +80,6 @@ RULES: tuple[Rule | KeyRule, ...] = (
         all_of(at("schedule.kind", "inverse-sqrt"), at("schedule.warmup_fraction", 0.0)),
         "inverse-sqrt falls from the end of warm-up, and there is none", "set it above 0",
     ),
-    KeyRule(
-        "schedule-unread", _unread_schedule_keys, lambda f, _: f"schedule.kind={f.run.schedule.kind} doesn't read it",
-        lambda _, key: f"leave it out, or set schedule.kind={_SCHEDULE_KEYS[key.removeprefix('schedule.')][0]}",
-    ),
-    Rule(
-        "cooldown-unread", "schedule.cooldown_ratio",
-        lambda f: f.run.schedule.cooldown_ratio > 0 and f.run.schedule.cooldown_fraction == 0,
-        "there is no cool-down", "set schedule.cooldown_fraction above 0, or leave it out",
-    ),
     # -- tracking, evaluation, export -------------------------------------------------------------------------------
     Rule(
         "sample-task", "track.sample_prompt",
@@ -133,7 +95,7 @@ RULES: tuple[Rule | KeyRule, ...] = (
         "it is the export that is uploaded", "set checkpoint.export=true, or leave it out",
     ),
     Rule(
-        "best-data", "checkpoint.best", all_of(given("checkpoint.best"), _nothing_held_out),
+        "best-data", "checkpoint.best", all_of(given("checkpoint.best"), _NOTHING_HELD_OUT),
         "nothing is held out to evaluate on", "set data.validation_fraction above 0, or leave it out",
     ),
     Rule(
@@ -155,7 +117,7 @@ RULES: tuple[Rule | KeyRule, ...] = (
         "only causal language models continue a text", "leave it out",
     ),
     Rule(
-        "eval-prompts-data", "track.eval_prompts", all_of(_PROMPTS, _nothing_held_out),
+        "eval-prompts-data", "track.eval_prompts", all_of(_PROMPTS, _NOTHING_HELD_OUT),
         "nothing is held out, so there are no evaluations", "set data.validation_fraction above 0, or leave it out",
     ),
     Rule(
@@ -195,7 +157,7 @@ RULES: tuple[Rule | KeyRule, ...] = (
         "gradients of scaled losses overflow now and then", "set precision.dtype=bf16, or leave it out",
     ),
     Rule(
-        "eval-data", "track.eval_every_steps", all_of(given("track.eval_every_steps"), _nothing_held_out),
+        "eval-data", "track.eval_every_steps", all_of(given("track.eval_every_steps"), _NOTHING_HELD_OUT),
         "nothing is held out to evaluate on", "set data.validation_fraction above 0, or leave it out",
     ),
 )  # fmt: skip

@@ -311,8 +311,10 @@ def test_never_refuses_to_overwrite(tmp_path: Path) -> None:
 def test_a_named_checkpoint_must_be_whole(tmp_path: Path) -> None:
     path = save(tmp_path, 5).path
     assert native.find(tmp_path, str(path), pytest.fail) == path
-    with pytest.raises(UserError, match=r"manifest\.json is missing"):
+    with pytest.raises(UserError, match="there is no such folder"):
         native.find(tmp_path, str(tmp_path / "nowhere"), pytest.fail)
+    with pytest.raises(UserError, match=r"manifest\.json is missing"):
+        native.find(tmp_path, str(tmp_path), pytest.fail)
     later = save(tmp_path, 10).path
     assert native.find(tmp_path, str(later), pytest.fail) == later
     assert native.find(tmp_path / "other", str(path), pytest.fail) == path

@@ -42,6 +42,7 @@ LAYER_DROP = {"layer_drop.kind": "progressive"}
 ROLL_BACK = {"health.on_spike": "roll-back", "checkpoint.every_steps": 10}
 TAUGHT = {"compress.distill.logits": "forward-kl", "compress.distill.teacher": "some/hub-id"}
 CACHED = TAUGHT | {"compress.distill.cache_top": 8}
+HIDDEN = {"compress.distill.teacher": "some/hub-id", "compress.distill.hidden": 0.5}
 RELATED = TAUGHT | {"compress.distill.relations": 1.0}
 BYTES = {"data.tokenizer": "bytes", "model.vocab_size": 300}
 TEACHER = str(Path(__file__).with_name("taught"))
@@ -84,6 +85,15 @@ CASES = [
         "prune-targets", PRUNE | {"compress.prune.parameters": 9, "compress.prune.latency": 0.5},
         "compress.prune.latency=0.5: shares are scaled to compress.prune.parameters already. Fix: leave one",
     ),
+    Broken(
+        "prune-multiple-unread", {"compress.prune.heads": 0.5, "compress.prune.multiple": 16}, "prune.ffn or hidden",
+    ),
+    Broken("prune-score-unread", {"compress.prune.layers": 2, "compress.prune.score": "fisher"}, "are chosen by what"),
+    Broken(
+        "prune-steps-unread", PRUNE | {"compress.prune.score": "magnitude", "compress.prune.score_steps": 4},
+        "looks at the weights alone",
+    ),
+    Broken("prune-shape-unread", PRUNE | {"compress.prune.start": 0.5, "compress.prune.shape": "linear"}, "at once"),
     Broken("prune-latency-unread", PRUNE | {"compress.prune.latency_samples": 4}, "no time is asked for"),
     Broken(
         "prune-latency-length", PRUNE | {"compress.prune.latency_ms": 5.0, "compress.prune.latency_length": 2048},
@@ -162,7 +172,26 @@ CASES = [
         "set health.on_spike=note",
     ),
     Broken("tensorboard", {"track.also": ["csv", "tensorboard"]}, "pip install tensorboard"),
-    Broken("wandb-artifacts", {"track.wandb_artifacts": "all"}, "wandb is off"),
+    Broken("wandb-unread", {"track.wandb_artifacts": "all"}, "wandb is off"),
+    Broken("wandb-unread", {"track.wandb_project": "ours"}, "set track.wandb=online or offline"),
+    Broken(
+        "artifacts-unread", {"track.wandb": "offline", "track.wandb_artifacts": "export", "checkpoint.export": False},
+        "nothing is exported",
+    ),
+    Broken("profile-unread", {"track.profile_ranks": [1]}, "no step is recorded"),
+    Broken("sample-unread", {"track.sample_tokens": 8}, "no text is continued"),
+    Broken("evaluation-unread", {"data.validation_fraction": 0.0, "track.eval_samples": 8}, "nothing is held out"),
+    Broken(
+        "evaluation-unread", {"data.validation_fraction": 0.0, "batch.eval_micro_samples": 8}, "leave it out, or",
+    ),
+    Broken(
+        "held-out-unread",
+        {"data.source": "text", "data.path": "a", "data.validation_path": "b", "data.validation_fraction": 0.1},
+        "data.validation_path says what is held out",
+    ),
+    Broken("keep-every-unread", {"checkpoint.keep_every": 10}, "set checkpoint.every_steps"),
+    Broken("spikes-unread", {"health.on_spike": "ignore", "health.spike_steps": 3}, "spikes are ignored"),
+    Broken("roll-backs-unread", {"health.max_roll_backs": 1}, "set health.on_spike=roll-back"),
     Broken("profile-steps", {"track.profile_steps": [5, 4]}, "write [5,7]"),
     Broken("profile-ranks", {"track.profile_steps": [1, 1], "track.profile_ranks": [0, 4]}, "ranks 0 to 3"),
     Broken("ranks", {"parallel.ranks": 8}, "parallel.ranks=8: the recipe is made for 8 ranks and 4 were started"),
@@ -242,7 +271,13 @@ CASES = [
     Broken("fp16-cpu", {"precision.dtype": "fp16"}, "set precision.dtype=bf16", device="cpu"),
     Broken("gradient-dtype", {"precision.gradient_dtype": "fp16"}, "gradients of a bf16 model"),
     Broken("gradient-dtype", {"precision.gradient_dtype": "bf16", "precision.dtype": "fp32"}, "=fp32"),
-    Broken("loss-scale", {"precision.loss_scale": 128.0}, "precision.dtype=fp16"),
+    Broken("loss-scale-unread", {"precision.loss_scale": 128.0}, "precision.dtype=fp16"),
+    Broken("loss-scale-unread", {"precision.initial_loss_scale_power": 12}, "only fp16 scales its loss"),
+    Broken(
+        "loss-scale-fixed",
+        {"precision.dtype": "fp16", "precision.loss_scale": 64.0, "precision.initial_loss_scale_power": 12},
+        "precision.initial_loss_scale_power=12: precision.loss_scale=64 is a fixed scale",
+    ),
     Broken("adagrad-groups", {"optimizer.kind": "adagrad"}, "optimizer.weight_decay=0"),
     Broken("kernel-kind", {"optimizer.kernel": "fused", "optimizer.kind": "sgd"}, "kernel=auto", device="cpu"),
     Broken("kernel-device", {"optimizer.kernel": "fused"}, "parallel.offload_optimizer=cpu", device="xpu"),
@@ -290,9 +325,9 @@ CASES = [
         "keep-layers", {"model": {"path": str(Path(SHORT_TEACHER).with_name("taught")), "keep_layers": [0, 2]}},
         "numbers from 0 to 1",
     ),
-    Broken("curriculum-unread", {"curriculum.start_length": 32}, "curriculum.kind=none doesn't read it"),
+    Broken("curriculum-kind-unread", {"curriculum.start_length": 32}, "curriculum.kind=none doesn't read it"),
     Broken(
-        "curriculum-unread", {"curriculum.kind": "linear", "curriculum.root": 3.0},
+        "curriculum-kind-unread", {"curriculum.kind": "linear", "curriculum.root": 3.0},
         "curriculum.root=3.0: curriculum.kind=linear doesn't read it",
     ),
     Broken("patch-unread", {"patch.fraction": 0.5}, "positions hold one token"),
@@ -302,6 +337,18 @@ CASES = [
     Broken("layer-drop-compile", LAYER_DROP | {"model.compile": True}, "another graph"),
     Broken("layer-drop-compared", LAYER_DROP | TAUGHT | {"compress.distill.hidden": 1.0}, "logits goes with it"),
     Broken("layer-drop-prune", LAYER_DROP | PRUNE, "score too little"),
+    Broken(
+        "distill-logits-unread", HIDDEN | {"compress.distill.temperature": 2.0},
+        "compress.distill.temperature=2.0: the teacher's logits aren't learned",
+    ),
+    Broken("distill-logits-unread", HIDDEN | {"compress.distill.alpha_end": 0.1}, "logits=forward-kl"),
+    Broken("distill-hidden-unread", TAUGHT | {"compress.distill.hidden_layers": [[0, 0]]}, "hidden states aren't"),
+    Broken("distill-relations-unread", TAUGHT | {"compress.distill.relation_kinds": ["value"]}, "attention isn't"),
+    Broken(
+        "distill-heads-unread",
+        RELATED | {"compress.distill.relation_kinds": ["attention"], "compress.distill.relation_heads": 2},
+        "by the models' own heads",
+    ),
     Broken("distill-unread", {"compress.distill.teacher": "x"}, "nothing reads it"),
     Broken("distill-start", {"compress.distill.logits": "js"}, "has no start"),
     Broken("distill-missing", TAUGHT | {"compress.distill.teacher": "/nowhere"}, "no config.json"),
@@ -394,8 +441,41 @@ CASES = [
     Broken(
         "noise-scale-fp16", {"track.noise_scale_every_steps": 2, "precision.dtype": "fp16"}, "precision.dtype=bf16",
     ),
-    Broken("schedule-unread", {"schedule.cycles": 3}, "or set schedule.kind=cosine-restarts"),
-    Broken("schedule-unread", {"schedule.kind": "step", "schedule.final_ratio": 0.0}, "kind=step doesn't read it"),
+    Broken("schedule-kind-unread", {"schedule.cycles": 3}, "or set schedule.kind=cosine-restarts"),
+    Broken("schedule-kind-unread", {"schedule.kind": "step", "schedule.final_ratio": 0.0}, "kind=step doesn't read it"),
+    Broken("cycles-unread", {"schedule.kind": "cosine-restarts", "schedule.cycle_peak": 0.5}, "cycles above 1"),
+    Broken("warmup-unread", {"schedule.warmup_fraction": 0.0, "schedule.initial_ratio": 0.1}, "there is no warm-up"),
+    Broken(
+        "optimizer-kind-unread", {"optimizer.kind": "sgd", "optimizer.betas": [0.9, 0.999]},
+        "optimizer.betas=[0.9, 0.999]: optimizer.kind=sgd doesn't read it. Fix: leave it out, or",
+    ),
+    Broken("optimizer-kind-unread", {"optimizer.momentum": 0.8}, "or set optimizer.kind=sgd"),
+    Broken("decay-unread", {"optimizer.weight_decay": 0.0, "optimizer.decay_all": True}, "decays nothing"),
+    Broken(
+        "buckets-unread",
+        {"parallel.zero_stage": 0, "precision.dtype": "fp32", "parallel.bucket_elements": 1000},
+        "parallel.bucket_elements=1000: stage 0",
+    ),
+    Broken(
+        "overlap-unread",
+        {"parallel.zero_stage": 0, "precision.dtype": "fp32", "parallel.overlap_communication": True},
+        "stage 0 reduces gradients after the last backward pass",
+    ),
+    Broken("nvme-unread", {"parallel.nvme_path": "/tmp"}, "parallel.nvme_path=/tmp: nothing is offloaded to a disk"),
+    Broken("revision-unread", {"model.revision": "v1"}, "only models of the hub have revisions"),
+    Broken("revision-unread", {"model": {"path": TEACHER, "revision": "v1"}}, "give a hub id in model.path"),
+    Broken("remote-code-unread", {"model.trust_remote_code": True}, "a model from scratch"),
+    Broken("task-kind-unread", {"task.num_labels": 3}, "or set task.kind=sequence-classification"),
+    Broken("task-kind-unread", {"task.mask_fraction": 0.3}, "or set task.kind=masked-lm"),
+    Broken("data-source-unread", {"data.text_column": "body"}, "data.source=stdlib doesn't read it"),
+    Broken(
+        "multiple-unread", CURRICULUM | {"curriculum.multiple": 16},
+        "lengths are divisors of data.sequence_length with curriculum.how=repack",
+    ),
+    Broken(
+        "multiple-unread", CURRICULUM | {"curriculum.multiple": 16, "curriculum.how": "truncate"},
+        "with curriculum.keep_tokens=true",
+    ),
     Broken("cooldown-unread", {"schedule.cooldown_ratio": 0.1}, "there is no cool-down"),
     Broken(
         "lr-factors",
@@ -447,6 +527,7 @@ CASES = [
     Broken("split", {"data.split": "test"}, "data.source=hub"),
     Broken("validation-split", {"data.validation_split": "validation"}, "set data.validation_path"),
     Broken("validation-path", {"data.validation_path": "held-out"}, "data.validation_fraction"),
+    Broken("tokenizer-missing", {"data.tokenizer": "./no/such", "model.vocab_size": 300}, "there is no such folder"),
     Broken("tokenizer-model", {"data.tokenizer": "model"}, "from scratch"),
     Broken("tokenizer-trained", {"data.tokenizer": "gpt2", "data.train_vocabulary": 400}, "leave out data.tokenizer"),
     Broken("tokenizer-pretrained", {"model": {"path": "some/model"}}, "set data.tokenizer=model"),
@@ -474,7 +555,7 @@ CASES = [
 
 CLEAN = [
     ({}, 1, "cpu"),
-    ({"parallel.zero_stage": 0, "precision.dtype": "fp32"}, 4, "cpu"),
+    ({"parallel.zero_stage": 0, "precision.dtype": "fp32", "parallel.overlap_communication": False}, 4, "cpu"),
     ({"precision.dtype": "fp16", "precision.loss_scale": 64.0, "precision.gradient_dtype": "fp16"}, 4, "cuda"),
     (
         STAGE3
@@ -497,6 +578,14 @@ CLEAN = [
          "data.validation_split": "d"},
         2, "cpu",
     ),
+    ({"track.wandb": "off", "track.wandb_project": "ours", "track.wandb_artifacts": "all"}, 2, "cpu"),
+    ({"track.tags": ["a"], "data.source": "text", "data.path": "a", "data.validation_path": "b",
+      "data.validation_fraction": 0.0, "track.eval_samples": 8}, 2, "cpu"),
+    ({"compress.prune.layers": 2, "compress.prune.score_steps": 4}, 2, "cpu"),
+    (TAUGHT | {"compress.distill.alpha": 0.9, "compress.distill.temperature": 4.0, "model.trust_remote_code": True},
+     2, "cpu"),
+    ({"curriculum.kind": "linear", "curriculum.multiple": 16, "curriculum.how": "truncate", "schedule.tokens": 10**6,
+      "curriculum.keep_tokens": False, "schedule.steps": None}, 2, "cpu"),
     ({"model.rope_theta": 5e5, "model.hidden_act": "gelu", "schedule.kind": "wsd", "optimizer.kind": "sgd"}, 2, "cpu"),
 ]  # fmt: skip
 

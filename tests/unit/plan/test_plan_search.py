@@ -120,6 +120,19 @@ def test_a_run_that_goes_on_keeps_its_choice() -> None:
     assert not auto_fields(kept)
 
 
+def test_the_folder_for_nvme_goes_with_the_choice_not_to_use_it() -> None:
+    disk = {"parallel.nvme_path": "/disk", "parallel.offload_optimizer": "auto"}
+    cluster = cluster_of("1x8:H100")
+    chosen = make_plan(recipe(disk), cluster).run
+    assert (chosen.parallel.offload_optimizer, chosen.parallel.nvme_path) == ("none", None)
+    assert keep_choice(recipe(disk), chosen) == chosen
+    on_disk = recipe(disk | {"parallel.zero_stage": 3, "parallel.offload_optimizer": "nvme"})
+    assert make_plan(on_disk, cluster).run.parallel.nvme_path == "/disk"
+    assert explain(on_disk, cluster, "zero3+offload").against is None
+    with pytest.raises(UserError, match="nothing is offloaded to a disk"):
+        make_plan(recipe(disk | {"parallel.offload_optimizer": "cpu", "parallel.zero_stage": "auto"}), cluster)
+
+
 @pytest.mark.parametrize(
     ("question", "layout", "stage"),
     [("zero3", Layout(1, 8, 1, 1), 3), ("pipe2+tensor4", Layout(2, 1, 1, 4), 1), ("sequence-2, zero-2", None, 2)],
