@@ -53,7 +53,9 @@ def export(
     if part.pipeline is None and hasattr(part.model, "_weight_conversions"):
         # The names that the files had; a stage has seen but its own, and the family's usual ones are taken.
         model._weight_conversions = part.model._weight_conversions
-    own = list(_write_weights(partial, model, _own_groups(part, file_bytes), dist.get_rank(), file_bytes, packing))
+    groups = _own_groups(part, file_bytes)
+    states = groups if packing is None else map(packing.state, groups)
+    own = list(_write_weights(partial, model, states, dist.get_rank(), file_bytes))
     everyones: list[list[_File]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(everyones, own)
     if dist.get_rank() == 0:
@@ -67,15 +69,21 @@ def export_fragments(
 ) -> None:  # fmt: skip
     """As `export`, from a checkpoint and an outline of the model, in this process alone.
 
-    The weights are the fp32 ones in `dtype`; in memory are those of one file.
+    The weights are the fp32 ones in `dtype`; packed ones are the run's own integers with scales in it. In memory are
+    those of one file.
     """
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     model.to(dtype=dtype)  # type: ignore[call-arg]  # transformers wraps it
     groups = _by_layer(name for name in files.shapes if not name.startswith(PROJECTIONS))
-    states = ({name: files.whole(name).to(dtype) for name in names} for names in groups)
-    written = list(_write_weights(partial, model, states, 0, file_bytes, packing))
+
+    def state_of(names: list[str]) -> dict[str, Tensor]:
+        state = {name: files.whole(name) for name in names}
+        state = state if packing is None else packing.state(state)
+        return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+
+    written = list(_write_weights(partial, model, map(state_of, groups), 0, file_bytes))
     _finish(partial, folder, model, tokenizer, card, written, packing)
 
 
@@ -136,9 +144,8 @@ class _File:
 
 
 def _write_weights(
-    folder: Path, model: PreTrainedModel, groups: Iterable[dict[str, Tensor]], rank: int, file_bytes: int,
-    packing: Packing | None,
-) -> Iterator[_File]:  # fmt: skip
+    folder: Path, model: PreTrainedModel, groups: Iterable[dict[str, Tensor]], rank: int, file_bytes: int
+) -> Iterator[_File]:
     """Write this rank's weights, under the names that the family's files have."""
     ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
     waiting: dict[str, Tensor] = {}
@@ -151,8 +158,6 @@ def _write_weights(
 
     for state in groups:
         named = {name: tensor for name, tensor in state.items() if name not in ignored}
-        if packing is not None:
-            named = packing.state(named)
         converted = revert_weight_conversion(model, named)
         if waiting and _bytes(waiting) + _bytes(converted) > file_bytes:
             yield written()

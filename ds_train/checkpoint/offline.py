@@ -43,7 +43,7 @@ def export(checkpoint: Path, folder: Path, dtype: torch.dtype) -> None:
     files = open_fragments(checkpoint)
     try:
         model = outline(run, config_after(load_model_config(run, tokenizer), state.pruning))
-        check_no_buffers(model, checkpoint)
+        check_all_trained(model, checkpoint)
         keep_generation_config(run, model)
         quantize = run.compress.quantize
         packing = Packing.of(quantize, model) if quantize.bits else None
@@ -52,11 +52,12 @@ def export(checkpoint: Path, folder: Path, dtype: torch.dtype) -> None:
         files.close()
 
 
-def check_no_buffers(model: PreTrainedModel, checkpoint: Path) -> None:
-    """Refuse a model with numbers that are no parameters, such as a router's correction: a checkpoint has none."""
-    names = {name for name, _ in model.named_buffers()} & set(model.state_dict())
+def check_all_trained(model: PreTrainedModel, checkpoint: Path) -> None:
+    """Refuse a model with numbers that no optimizer trains, such as a router's correction: a checkpoint has none."""
+    trained = {name for name, one in model.named_parameters(remove_duplicate=False) if one.requires_grad}
+    names = set(model.state_dict()) - trained
     if names:
-        reason = f"the model's {min(names)} is no parameter, and checkpoints hold parameters alone"
+        reason = f"the model's {min(names)} isn't trained, and checkpoints hold trained parameters alone"
         fix = "continue the run: it exports the whole model when it ends"
         raise user_error("checkpoint", reason, fix, str(checkpoint))
 

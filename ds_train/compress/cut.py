@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
 from ds_train.compress.coupling import EXPERTS, FFN, HEADS, HIDDEN, LAYERS, OF_MODEL, Removed, Structure
 from ds_train.errors import first_line
-from ds_train.models.look_alike import per_layer
+from ds_train.plan.model_size import said_of_layers
 
 _FFN_KEYS = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
 _EXPERT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts")
@@ -89,8 +89,7 @@ def resized(
             raise ValueError(f"a token visits {least} experts, and {one[EXPERTS]} would be left")
         put(_key(config, EXPERTS), one[EXPERTS])
     if layers is not None:
-        for key, value in per_layer(given, config.num_hidden_layers).items():
-            given[key] = [value[index] for index in layers]
+        given |= said_of_layers(given, config.num_hidden_layers, layers)
         put("num_hidden_layers", len(layers))
     if FFN in each:
         put(_key(config, FFN), each[FFN])
@@ -203,15 +202,17 @@ class Cut:
             whole = whole.index_select(dim, indices.to(whole.device))
         return whole
 
+    def shape(self, origin: str, whole: Sequence[int]) -> tuple[int, ...]:
+        """The size that is left of a parameter of the whole model."""
+        size = list(whole)
+        for dim, indices in self._places.get(origin, ()):
+            size[dim] = len(indices)
+        return tuple(size)
+
     def parameters(self, shapes: Mapping[str, Sequence[int]]) -> int:
         """Elements that are left of parameters of these whole sizes."""
-        total = 0
-        for name in map(self.origin, self.names(list(shapes))):
-            size = list(shapes[name])
-            for dim, indices in self._places.get(name, ()):
-                size[dim] = len(indices)
-            total += torch.Size(size).numel()
-        return total
+        origins = map(self.origin, self.names(list(shapes)))
+        return sum(math.prod(self.shape(name, shapes[name])) for name in origins)
 
 
 def config_after(config: PreTrainedConfig, record: Mapping[str, Any]) -> PreTrainedConfig:

@@ -116,20 +116,22 @@ class Distillation:
         own_CK = rows_CK >= 0
         place_CK = rows_CK.clamp(min=0)
         ours_CK = student_CV.gather(1, place_CK).masked_fill(~own_CK, 0.0)
-        # Summed and not 1 minus the others, which would be rounding where the teacher is sure.
-        q_CV = student_CV.exp_()
-        known_CK = q_CV.gather(1, place_CK) * own_CK
-        rest_C1 = q_CV.scatter_add(1, place_CK, -known_CK).sum(-1, keepdim=True)
-        ours_CE = torch.cat([ours_CK, rest_C1], -1)
+        # The others have a logarithm by their own largest, and a gradient by their shares of it: 1 minus the known
+        # ones, or a quotient by that, would be rounding where the model is sure.
+        outside_CV = student_CV.scatter_add(1, place_CK, torch.where(own_CK, -torch.inf, 0.0))
+        most_C1 = outside_CV.amax(-1, keepdim=True)
+        if self._shard is not None:
+            most_C1 = self._shard.largest(most_C1)
+        outside_CV.sub_(most_C1.clamp_(min=torch.finfo(most_C1.dtype).min)).exp_()
+        ours_CE = torch.cat([ours_CK, outside_CV.sum(-1, keepdim=True)], -1)
         if self._shard is not None:
             self._shard.sum(ours_CE)
-        ours_CE[:, -1:] = ours_CE[:, -1:].log().clamp(min=_LEAST)
+        sum_C1 = ours_CE[:, -1:].clone()
+        ours_CE[:, -1:] = torch.where(sum_C1 > 0, sum_C1.log() + most_C1, _LEAST)
         terms_CE, slopes_CE = divergence(self._kind, self._targets.logp_NE[chunk], ours_CE)
-        of_rest_C1 = slopes_CE[:, -1:] / ours_CE[:, -1:].exp()
-        grad_CV = q_CV.mul_(of_rest_C1 - slopes_CE.sum(-1, keepdim=True))
-        # The tokens that the teacher knows have slopes of their own instead of their part of the rest's.
-        instead_CK = (slopes_CE[:, :-1] * own_CK).sub_(known_CK * of_rest_C1)
-        return terms_CE.sum(-1, keepdim=True), grad_CV.scatter_add_(1, place_CK, instead_CK)
+        grad_CV = student_CV.exp_().mul_(-slopes_CE.sum(-1, keepdim=True))
+        grad_CV.addcmul_(outside_CV, slopes_CE[:, -1:] / sum_C1.clamp_(min=1.0))
+        return terms_CE.sum(-1, keepdim=True), grad_CV.scatter_add_(1, place_CK, slopes_CE[:, :-1] * own_CK)
 
 
 def divergence(kind: Divergence, teacher_CE: Tensor, student_CE: Tensor) -> tuple[Tensor, Tensor]:

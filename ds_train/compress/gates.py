@@ -194,8 +194,9 @@ class _Norm(_Gated):
             return self._forward(hidden * mask * scale) / scale
         mean = (hidden * mask).sum(-1, keepdim=True) * (scale**2 / mask.numel())
         own, centred = self.module, (hidden - mean) * mask * scale
-        # Without the bias: in a closed channel its gradient would be a difference of equal sums, and Adam's step large.
-        normal = F.layer_norm(centred, own.normalized_shape, own.weight, None, own.eps)
+        # Without the bias, and nothing in a closed channel: gradients would be differences of equal sums, or of what
+        # rounding leaves of the mean, and Adam's step large, another one in every layout.
+        normal = F.layer_norm(centred, own.normalized_shape, own.weight, None, own.eps) * (mask != 0)
         return normal / scale if own.bias is None else normal / scale + own.bias * mask
 
 

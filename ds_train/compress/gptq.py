@@ -19,34 +19,36 @@ def gptq(weight_OI: Tensor, products_II: Tensor, grid: Grid) -> tuple[Tensor, Te
     """(weights (O, I) that lie on the grid, their scales (O, G)), both in the format of `weight_OI`.
 
     Inputs are rounded one after the other, and those that are left make up for the error. A group's scale is that of
-    its weights when its turn comes.
+    its weights when its turn comes. A weight that is zero stays zero: what it would have made up for goes on to those
+    after it, as in SparseGPT (arXiv 2301.00774).
 
     Args:
         products_II: sum over tokens of x x^T for the inputs x that the layer gets.
     """
     exact = weight_OI.float().clone()
+    kept_OI = exact != 0
     upper = inverse_factor(exact, products_II)
     inputs = exact.shape[1]
-    group = grid.group or inputs
-    scales = [grid.scales(exact)] if not grid.group else []
-    rounded = torch.empty_like(exact)
+    group, single = grid.group or inputs, Grid(grid.bits)
+    scales: list[Tensor] = []
+    rounded = torch.empty_like(weight_OI)
     # Whole groups in a block: the errors of earlier ones are made up for before a group's scale is taken.
     size = max(1, _BLOCK // group) * group if grid.group else _BLOCK
     for start in range(0, inputs, size):
         stop = min(start + size, inputs)
         errors_OB = torch.empty_like(exact[:, start:stop])
         for place in range(start, stop):
-            if grid.group and place % group == 0:
-                scales.append(Grid(grid.bits).scales(exact[:, place : place + group].to(weight_OI.dtype)))
-            scale_O1 = scales[place // group]
+            if place % group == 0:
+                part = slice(place, place + group)
+                # In the format that is stored, so that its rounding is made up for, too.
+                scales.append(single.scales((exact[:, part] * kept_OI[:, part]).to(weight_OI.dtype)))
             column_O1 = exact[:, place : place + 1]
-            value_O1 = Grid(grid.bits).rounded(column_O1, scale_O1).float()
-            rounded[:, place : place + 1] = value_O1
-            error_O1 = (column_O1 - value_O1) / upper[place, place]
+            rounded[:, place : place + 1] = single.rounded(column_O1, scales[-1]) * kept_OI[:, place : place + 1]
+            error_O1 = (column_O1 - rounded[:, place : place + 1].float()) / upper[place, place]
             exact[:, place + 1 : stop] -= error_O1 * upper[place, place + 1 : stop]
             errors_OB[:, place - start : place - start + 1] = error_O1
         exact[:, stop:] -= errors_OB @ upper[start:stop, stop:]
-    return rounded.to(weight_OI.dtype), torch.cat(scales, -1).to(weight_OI.dtype)
+    return rounded, torch.cat(scales, -1)
 
 
 def inverse_factor(weight_OI: Tensor, products_II: Tensor) -> Tensor:

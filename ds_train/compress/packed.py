@@ -18,17 +18,21 @@ from ds_train.config.quantize import QuantizeSection
 
 @dataclass(frozen=True)
 class Packing:
-    """Which weights of a model are packed, and how. `names` are those of linear layers."""
+    """Which weights of a model are packed, and how.
+
+    `names` are those of linear layers; `dtype` is what the model computes in, whose weights are rounded.
+    """
 
     grid: Grid
     activations: bool
     names: frozenset[str]
+    dtype: torch.dtype
 
     @classmethod
     def of(cls, section: QuantizeSection, model: PreTrainedModel) -> Packing:
         """The recipe's, for `model` (its outline will do)."""
         names = frozenset(quantized_names(model, section))
-        return cls(Grid(section.bits, section.group), section.activations != "none", names)
+        return cls(Grid(section.bits, section.group), section.activations != "none", names, model.dtype)
 
     def state(self, state: Mapping[str, Tensor], scales: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """A state dict's part with its quantized weights packed.
@@ -42,8 +46,9 @@ class Packing:
             if kind != "weight" or layer not in self.names:
                 packed[name] = tensor
                 continue
-            own = self.grid.scales(tensor) if scales is None else scales[layer]
-            packed |= {f"{layer}.{key}": value for key, value in self._packed(tensor, own).items()}
+            weight = tensor.to(self.dtype)
+            own = self.grid.scales(weight) if scales is None else scales[layer]
+            packed |= {f"{layer}.{key}": value for key, value in self._packed(weight, own).items()}
         return packed
 
     def _packed(self, weight_OI: Tensor, scales_OG: Tensor) -> dict[str, Tensor]:

@@ -34,6 +34,8 @@ from ds_train.compress.coupling import (
 from ds_train.compress.cut import Cut, heads_tie_hidden, resized, size_of
 from ds_train.compress.gates import Gates
 from ds_train.config import RunConfig
+from ds_train.errors import UserError, first_line
+from ds_train.models.fewer_layers import check_layers
 from ds_train.models.load import build_model, outline
 from ds_train.models.look_alike import small_run
 from ds_train.models.tensor_plan import general_name, tensor_plan
@@ -53,9 +55,15 @@ def find_structure(run: RunConfig, config: PreTrainedConfig, kinds: Iterable[str
         ValueError: the family's config can't say it, or the look-alike doesn't prove it.
     """
     kinds = tuple(kinds)
-    found = _structure(run, config, kinds)
-    small, small_config = small_run(run, config, layers=_LAYERS)
-    order = _prove(small, small_config, _structure(small, small_config, kinds))
+    try:
+        found = _structure(run, config, kinds)
+        small, small_config = small_run(run, config, layers=_LAYERS)
+        order = _prove(small, small_config, _structure(small, small_config, kinds))
+    except (ValueError, UserError):
+        raise
+    except Exception as error:  # a family's own code, which is built and run in sizes that nobody has tried
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise ValueError(f"no model of other sizes can be built and compared ({reason})") from error
     return _ordered(found, order)
 
 
@@ -68,11 +76,15 @@ def _structure(run: RunConfig, config: PreTrainedConfig, kinds: Sequence[str]) -
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"{config.model_type} is an encoder and a decoder, whose layers have one config")
     whole = outline(run, config)
-    kept = whole.state_dict().keys()
-    buffer = next((name for name, _ in whole.named_buffers() if name in kept), None)
-    if buffer is not None:
-        raise ValueError(f"its {buffer} is learned without being a parameter, and would be lost")
+    trained = {name for name, one in whole.named_parameters(remove_duplicate=False) if one.requires_grad}
+    other = next((name for name in whole.state_dict() if name not in trained), None)
+    if other is not None:
+        raise ValueError(f"its {other} isn't trained as others are, and would be lost")
     structure = Structure((), _layer_list(run, config, _shapes(whole)), size_of(config, LAYERS))
+    if LAYERS in kinds:
+        # What layers are by their places, from the start or from the end, shows where the first or the last has gone.
+        for kept in (range(1, structure.count), range(structure.count - 1)):
+            check_layers(whole, outline(run, resized(config, {}, kept)), kept)
     couplings: list[Coupling] = []
     for kind in kinds:
         couplings.extend(_of_kind(whole, structure, run, config, kind))
@@ -297,6 +309,19 @@ def _agree(
     Gates(masked, structure).set_removed(structure, removed)
     expected, found = (one(input_ids=tokens_BT).logits for one in (masked, smaller))
     return bool(torch.allclose(found, expected, rtol=_TOLERANCE, atol=_TOLERANCE * float(expected.abs().max())))
+
+
+def check_shapes(run: RunConfig, config: PreTrainedConfig, cut: Cut) -> None:
+    """Compare the sizes that a cut leaves with those of a model of its config.
+
+    Raises:
+        ValueError: a layer would be another one, or of another size, at the place that it comes to.
+    """
+    whole = _shapes(outline(run, config))
+    for name, shape in _shapes(outline(run, cut.config(config))).items():
+        left = cut.shape(cut.origin(name), whole.get(cut.origin(name), ()))
+        if left != shape:
+            raise ValueError(f"{name} would be left with the shape {left}, not {shape}")
 
 
 @torch.no_grad()

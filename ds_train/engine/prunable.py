@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig
 
 from ds_train.compress.coupling import FFN, HEADS, HIDDEN, LAYERS, Structure
 from ds_train.compress.cut import Cut, heads_tie_hidden, resized, size_of
-from ds_train.compress.structure import find_structure
+from ds_train.compress.structure import check_shapes, find_structure
 from ds_train.config import RunConfig
 from ds_train.config.compress import PruneSection
 from ds_train.engine.latency import forward_seconds, left_for_latency
@@ -73,10 +73,22 @@ def find_prunable(
             else:
                 left, note = _left_in_time(run, config, scaled, device)
         _check(section, sizes, left, after)
-        resized(config, _widths(left))
+        for cut in _cuts(structure, left):
+            check_shapes(run, config, cut)
     except ValueError as error:
         raise _refusal(section, config, first_line(error)) from error
     return Prunable(config, structure, left, math.lcm(section.multiple, shared_by(after)[FFN]), note)
+
+
+def _cuts(structure: Structure, left: Mapping[str, Count]) -> tuple[Cut, Cut]:
+    """A cut of the last units of everything, and one of the first; which ones really go isn't known yet."""
+    last: dict[str, dict[int, range]] = {}
+    first: dict[str, dict[int, range]] = {}
+    for coupling in structure.couplings:
+        count = of_layer(left[coupling.kind], coupling.number)
+        last.setdefault(coupling.kind, {})[coupling.number] = range(count, coupling.units)
+        first.setdefault(coupling.kind, {})[coupling.number] = range(coupling.units - count)
+    return Cut(structure, last), Cut(structure, first)
 
 
 def _widths(left: Mapping[str, Count]) -> dict[str, Count]:
@@ -141,12 +153,7 @@ def _left_for(
     shapes = {name: tuple(parameter.shape) for name, parameter in outline(run, config).named_parameters()}
 
     def parameters(part: float) -> int:
-        left = left_at(part)
-        removed: dict[str, dict[int, range]] = {}
-        for coupling in structure.couplings:
-            count = of_layer(left[coupling.kind], coupling.number)
-            removed.setdefault(coupling.kind, {})[coupling.number] = range(count, coupling.units)
-        return Cut(structure, removed).parameters(shapes)
+        return _cuts(structure, left_at(part))[0].parameters(shapes)
 
     low, high = 0.0, 1.0
     if parameters(high) > target:

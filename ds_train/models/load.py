@@ -20,7 +20,8 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig, prevent_arang
 
 from ds_train.config import RunConfig
 from ds_train.errors import UserError, first_line, user_error
-from ds_train.plan.model_size import first_position, of_kept_layers
+from ds_train.models.fewer_layers import config_of_layers
+from ds_train.plan.model_size import first_position
 from ds_train.schedule.seeds import fold_seed
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -50,7 +51,11 @@ def load_model_config(run: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Pre
     else:
         config = _config_of_pretrained(run, keys)
         if run.model.keep_layers is not None:
-            config = type(config).from_dict(of_kept_layers(config.to_dict(), run.model.keep_layers))
+            try:
+                config = config_of_layers(config, run.model.keep_layers)
+            except ValueError as error:
+                fix = "leave it out for this family"
+                raise user_error("model.keep_layers", str(error), fix, run.model.keep_layers) from error
         # GPT-like classifiers look for the last token that isn't padding, and the tokenizer pads.
         if run.task.kind == "sequence-classification" or getattr(config, "pad_token_id", None) is None:
             config.pad_token_id = tokenizer.pad_token_id

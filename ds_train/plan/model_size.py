@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -29,6 +30,10 @@ ALIASES = {
     "embedding_size": ("embedding_size",),
     "num_layer_groups": ("num_hidden_groups",),
 }
+# Keys that say of layers what they are by their places: some layers, how many of the first, and up to which one.
+_PLACES = ("mlp_only_layers", "moe_layers", "attn_layer_indices", "full_attn_idxs")
+_FIRST = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index")
+_LAST = ("moe_layer_end_index",)
 # Keys of families that aren't (only) made of attention and feed-forward: their count isn't estimated.
 _OTHER_MIXERS = ("state_size", "ssm_state_size", "mamba_d_state", "lru_width", "linear_num_value_heads", "conv_L_cache")
 
@@ -190,13 +195,22 @@ def of_kept_layers(config: dict[str, Any], kept: list[int] | None) -> dict[str, 
     names = [name for name in ALIASES["num_hidden_layers"] if isinstance(config.get(name), int)]
     if kept is None or not names:
         return config
-    count = config[names[0]]
-    lists = {
-        name: [value[layer] for layer in kept]
-        for name, value in config.items()
-        if isinstance(value, list) and len(value) == count > max(kept)
-    }
-    return config | lists | dict.fromkeys(names, len(kept))
+    return config | said_of_layers(config, config[names[0]], kept) | dict.fromkeys(names, len(kept))
+
+
+def said_of_layers(config: Mapping[str, Any], count: int, kept: Sequence[int]) -> dict[str, Any]:
+    """What a config says of each of its `count` layers, for the layers `kept` alone: its keys that change."""
+    said: dict[str, Any] = {}
+    for name, value in config.items():
+        if isinstance(value, (list, tuple)) and name in _PLACES:
+            said[name] = [kept.index(layer) for layer in value if layer in kept]
+        elif isinstance(value, (list, tuple)) and len(value) == count > max(kept) and "token" not in name:
+            said[name] = [value[layer] for layer in kept]
+        elif isinstance(value, int) and name in _FIRST:
+            said[name] = sum(layer < value for layer in kept)
+        elif isinstance(value, int) and name in _LAST and value >= 0:
+            said[name] = sum(layer <= value for layer in kept) - 1
+    return said
 
 
 def _cached_snapshots(hub_id: str, revision: str | None) -> list[Path]:

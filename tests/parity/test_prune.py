@@ -277,8 +277,6 @@ def test_every_family_cuts_the_same_in_every_layout(folder: Path, family: str, s
     sizes = {key: value for key, value in sizes.items() if key in known.to_dict()}
     plain = [key for key, value in known.to_dict().items() if isinstance(value, float) and "drop" in key]
     layouts = tuple(layout for layout in LAYOUTS if layout != "sequence" and (family != "bert" or "pipe" not in layout))
-    if (family, score) == ("bert", "gates"):
-        layouts = tuple(layout for layout in layouts if "tensor" not in layout)  # refused (prune-gates-tensor)
     train(
         folder, "runs", layouts, prune | {"start": 0.3, "end": 0.6, "score_steps": 2, "score": score},
         model={"arch": family} | sizes | own | dict.fromkeys(plain, 0.0), schedule={"steps": 6},

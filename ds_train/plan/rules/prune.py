@@ -10,7 +10,6 @@ from ds_train.plan.model_size import ALIASES
 from ds_train.plan.prune import problems, units_left
 from ds_train.plan.rules.base import (
     DROPPING,
-    TENSOR,
     KeyRule,
     Rule,
     above_one,
@@ -91,10 +90,6 @@ def _other_layers(facts: Facts) -> str | None:
     return f"there is no layer {beyond[0]}: they count from 0 to {layers - 1}" if beyond else None
 
 
-def _without_head_size(facts: Facts) -> bool:
-    return bool(facts.config_keys) and "head_dim" not in facts.config_keys
-
-
 def _too_long(facts: Facts) -> bool:
     length, positions = facts.run.compress.prune.latency_length, size_of(facts, "positions")
     return length is not None and positions is not None and length > positions
@@ -141,12 +136,6 @@ RULES: tuple[Rule | KeyRule, ...] = (
     Rule(
         "prune-shares-fewer", "compress.prune.layers", lambda f: _by_layer(f) and f.run.compress.prune.layers > 0,
         "which layers go is chosen in the run, whatever shares they have", "prune layers in a run of their own",
-    ),
-    Rule(
-        "prune-gates-tensor", "compress.prune.score",
-        all_of(_pruning, at("compress.prune.score", "gates"), TENSOR, _without_head_size),
-        lambda f: f"with tensor ranks the gradients of {f.arch} under gates aren't those of one rank to rounding",
-        "set parallel.tensor=1, or compress.prune.score=taylor",
     ),
     Rule(
         "prune-end", "compress.prune.end",

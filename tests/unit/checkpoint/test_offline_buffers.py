@@ -1,4 +1,4 @@
-"""A checkpoint holds parameters alone, and no export is made of one that would lack the rest."""
+"""A checkpoint holds trained parameters alone, and no export is made of one that would lack the rest."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ds_train.checkpoint.offline import check_no_buffers
+from ds_train.checkpoint.offline import check_all_trained
 from ds_train.errors import UserError
 
 
@@ -17,7 +17,8 @@ def outline(family: str) -> torch.nn.Module:
         return AutoModelForCausalLM.from_config(AutoConfig.for_model(family, num_hidden_layers=2))
 
 
-def test_a_model_with_more_than_parameters_is_not_exported_from_a_checkpoint() -> None:
-    check_no_buffers(outline("llama"), Path("step-1"))
-    with pytest.raises(UserError, match=r"checkpoint=step-1: .*e_score_correction_bias is no parameter"):
-        check_no_buffers(outline("glm4_moe"), Path("step-1"))
+def test_a_model_with_more_than_trained_parameters_is_not_exported_from_a_checkpoint() -> None:
+    check_all_trained(outline("llama"), Path("step-1"))
+    for family in ("glm4_moe", "ernie4_5_moe"):  # a buffer, and a parameter without a gradient
+        with pytest.raises(UserError, match=r"checkpoint=step-1: .*e_score_correction_bias isn't trained"):
+            check_all_trained(outline(family), Path("step-1"))

@@ -97,6 +97,23 @@ def test_all_tokens_as_the_likeliest_are_the_whole_distribution(kind: Divergence
     torch.testing.assert_close(grads[0], grads[1], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("ahead", [5.0, 25.0, 60.0, 200.0])
+def test_a_sure_model_learns_what_the_teacher_thinks_of_the_rest(kind: Divergence, ahead: float) -> None:
+    """The model gives all but e^-ahead to the tokens that the teacher's likeliest are."""
+    theirs, ours = torch.randn(TOKENS, VOCABULARY), torch.randn(TOKENS, VOCABULARY)
+    top = theirs.topk(9).indices
+    ours.scatter_add_(1, top, torch.full(top.shape, ahead))
+    labels = torch.randint(0, VOCABULARY, (TOKENS,))
+    given, exact = ours.clone().requires_grad_(), ours.double().requires_grad_()
+    loss = fused.logits_loss(given, Distillation(kind, 1.0, 1.0, labels, TopLogits.of(theirs, 9, 1.0)))
+    p, q = (with_rest(torch.log_softmax(logits, -1), top) for logits in (theirs.double(), exact))
+    expected = oracle(kind, p, q).sum()
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
+    (found,), (wanted,) = torch.autograd.grad(loss, given), torch.autograd.grad(expected, exact)
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-6)
+
+
 def test_a_model_that_is_its_teacher_has_nothing_to_learn() -> None:
     hidden, weight, bias, _, labels = inputs()
     head = TeacherHead(hidden.detach(), weight.detach(), bias.detach())

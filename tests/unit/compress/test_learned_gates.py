@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig
 
-from ds_train.compress.coupling import Structure
+from ds_train.compress.coupling import Coupling, Gate, Member, Structure
 from ds_train.compress.gates import Gates
 from ds_train.compress.learned import LearnedGates, Shared, hard_concrete, open_probability, units_of, with_open
 from ds_train.compress.structure import find_structure
@@ -189,6 +189,33 @@ def test_gradients_by_gates_are_differences_of_the_loss(
             expected = (sides[1] - sides[0]) / 2e-3
             assert abs(float(found[unit]) - expected) < 1e-4 * (1e-1 + abs(expected)), (coupling.kind, unit)
         gates.set(coupling.kind, coupling.number, [1.0] * coupling.units)
+
+
+@pytest.mark.parametrize("learned", [True, False])
+def test_closed_channels_of_a_layer_norm_are_nothing_at_all(learned: bool) -> None:
+    """Rounding in them is another one in every layout, and Adam steps as far for it as for a gradient."""
+    norm = torch.nn.LayerNorm(12)
+    with torch.no_grad():
+        norm.weight.normal_()
+        norm.bias.normal_()
+    members = (Member("norm.weight", 0, 1), Member("norm.bias", 0, 1))
+    structure = Structure((Coupling("hidden", 0, 12, members, (Gate("norm", "norm"),)),), "layers", 1)
+    gates = Gates(torch.nn.ModuleDict({"norm": norm}), structure)
+    values = (torch.rand(12) + 0.2) * torch.tensor([0.0, 1.0, 1.0] * 4)
+    if learned:
+        gates.learn("hidden", 0, values)
+    else:
+        gates.set("hidden", 0, values.tolist())
+    hidden, upstream = (1 + torch.randn(50, 12)).requires_grad_(), torch.randn(50, 12)
+    found = norm(hidden)
+    (found * upstream).sum().backward()
+    closed = values == 0
+    assert norm.weight.grad is not None
+    assert norm.bias.grad is not None
+    assert hidden.grad is not None
+    for tensor in (found, norm.weight.grad, norm.bias.grad, hidden.grad):
+        assert not tensor[..., closed].any()
+        assert tensor[..., ~closed].all()
 
 
 def test_what_is_evaluated_has_no_gates(recipe: Make) -> None:

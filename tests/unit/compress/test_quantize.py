@@ -10,19 +10,22 @@ from typing import Any
 
 import pytest
 import torch
+from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 from compressed_tensors.quantization import QuantizationArgs, fake_quantize
 from compressed_tensors.quantization.utils import calculate_qparams
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.func import functional_call
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from ds_train.checkpoint.hf import export_fragments
 from ds_train.compress.packed import Packing
 from ds_train.compress.qat import Rounding, quantized_names
 from ds_train.compress.rounding import Grid, round_tokens
 from ds_train.config import RunConfig
 from ds_train.config.load import validate
 from ds_train.config.quantize import QuantizeSection
+from ds_train.data.tokenizer import byte_tokenizer
 from ds_train.errors import UserError
 
 SMALL = {
@@ -173,6 +176,40 @@ def test_from_pretrained_computes_what_was_trained(name: str, tmp_path: Path) ->
         if key.rpartition(".")[0] in packing.names and key.endswith(("weight", "weight_packed"))
     )
     assert stored == weights * bits // 8
+
+
+@pytest.mark.parametrize("trained", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("written", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["int8", "int4-group"])
+def test_a_checkpoint_is_exported_with_the_integers_that_were_trained(
+    name: str, written: torch.dtype, trained: torch.dtype, tmp_path: Path
+) -> None:
+    section, model = SECTIONS[name], small()
+    weights = {key: value + 1e-3 * torch.randn_like(value) for key, value in model.named_parameters()}
+
+    class Files:
+        shapes = weights
+
+        def whole(self, name: str, kind: str = "weight") -> Tensor:
+            return weights[name].detach()
+
+    model.to(trained)  # type: ignore[call-arg]
+    packing = Packing.of(section, model)
+    export_fragments(Files(), model, byte_tokenizer(), tmp_path / "out", "", written, packing=packing)
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    for layer in packing.names:
+        # The oracle: the nearest integers in float64, of the weights and the scales that the forward pass has.
+        weight = weights[f"{layer}.weight"].to(trained)
+        parts = weight.double().unflatten(-1, (-1, section.group or weight.shape[-1]))
+        scale = packing.grid.scales(weight)
+        expected = (parts / scale.double()[..., None]).round().clamp(packing.grid.least, packing.grid.most).flatten(-2)
+        shape = torch.Size(found[f"{layer}.weight_shape"].tolist())
+        ours = unpack_from_int32(found[f"{layer}.weight_packed"], section.bits, shape)
+        # A tie, which fp32 sees otherwise, is one in very many.
+        assert (ours != expected).sum() <= 1, layer
+        assert torch.equal(found[f"{layer}.weight_scale"], scale.to(written))
+    head = weights["lm_head.weight"].to(written)
+    assert torch.equal(found["lm_head.weight"], head)
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,11 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
+from ds_train.compress import cut as cut_room
 from ds_train.compress.coupling import Coupling, Structure
 from ds_train.compress.cut import Cut, CutSource, resized
 from ds_train.compress.gates import Gates
-from ds_train.compress.structure import cut_model, find_structure
+from ds_train.compress.structure import check_shapes, cut_model, find_structure
 from ds_train.config import RunConfig
 from ds_train.models.load import build_model
 
@@ -133,11 +134,40 @@ def test_a_classifier_loses_what_its_pooler_reads(recipe: Make) -> None:
         ("llama", ["experts"], "says nothing of its experts"),
         ("phi3", ["heads"], "share for each of its heads"),
         ("mamba", ["layers", "heads"], "a mamba config says nothing of its heads"),
+        ("ernie4_5_moe", ["ffn"], "e_score_correction_bias isn't trained"),
+        ("rwkv", ["layers"], "layer 1 would be another one at place 0"),  # the first has a norm more
+        ("openai-gpt", ["layers"], r"can be built and compared \(AttributeError"),  # its layers give lists
     ],
 )
 def test_what_cannot_be_proved_is_refused(recipe: Make, family: str, kinds: list[str], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         find_structure(recipe_of(recipe, family), small(family), kinds)
+
+
+@pytest.mark.parametrize("gone", [0, 1, 3])
+def test_layers_of_two_kinds_stay_what_they_are(recipe: Make, gone: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "moe_intermediate_size": 16}
+    ranks = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+    sizes = {key: SIZES[key] for key in ("hidden_size", "intermediate_size", "vocab_size", "num_attention_heads")}
+    config = AutoConfig.for_model(
+        "deepseek_v2", first_k_dense_replace=2, num_hidden_layers=4, **sizes, **experts, **ranks
+    )
+    config.use_cache = False
+    run = recipe_of(recipe, "deepseek_v2")
+    structure = find_structure(run, config, ["layers"])
+    model: Any = build_model(run, config, {}, 0).eval()
+    cut = Cut(structure, {"layers": {0: [gone]}})
+    smaller, tokens = cut_model(run, config, model, cut).eval(), torch.randint(3, 60, (2, 9))
+    assert smaller.config.first_k_dense_replace == (1 if gone < 2 else 2)
+    check_shapes(run, config, cut)
+    found = smaller(input_ids=tokens).logits
+    # The oracle: the whole model, whose layer hands on what it gets.
+    model.model.layers[gone].forward = lambda hidden_states, *_, **__: hidden_states
+    torch.testing.assert_close(found, model(input_ids=tokens).logits)
+    if gone < 2:
+        monkeypatch.setattr(cut_room, "said_of_layers", lambda *_: {})
+        with pytest.raises(ValueError, match=r"layers\.1\.mlp.* would be left with the shape"):
+            check_shapes(run, config, cut)
 
 
 def test_a_wrong_coupling_is_seen(recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:

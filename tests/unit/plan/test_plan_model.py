@@ -12,7 +12,7 @@ from plan_recipes import recipe
 
 from ds_train.config.model import ModelSection
 from ds_train.plan.facts import Facts
-from ds_train.plan.model_size import model_size
+from ds_train.plan.model_size import model_size, of_kept_layers, said_of_layers
 from ds_train.plan.topology import Cluster
 from ds_train.plan.transformers_keys import (
     TASKS,
@@ -138,3 +138,15 @@ def test_facts_read_recipe_keys_wherever_they_stand() -> None:
     assert facts.value("parallel.zero_stage") == 1
     assert facts.raw("aio.block_size") == 4096
     assert facts.raw("aio.nothing.deeper") is None
+
+
+def test_what_a_config_says_of_each_layer_is_said_of_those_that_stay() -> None:
+    said = {
+        "layer_types": ["a", "b", "c", "d"], "eos_token_id": [1, 2, 3, 4], "first_k_dense_replace": 2,
+        "mlp_only_layers": [0, 3], "moe_layer_start_index": 1, "moe_layer_end_index": 2, "hidden_size": 4,
+    }  # fmt: skip
+    assert said_of_layers(said, 4, [1, 3]) == {
+        "layer_types": ["b", "d"], "first_k_dense_replace": 1, "mlp_only_layers": [1], "moe_layer_start_index": 0,
+        "moe_layer_end_index": 0,
+    }  # fmt: skip
+    assert of_kept_layers(said | {"n_layer": 4}, [0])["n_layer"] == 1

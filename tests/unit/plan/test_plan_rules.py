@@ -79,11 +79,6 @@ CASES = [
     Broken("prune-shares-layers", GEMMA3N | PER_LAYER | {"compress.prune.ffn": {8: 0.5}}, "from 0 to 7"),
     Broken("prune-shares-fewer", GEMMA3N | PER_LAYER | {"compress.prune.layers": 2}, "a run of their own"),
     Broken("prune-unread", {"compress.prune.score": "gates"}, "nothing is asked to go"),
-    Broken(
-        "prune-gates-tensor",
-        BERT | PRUNE | {"task.kind": "masked-lm", "compress.prune.score": "gates", "parallel.tensor": 2},
-        "compress.prune.score=gates: with tensor ranks the gradients of bert",
-    ),
     Broken("prune-target", {"compress.prune.layers": 1, "compress.prune.parameters": 9}, "nothing says what goes"),
     Broken("prune-target", {"compress.prune.latency": 0.5}, "compress.prune.latency=0.5: nothing says what goes"),
     Broken(
