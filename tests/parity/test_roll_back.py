@@ -24,8 +24,6 @@ pytestmark = pytest.mark.parity
 
 STEPS, SHORT, EVERY = 100, 24, 4
 SPIKES = (14, 79)
-ONE_SPIKE = 40
-"""Steps of a run that comes to the first of them."""
 PROMPT = "alpha be"
 WORDS = (
     "alpha", "be", "gamma", "ray", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda", "mu", "nu",
@@ -156,47 +154,33 @@ def is_poisoned(portion: dict[str, Any]) -> bool:
     return HUGE in Path(portion["source"]).read_bytes()[portion["start"] : portion["stop"]]
 
 
-def longer_recipes(runs: Runs, steps: int) -> list[str]:
-    """The same run on data without poison, on data that makes it leap, and on data that it skips."""
-    corpora = {"clean": runs.clean, "back": runs.poisoned, "skipped": runs.nonfinite}
-    return [runs.recipe(name, "zero2-cpu", steps, corpus) for name, corpus in corpora.items()]
-
-
-def check_end(runs: Runs, steps: int) -> None:
-    spikes = [spike for spike in SPIKES if spike <= steps]
+def check_end(runs: Runs) -> None:
     ends = {name: runs.of_kind(name, "eval")[-1]["loss"] for name in ("clean", "back", "skipped")}
     lines = runs.of_kind("back", "health")
-    assert [line["spike_step"] for line in lines if line["event"] == "roll-back"] == spikes
+    assert [line["spike_step"] for line in lines if line["event"] == "roll-back"] == list(SPIKES)
     assert abs(ends["back"] / ends["clean"] - 1.0) < 0.02, ends
     assert abs(ends["skipped"] / ends["clean"] - 1.0) < 0.02, ends
     # The second one comes two steps later where the first one rolled nothing back.
-    assert [line["step"] for line in runs.of_kind("skipped", "health")] == [SPIKES[0], SPIKES[1] + 2][: len(spikes)]
+    assert [line["step"] for line in runs.of_kind("skipped", "health")] == [SPIKES[0], SPIKES[1] + 2]
     assert not runs.of_kind("clean", "health")
     # The poison is among what the spikes had, and in no step any more.
     folder = runs.folder / "runs" / "back"
-    for number, spike in enumerate(spikes):
+    for number, spike in enumerate(SPIKES):
         had = explain_step(folder, spike, rollbacks=number)["documents"]
         assert any(map(is_poisoned, had))
-    for step in range(1, steps + 1):
+    for step in range(1, STEPS + 1):
         assert not any(map(is_poisoned, explain_step(folder, step)["documents"]))
     dropped = [json.loads(line) for line in (folder / "rolled-back.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in dropped if line["kind"] == "train"] == [
-        step for step in (13, 14, 77, 78, 79) if step <= steps
-    ]
+    assert [line["step"] for line in dropped if line["kind"] == "train"] == [13, 14, 77, 78, 79]
 
 
 def test_a_spike_is_rolled_back_and_leaves_no_trace(tmp_path: Path) -> None:
     runs = Runs(tmp_path)
-    check_going_on(runs, list(SAMPLE), [*longer_recipes(runs, ONE_SPIKE), best_recipe(runs)], again=[best_recipe(runs)])
-    check_end(runs, ONE_SPIKE)
+    corpora = {"clean": runs.clean, "back": runs.poisoned, "skipped": runs.nonfinite}
+    longer = [runs.recipe(name, "zero2-cpu", STEPS, corpus) for name, corpus in corpora.items()]
+    check_going_on(runs, list(SAMPLE), [*longer, best_recipe(runs)], again=[best_recipe(runs)])
+    check_end(runs)
     check_best(runs)  # which was started a second time, and had ended
-
-
-@pytest.mark.exhaustive
-def test_two_spikes_are_rolled_back_and_leave_no_trace(tmp_path: Path) -> None:
-    runs = Runs(tmp_path)
-    run_ranks(2, ["tests/parity/poisoned.py", *longer_recipes(runs, STEPS)], timeout_s=900).check()
-    check_end(runs, STEPS)
 
 
 @pytest.mark.exhaustive
