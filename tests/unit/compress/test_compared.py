@@ -51,7 +51,7 @@ def test_a_relation_is_what_tokens_make_of_each_other(kind: Any) -> None:
             p, q = (_head(kind, one, sample, head, visible[sample]) for one in (theirs, ours))
             apart = torch.where(p > 0, p * (p / q.clamp(min=1e-300)).log(), 0.0).sum(-1)
             expected += float((apart * weights[sample] / heads).sum())
-    assert float(found) == pytest.approx(expected, rel=1e-4)
+    assert float(found.detach()) == pytest.approx(expected, rel=1e-4)
 
 
 def _head(kind: str, layer: tuple[Tensor, ...], sample: int, head: int, visible: Tensor) -> Tensor:
