@@ -20,8 +20,7 @@ _LOST = 0.5
 _RISEN = 0.1
 """A run at a constant rate is unstable when it ends this share of its fall, or more, above its lowest loss."""
 _WARMUP = 0.2
-_RESOLUTION, _COARSE = 1.08, 2.0
-"""How far apart the largest stable and the smallest unstable rate may be, where the limit is sharp and where not."""
+_RESOLUTION = 1.08
 _MOST_PROBES = 24
 
 
@@ -46,8 +45,7 @@ class Finding:
 
     `rates`, `losses` and `smoothed` are the sweep's, up to where it diverged. `steepest` is the rate at which the
     smoothed loss fell fastest per decade of the rate, None where it never fell. `largest_stable` is within 8 % of the
-    smallest rate that was seen to be unstable (a factor of 2 where the limit isn't sharp), unless `bounded` says that
-    the sweep's end was stable still.
+    smallest rate that was seen to be unstable, unless `bounded` says that the sweep's end was stable still.
     """
 
     value: float
@@ -69,8 +67,8 @@ def find_learning_rate(
 
     `sharp`: the limit is the curvature's, as gradient descent's is; the value is the limit divided by `safety`.
     Otherwise, as Adam's updates are as large as the rate says whatever the gradient is, training goes on far above
-    the best rate, so that the limit matters little. Then runs at halved rates follow, past the sweep's steepest one,
-    and the value is the rate that ended with the lowest loss, at most the limit divided by `safety`.
+    the best rate. Then runs at halved rates follow, past the sweep's steepest one, and the value is the rate that ended
+    with the lowest loss, at most the limit divided by `safety`.
 
     Raises:
         UnstableError: training is unstable at `lowest` already.
@@ -96,7 +94,7 @@ def find_learning_rate(
         higher = min(2.0 * low, highest)
         low, unstable = (higher, unstable) if stable(higher) else (low, higher)
     high = low if math.isinf(unstable) else unstable
-    while high / low > (_RESOLUTION if sharp else _COARSE) and len(probes) < _MOST_PROBES:
+    while high / low > _RESOLUTION and len(probes) < _MOST_PROBES:
         middle = math.sqrt(low * high)
         low, high = (middle, high) if stable(middle) else (low, middle)
     bounded = high == low
