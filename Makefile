@@ -85,7 +85,7 @@ planner: install-dev
 	$(BIN)/python benchmarks/planner_published.py
 	$(BIN)/python benchmarks/planner.py
 
-# docs/performance.md: beside Hugging Face Trainer, what each feature pays, the start (half an hour on 2 quiet cores).
+# docs/performance.md: beside Hugging Face Trainer, what each feature pays, the start (40 minutes on 2 quiet cores).
 bench: install-dev
 	$(BIN)/python benchmarks/against_hf_trainer.py --compile --share --docs against_hf_trainer
 	$(BIN)/python benchmarks/against_hf_trainer.py --placements 2x1 --vocabulary 32768 131072 --docs vocabulary
