@@ -24,7 +24,7 @@ from ds_train.config.quantize import QuantizeSection
 from ds_train.data.build import load_data
 from ds_train.data.prepare import prepare, prepared_tokenizer
 from ds_train.errors import user_error
-from ds_train.models.load import keep_generation_config, load_model_config, outline, position_of_first
+from ds_train.models.load import keep_generation_config, load_model_config, outline, position_of_first, untrained
 from ds_train.models.tasks import model_inputs
 
 
@@ -53,9 +53,8 @@ def export(checkpoint: Path, folder: Path, dtype: torch.dtype) -> None:
 
 
 def check_all_trained(model: PreTrainedModel, checkpoint: Path) -> None:
-    """Refuse a model with numbers that no optimizer trains, such as a router's correction: a checkpoint has none."""
-    trained = {name for name, one in model.named_parameters(remove_duplicate=False) if one.requires_grad}
-    names = set(model.state_dict()) - trained
+    """Refuse a model with numbers that no optimizer trains: a checkpoint has none of them."""
+    names = untrained(model)
     if names:
         reason = f"the model's {min(names)} isn't trained, and checkpoints hold trained parameters alone"
         fix = "continue the run: it exports the whole model when it ends"

@@ -40,8 +40,6 @@ def refuse_beside(option: str, others: Mapping[str, Any], reason: str) -> None:
     fix = f"leave it out, or {option.partition('=')[0]}"
     if given:
         raise UserError(
-            Problem(name, f"{option} {reason}", fix)
-            if value is True
-            else Problem(name, f"{option} {reason}", fix, value)
+            Problem(name, f"{option} {reason}", fix, *([] if value is True else [value]))
             for name, value in given.items()
         )

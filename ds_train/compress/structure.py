@@ -36,7 +36,7 @@ from ds_train.compress.gates import Gates
 from ds_train.config import RunConfig
 from ds_train.errors import UserError, first_line
 from ds_train.models.fewer_layers import check_layers
-from ds_train.models.load import build_model, outline
+from ds_train.models.load import build_model, outline, untrained
 from ds_train.models.look_alike import small_run
 from ds_train.models.tensor_plan import general_name, tensor_plan
 
@@ -76,10 +76,9 @@ def _structure(run: RunConfig, config: PreTrainedConfig, kinds: Sequence[str]) -
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"{config.model_type} is an encoder and a decoder, whose layers have one config")
     whole = outline(run, config)
-    trained = {name for name, one in whole.named_parameters(remove_duplicate=False) if one.requires_grad}
-    other = next((name for name in whole.state_dict() if name not in trained), None)
-    if other is not None:
-        raise ValueError(f"its {other} isn't trained as others are, and would be lost")
+    others = untrained(whole)
+    if others:
+        raise ValueError(f"its {others[0]} isn't trained as others are, and would be lost")
     structure = Structure((), _layer_list(run, config, _shapes(whole)), size_of(config, LAYERS))
     if LAYERS in kinds:
         # What layers are by their places, from the start or from the end, shows where the first or the last has gone.

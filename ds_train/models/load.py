@@ -144,6 +144,12 @@ def outline(run: RunConfig, config: PreTrainedConfig) -> PreTrainedModel:
     return model
 
 
+def untrained(model: nn.Module) -> list[str]:
+    """What a model is loaded with and no optimizer trains, such as a router's correction: no checkpoint has it."""
+    trained = {name for name, one in model.named_parameters(remove_duplicate=False) if one.requires_grad}
+    return [name for name in model.state_dict() if name not in trained]
+
+
 def initialize_weights(model: PreTrainedModel, seed: int, only: set[str] | None = None) -> None:
     """Draw the weights of `model` with its family's own rules, each module from its own seed.
 
