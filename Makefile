@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RANKS ?= 2
 RECIPE ?= ds_configs/quickstart.yaml
 
-.PHONY: install install-dev train kernels test gpu-test lint format parity reshard prune health faults cluster families planner bench clean
+.PHONY: install install-dev train kernels test gpu-test liger-test lint format parity reshard prune health faults cluster families planner bench clean
 
 # torch comes first and alone: a later install would replace its CPU build by a CUDA one of several GB.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -45,8 +45,13 @@ kernels: install
 
 # The kernels on this machine's GPU: the bits of the CPU build, and the share of its copy bandwidth. Else why not.
 gpu-test: install-dev
-	$(BIN)/pytest -m gpu tests/unit/kernels
+	$(BIN)/pytest -m gpu tests/unit/kernels tests/unit/models/test_liger.py
 	$(BIN)/python benchmarks/optimizers_gpu.py
+
+# liger's kernels in Triton's interpreter. Triton takes 1 GB, so it is kept apart.
+liger-test: install-dev
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target build/liger liger-kernel==0.8.5 triton==3.9.0
+	PYTHONPATH=build/liger TRITON_INTERPRET=1 $(BIN)/pytest tests/unit/models/test_liger.py
 
 # Every layout of every family of the loss table (an hour and a half on 2 cores).
 parity: install-dev

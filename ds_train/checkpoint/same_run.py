@@ -31,6 +31,7 @@ _FREE = (
     "model.attention",
     "model.compile",
     "model.lean_activations",
+    "model.liger",
     "data.cache_dir",
     "data.workers",
     "optimizer.kernel",

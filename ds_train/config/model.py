@@ -46,6 +46,11 @@ class ModelSection(Section):
     again: less memory for activations, in about the same time (docs/performance.md). Not with
     `activation_checkpointing` or `compile`, which do as much themselves."""
 
+    liger: bool = False
+    """Norms, gated feed-forwards and rotary positions of Llama's and Gemma's form by the Triton kernels of
+    liger-kernel, on CUDA (`pip install liger-kernel`). They take the place of `lean_activations` where they compute,
+    and keep as little."""
+
     compile: bool = False
     """Compile the decoder layers with torch.compile. The first step waits for the compiler, and on CPUs it doesn't pay
     (docs/performance.md)."""

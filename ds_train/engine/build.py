@@ -30,6 +30,7 @@ from ds_train.models.cpu_attention import tiles_are_faster, use_tiled_attention
 from ds_train.models.cpu_products import fp32_products_are_faster, use_fp32_products
 from ds_train.models.kept_layers import start_from_kept_layers
 from ds_train.models.lean import use_lean_layers
+from ds_train.models.liger import use_liger
 from ds_train.models.load import keep_generation_config, load_model_config, position_of_first, without_weights
 from ds_train.models.patch import embed_patches
 from ds_train.models.token_drop import repeated_layers
@@ -188,7 +189,10 @@ def assemble(
     rounding = Rounding(run, part.model, mesh.tensor) if quantize.bits else None
     if run.compress.keep_zeros:
         keep_zeros(linear_layers(part.model))
-    if run.model.lean_activations and not run.model.activation_checkpointing and not run.model.compile:
+    lean = run.model.lean_activations and not run.model.activation_checkpointing and not run.model.compile
+    if run.model.liger:
+        use_liger(part.model, keep_products=not lean)
+    if lean:
         use_lean_layers(part.model)
     distilling = None if teacher is None else distil(taught, plan, part, data, teacher)
     if info.device == "cuda":

@@ -25,11 +25,11 @@ def use_lean_layers(model: nn.Module) -> int:
     Not together with activation checkpointing, whose own hooks on saved tensors these would switch off.
     """
     originals: list[tuple[Any, Callable[..., Tensor]]] = [(LlamaRMSNorm, _norm), (LlamaMLP, _gated)]
-    forms = {_code(original): form for original, form in originals}
+    forms = {code_of(original.forward): form for original, form in originals}
     found = 0
     for module in model.modules():
         kind: Any = type(module)
-        form = forms.get(_code(kind))
+        form = forms.get(code_of(kind.forward))
         activation = getattr(module, "act_fn", None)
         learned = isinstance(activation, nn.Module) and any(True for _ in activation.parameters())
         if form is not None and not learned and "forward" not in vars(module):
@@ -39,10 +39,10 @@ def use_lean_layers(model: nn.Module) -> int:
 
 
 @cache
-def _code(kind: Any) -> str:
-    """The statements of a module's forward, without annotations and docstring; empty where there is no source."""
+def code_of(function_: Any) -> str:
+    """A function's statements, without its name, annotations and docstring; empty where there is no source."""
     try:
-        function = ast.parse(textwrap.dedent(inspect.getsource(kind.forward))).body[0]
+        function = ast.parse(textwrap.dedent(inspect.getsource(function_))).body[0]
     except (OSError, TypeError, SyntaxError):
         return ""
     if not isinstance(function, ast.FunctionDef):
@@ -84,8 +84,24 @@ class _RootMeanSquareNorm(torch.autograd.Function):
 
 def _gated(module: Any, hidden_D: Tensor) -> Tensor:
     activated = _Activated(module.act_fn)
+
+    def product(gate_F: Tensor, up_F: Tensor) -> Tensor:
+        return _GatedProduct.apply(gate_F, up_F, activated)
+
+    def again(gate_F: Tensor, up_F: Tensor) -> Tensor:
+        return activated.again(gate_F)[1] * up_F
+
+    return gated(module, hidden_D, product, again)
+
+
+Product = Callable[[Tensor, Tensor], Tensor]
+"""(gate (..., F), up (..., F)) -> their product (..., F), the gate activated."""
+
+
+def gated(module: Any, hidden_D: Tensor, product: Product, again: Product) -> Tensor:
+    """A gated feed-forward that doesn't keep its `product`: `again` gives it to the backward pass, without a graph."""
     gate_F, up_F = module.gate_proj(hidden_D), module.up_proj(hidden_D)
-    product_F = _GatedProduct.apply(gate_F, up_F, activated)
+    product_F = product(gate_F, up_F)
     place, size = product_F.untyped_storage().data_ptr(), product_F.numel()
     gate_F, up_F = gate_F.detach(), up_F.detach()
 
@@ -99,7 +115,7 @@ def _gated(module: Any, hidden_D: Tensor) -> Tensor:
         if isinstance(packed, Tensor):
             return packed
         with torch.no_grad():
-            return (activated.again(gate_F)[1] * up_F).as_strided(*packed)
+            return again(gate_F, up_F).as_strided(*packed)
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         return module.down_proj(product_F)

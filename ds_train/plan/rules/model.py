@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 from ds_train.config.load import nearest
@@ -20,6 +21,7 @@ from ds_train.plan.rules.base import (
     any_of,
     at,
     divisors,
+    is_not,
     on_device,
     size_of,
 )
@@ -188,6 +190,19 @@ RULES: tuple[Rule | KeyRule, ...] = (
     Rule(
         "cut-flash", "model.attention", all_of(FLASH, any_of(PIPELINE, TENSOR)),
         "a cut model can't be checked with it before training", "set model.attention=sdpa",
+    ),
+    Rule(
+        "liger-device", "model.liger", all_of(at("model.liger", True), is_not(on_device("cuda"))),
+        "liger's kernels are Triton's, for CUDA devices", "set model.liger=false",
+    ),
+    Rule(
+        "liger-package", "model.liger",
+        lambda f: f.run.model.liger and f.cluster.here and f.cluster.device == "cuda" and not find_spec("liger_kernel"),
+        "the package liger-kernel isn't installed", "pip install liger-kernel, or set model.liger=false",
+    ),
+    Rule(
+        "liger-compile", "model.compile", all_of(at("model.liger", True), at("model.compile", True)),
+        "liger's kernels aren't compiled again", "set model.compile=false, or model.liger=false",
     ),
     Rule(
         "attention-flex-device", "model.attention", all_of(at("model.attention", "flex_attention"), on_device("cpu")),

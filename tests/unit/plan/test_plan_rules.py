@@ -14,7 +14,7 @@ from ds_train.config import dump, load, parse
 from ds_train.errors import UserError
 from ds_train.plan.facts import Facts
 from ds_train.plan.make import make_plan
-from ds_train.plan.rules import RULES, check, reports, states
+from ds_train.plan.rules import RULES, check, model, reports, states
 from ds_train.plan.topology import Cluster, Device
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -510,6 +510,11 @@ CASES = [
     Broken("vocabulary", {"model.vocab_size": 300, "data.train_vocabulary": 400}, "set model.vocab_size=400"),
     Broken("attention-flash-device", {**FLASH}, "sdpa", device="cpu"),
     Broken("attention-flash-dtype", {**FLASH, "precision.dtype": "fp32"}, "16 bits"),
+    Broken("liger-device", {"model.liger": True}, "for CUDA devices", device="cpu"),
+    Broken("liger-package", {"model.liger": True}, "pip install liger-kernel"),
+    Broken(
+        "liger-compile", {"model.liger": True, "model.compile": True}, "model.liger=false", ("liger-package",), ranks=1
+    ),
     Broken("attention-flex-device", {"model.attention": "flex_attention"}, "no backward", device="cpu"),
     Broken(
         "attention-family", {"model": {"arch": "bloom"}, **FLASH}, "model.attention=auto"
@@ -602,7 +607,8 @@ def broken_rules(facts: Facts) -> set[str]:
 
 @pytest.fixture(autouse=True)
 def _nothing_optional_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reports, "find_spec", lambda name: None)
+    for rules in (reports, model):
+        monkeypatch.setattr(rules, "find_spec", lambda name: None)
 
 
 @pytest.mark.parametrize("case", CASES, ids=[f"{index}-{case.rule}" for index, case in enumerate(CASES)])
