@@ -74,8 +74,8 @@ class DataSection(Section):
     cache_dir: str = "~/.cache/ds_train"
     """Folder of the prepared, memory-mapped tokens. Prepared data is reused when source and tokenizer are the same."""
 
-    workers: int = Field(default=1, ge=0)
-    """Steps whose batches a thread loads ahead of the step loop; 0 loads them inside the loop."""
+    workers: int = Field(default=4, ge=0)
+    """Steps whose batches a thread loads ahead of the step loop, some at a time; 0 loads them inside the loop."""
 
     @property
     def holds_out(self) -> bool:

@@ -5,10 +5,10 @@ Shapes: B samples of a micro-batch, T tokens.
 
 from __future__ import annotations
 
+import itertools
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
 from typing import Any, TypeVar
 
 import numpy as np
@@ -209,34 +209,37 @@ def count_labels(micro_batches: Iterable[Mapping[str, Tensor]]) -> int:
 
 
 def prefetch(make: Callable[[], Iterator[Item]], depth: int) -> Iterator[Item]:
-    """The items of `make()`, produced by a thread up to `depth` ahead. Its exception is raised here, at its place."""
-    items: queue.Queue[tuple[bool, Any]] = queue.Queue(maxsize=depth)
+    """The items of `make()`, produced by a thread up to `depth` ahead. Its exception is raised here, at its place.
+
+    The thread is woken for several items at once: it shares the interpreter with whoever takes them.
+    """
+    items: queue.SimpleQueue[tuple[bool, Any]] = queue.SimpleQueue()
+    room: queue.SimpleQueue[int] = queue.SimpleQueue()  # how many more may be put
+    at_once = (depth + 1) // 2
     stopped = threading.Event()
 
-    def put(entry: tuple[bool, Any]) -> None:
-        while not stopped.is_set():
-            try:
-                items.put(entry, timeout=0.2)
-                return
-            except queue.Full:
-                continue
-
     def produce() -> None:
+        left = depth
         try:
             for item in make():
-                put((True, item))
+                if not left:
+                    left = room.get()
                 if stopped.is_set():
                     return
-            put((False, None))
+                items.put((True, item))
+                left -= 1
+            items.put((False, None))
         except BaseException as error:  # whatever it is, the consumer is the one to know
-            put((False, error))
+            items.put((False, error))
 
     thread = threading.Thread(target=produce, name=LOADER, daemon=True)
     thread.start()
     try:
-        while True:
+        for taken in itertools.count(1):
             more, item = items.get()
             if more:
+                if taken % at_once == 0:
+                    room.put(at_once)
                 yield item
             elif item is not None:
                 raise item
@@ -244,7 +247,5 @@ def prefetch(make: Callable[[], Iterator[Item]], depth: int) -> Iterator[Item]:
                 return
     finally:
         stopped.set()
-        with suppress(queue.Empty):  # room for what the thread is about to put, so that it sees the end at once
-            while True:
-                items.get_nowait()
+        room.put(1)
         thread.join(timeout=5)

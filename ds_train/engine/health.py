@@ -78,7 +78,7 @@ class Health:
         if not result.applied:
             return self._skipped(result, scale)
         state.nonfinite = 0
-        center, deviation = self._usual()
+        center, deviation = self._usual(result.loss)
         outlier = deviation is not None and result.loss > center + self._section.spike_threshold * deviation
         state.outliers = state.outliers + 1 if outlier else 0
         state.losses = [*state.losses, result.loss][-self._section.spike_window :]
@@ -91,17 +91,23 @@ class Health:
         roll_backs = self._state.roll_backs + 1
         self._state = HealthState(**{**saved, "roll_backs": roll_backs})
 
-    def _usual(self) -> tuple[float, float | None]:
-        """(median of the last losses, deviation from their trend); no deviation while they are too few."""
+    def _usual(self, loss: float) -> tuple[float, float | None]:
+        """(median of the last losses, deviation from their trend).
+
+        No deviation while they are too few, and none for a `loss` that isn't above the median.
+        """
         losses = self._state.losses
         if len(losses) < self._section.spike_window:
             return math.inf, None
+        center = median(losses)
+        if loss <= center:
+            return center, None
         # A falling loss is no noise: the line through the medians of both halves is taken off (Tukey's resistant line).
         half = len(losses) // 2
         slope = (median(losses[-half:]) - median(losses[:half])) / (len(losses) - half)
-        level = [loss - slope * place for place, loss in enumerate(losses)]
-        middle, center = median(level), median(losses)
-        spread = _NORMAL * median(abs(loss - middle) for loss in level)
+        level = [one - slope * place for place, one in enumerate(losses)]
+        middle = median(level)
+        spread = _NORMAL * median(abs(one - middle) for one in level)
         return center, max(spread, _SMALLEST_DEVIATION * abs(center))
 
     def _skipped(self, result: StepResult, scale: LossScale | None) -> Verdict:
@@ -124,7 +130,7 @@ class Health:
 
     def why_stopped(self, result: StepResult, scale: LossScale | None) -> tuple[str, str, str]:
         """(name, reason, fix) of what has ended the run, after the verdict `stop` on its last step."""
-        center, deviation = self._usual()
+        center, deviation = self._usual(result.loss)
         leapt = self._state.outliers > 0 or (
             deviation is not None and result.loss > center + self._section.spike_threshold * deviation
         )

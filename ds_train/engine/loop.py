@@ -21,7 +21,7 @@ from ds_train.engine.prune import Pruning
 from ds_train.engine.ranks import RankInfo, all_sum, seed_generators
 from ds_train.engine.stop import StopRequest
 from ds_train.engine.watchdog import Watchdog
-from ds_train.models.tasks import Batch, carry_nonfinite
+from ds_train.models.tasks import Batch, weighted
 from ds_train.optim.build import set_learning_rate
 from ds_train.optim.unused import without_gradient
 from ds_train.plan.make import RunPlan
@@ -196,10 +196,10 @@ def begin_step(
     seat = f"{place.pipe}/{place.data}/{place.sequence}"
     seed_generators(fold_seed(run.seed, "step", shape.step, seat), parts.engine.device)
     # Of ranks that work on the same samples one counts them.
-    counting = int(place.pipe == place.sequence == place.tensor == 0)
-    asked = torch.tensor([stop is not None and stop.requested])
-    own = torch.cat([counting * _counts(batches, run.data.pads_rows), asked])
-    labels, real_tokens, stopping = all_sum(own.to(parts.engine.device)).tolist()
+    own = [0, 0, int(stop is not None and stop.requested)]
+    if place.pipe == place.sequence == place.tensor == 0:
+        own[:2] = count_labels(batches), sum(_real_tokens(batch, run.data.pads_rows) for batch in batches)
+    labels, real_tokens, stopping = all_sum(torch.tensor(own, device=parts.engine.device)).tolist()
     if stop is not None:
         stop.agreed = stopping > 0
     # DeepSpeed averages over accumulation and replicas; the loss is a mean over the global batch's labels.
@@ -222,7 +222,7 @@ def update(
         with clock("forward"), nullcontext() if part.dropping is None else part.dropping.on(own):
             loss = part.loss.train_loss(engine, own)
         with clock("backward"):
-            engine.backward(carry_nonfinite(loss) * weight)
+            engine.backward(weighted(loss, weight))
         if gradients is not None:
             gradients.end_of_micro_batch(batch, weight)
         loss_sum += loss.detach()
@@ -270,11 +270,6 @@ def _waited(
 def due(every: int | None, step: int) -> bool:
     """Whether something done every `every` steps is done after step `step`; None is never."""
     return every is not None and step % every == 0
-
-
-def _counts(batches: Sequence[Mapping[str, Tensor]], pads_rows: bool) -> Tensor:
-    """(labels, tokens that are not padding) of this rank's micro-batches: (2,) int64."""
-    return torch.tensor([count_labels(batches), sum(_real_tokens(batch, pads_rows) for batch in batches)])
 
 
 def _real_tokens(batch: Mapping[str, Tensor], pads_rows: bool) -> int:

@@ -105,9 +105,9 @@ class TaskLoss:
         return torch.stack([loss.double(), correct.double(), count.double()])
 
 
-def carry_nonfinite(loss: Tensor) -> Tensor:
-    """`loss` as it is, with a gradient that isn't finite where the loss isn't, so that its step is skipped."""
-    return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan).to(loss.dtype)
+def weighted(loss: Tensor, weight: float) -> Tensor:
+    """`loss` times `weight`, with a gradient that isn't finite where the loss isn't, so that its step is skipped."""
+    return loss * (loss.detach() * 0.0 + weight)  # 0 times what isn't finite is NaN
 
 
 class _HeadLoss:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ds_train.models.layer_drop import LayerDropping
-from ds_train.models.tasks import SAMPLE_IDS, TOKEN_IDS, Batch, TaskLoss, carry_nonfinite, model_inputs
+from ds_train.models.tasks import SAMPLE_IDS, TOKEN_IDS, Batch, TaskLoss, model_inputs, weighted
 from ds_train.models.token_drop import TokenDropping
 from ds_train.plan.families import FAMILIES
 from ds_train.plan.topology import Layout
@@ -308,7 +308,7 @@ class Pipeline(PipelineModule):
             self._sums += result
             return result[0]
         self._sums[0] += result.detach()
-        return carry_nonfinite(result) * self._weight
+        return weighted(result, self._weight)
 
     @torch.no_grad()
     def _synchronize_tied_weights(self) -> None:

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+_encode = json.JSONEncoder(allow_nan=False).encode
+
 
 class MetricsFile:
     """Appends records. A failed write is reported once and never stops the run; later ones are tried again."""
@@ -19,9 +21,9 @@ class MetricsFile:
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one line; NaN and infinities become the strings "nan", "inf" and "-inf", since JSON has none."""
         try:
-            line = json.dumps(record, allow_nan=False) + "\n"
+            line = _encode(record) + "\n"
         except ValueError:
-            line = json.dumps(_finite(record), allow_nan=False) + "\n"
+            line = _encode(_finite(record)) + "\n"
         try:
             self._append(line.encode())
             self._failed = False

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from ds_train.models.tasks import carry_nonfinite
+from ds_train.models.tasks import weighted
 from ds_train.optim.guard import guard_steps
 
 
@@ -62,7 +62,7 @@ def test_a_loss_without_a_number_has_a_gradient_without_one() -> None:
     for value in (3.0, math.inf, math.nan):
         weight = torch.tensor(2.0, requires_grad=True)
         # The gradient of the loss by itself is finite: 0 * weight + value.
-        loss = carry_nonfinite(0.5 * weight + value)
+        loss = weighted(0.5 * weight + value, 1.0)
         loss.backward()
         assert torch.equal(loss.detach().isfinite(), torch.tensor(math.isfinite(value)))
         assert weight.grad is not None
