@@ -91,6 +91,8 @@ def _of_kinds(switch: str, readers: Mapping[str, Sequence[str]]) -> KeyRule:
     """Each of the keys `readers` is read by some kinds, which `switch` chooses."""
 
     def unread(facts: Facts) -> dict[str, Any]:
+        if facts.value(switch) == "none" and _said(switch)(facts):
+            return {}
         return _changed(facts, [key for key, kinds in readers.items() if facts.value(switch) not in kinds])
 
     return KeyRule(
@@ -113,9 +115,15 @@ def _above(key: str, least: float = 0.0) -> Predicate:
     return lambda facts: facts.value(key) > least
 
 
-def _said(key: str) -> Predicate:
-    """The recipe itself says this key of `track`: one that is off in so many words may keep how it is when it is on."""
-    return lambda facts: key in facts.run.track.model_fields_set
+def _said(*keys: str) -> Predicate:
+    """The recipe itself says one of `keys`: what is off in so many words may keep how it is when it is on."""
+
+    def said(facts: Facts) -> bool:
+        return any(
+            key in facts.value(section).model_fields_set for section, _, key in (k.rpartition(".") for k in keys)
+        )
+
+    return said
 
 
 def _local_folder(facts: Facts) -> bool:
@@ -156,6 +164,7 @@ def _close_one_by_one(facts: Facts) -> bool:
     return facts.run.compress.prune.end > facts.run.compress.prune.start
 
 
+_TEACHES = ("logits", "hidden", "relations")
 _PRUNES = _pruned(*PRUNED_KINDS)
 _LOADS_TOKENIZER = all_of(is_not(at("data.tokenizer", "bytes")), is_not(given("data.train_vocabulary")))
 
@@ -232,15 +241,18 @@ RULES: tuple[KeyRule, ...] = (
         "leave it out, or set curriculum.how=truncate and keep_tokens=false",
     ),
     _read_where(
-        "patch-unread", _keys_of("patch", "size"), PATCHES, "positions hold one token, so nothing reads it",
+        "patch-unread", _keys_of("patch", "size"), any_of(PATCHES, _said("patch.size")),
+        "positions hold one token, so nothing reads it",
         "set patch.size=4, or leave it out",
     ),
     _read_where(
-        "token-drop-unread", _keys_of("token_drop", "kind"), DROPPING, "no token is dropped, so nothing reads it",
+        "token-drop-unread", _keys_of("token_drop", "kind"), any_of(DROPPING, _said("token_drop.kind")),
+        "no token is dropped, so nothing reads it",
         "set token_drop.kind=random-ltd, or leave it out",
     ),
     _read_where(
-        "layer-drop-unread", _keys_of("layer_drop", "kind"), LAYER_DROP, "no layer is left out, so nothing reads it",
+        "layer-drop-unread", _keys_of("layer_drop", "kind"), any_of(LAYER_DROP, _said("layer_drop.kind")),
+        "no layer is left out, so nothing reads it",
         "set layer_drop.kind=progressive",
     ),
     # -- checkpoints, health, tracking ------------------------------------------------------------------------------
@@ -259,7 +271,7 @@ RULES: tuple[KeyRule, ...] = (
     ),
     _read_where(
         "wandb-unread", ["track.wandb_project", "track.wandb_entity", "track.wandb_artifacts"],
-        any_of(is_not(at("track.wandb", "off")), _said("wandb")), "wandb is off",
+        any_of(is_not(at("track.wandb", "off")), _said("track.wandb")), "wandb is off",
         "set track.wandb=online or offline, or leave it out",
     ),
     _read_where(
@@ -272,13 +284,14 @@ RULES: tuple[KeyRule, ...] = (
         "set track.profile_steps, or leave it out",
     ),
     _read_where(
-        "sample-unread", ["track.sample_tokens"], any_of(_said("sample_prompt"), _said("eval_prompts")),
+        "sample-unread", ["track.sample_tokens"], _said("track.sample_prompt", "track.eval_prompts"),
         "no text is continued",
         "set track.sample_prompt or track.eval_prompts, or leave it out",
     ),
     # -- teachers and few bits --------------------------------------------------------------------------------------
     _read_where(
-        "distill-unread", _keys_of("compress.distill", "logits", "hidden", "relations"), _taught,
+        "distill-unread", _keys_of("compress.distill", *_TEACHES),
+        any_of(_taught, _said(*(f"compress.distill.{key}" for key in _TEACHES))),
         "there is no teacher, so nothing reads it", "set compress.distill.logits, hidden or relations",
     ),
     _read_where(
@@ -303,14 +316,16 @@ RULES: tuple[KeyRule, ...] = (
         "attention is compared by the models' own heads", "leave it out, or add query, key or value to relation_kinds",
     ),
     _read_where(
-        "quantize-unread", _keys_of("compress.quantize", "weights"), is_not(at("compress.quantize.weights", "none")),
+        "quantize-unread", _keys_of("compress.quantize", "weights"),
+        any_of(is_not(at("compress.quantize.weights", "none")), _said("compress.quantize.weights")),
         "nothing is rounded, so nothing reads it", "set compress.quantize.weights",
     ),
     # -- pruning ----------------------------------------------------------------------------------------------------
     _read_where(
         "prune-unread",
         _keys_of("compress.prune", *PRUNED_KINDS, *PRUNE_TARGETS, "latency_samples", "latency_length", "budget"),
-        _PRUNES, "nothing is asked to go, so nothing reads it", "set a share, such as ffn: 0.5",
+        any_of(_PRUNES, _said(*(f"compress.prune.{kind}" for kind in PRUNED_KINDS))),
+        "nothing is asked to go, so nothing reads it", "set a share, such as ffn: 0.5",
     ),
     _read_where(
         "prune-latency-unread", ["compress.prune.latency_samples", "compress.prune.latency_length"],

@@ -559,6 +559,18 @@ CASES = [
 ]  # fmt: skip
 
 CLEAN = [
+    # Off in so many words, as an override says it, while the recipe keeps how it is when it is on.
+    (
+        {
+            "curriculum.kind": "none", "curriculum.lengths": [16], "curriculum.until": [0.5],
+            "token_drop.kind": "none", "token_drop.start_keep": 0.4, "layer_drop.kind": "none", "layer_drop.keep": 0.3,
+            "patch.size": 1, "patch.fraction": 0.4, "track.wandb": "off", "track.wandb_project": "ours",
+            "compress.distill.logits": "none", "compress.distill.temperature": 2.0,
+            "compress.quantize.weights": "none", "compress.quantize.group": 64,
+            "compress.prune.ffn": 0.0, "compress.prune.start": 0.2,
+        },
+        1, "cpu",
+    ),
     ({}, 1, "cpu"),
     ({"parallel.zero_stage": 0, "precision.dtype": "fp32", "parallel.overlap_communication": False}, 4, "cpu"),
     ({"precision.dtype": "fp16", "precision.loss_scale": 64.0, "precision.gradient_dtype": "fp16"}, 4, "cuda"),
