@@ -111,14 +111,21 @@ def doctor(
     sys.exit(1 if failed else 0)
 
 
-def start_again_on(hostfile: Path | None, ranks: int | None, run: RunConfig, recipe: str) -> None:
-    """Where hosts or ranks are asked for and this isn't one of them: this same command on them, to its end."""
+def start_again_on(
+    hostfile: Path | None, ranks: int | None, run: RunConfig, recipe: str, resumes: bool = False
+) -> None:
+    """Where hosts or ranks are asked for and this isn't one of them: this same command on them, to its end.
+
+    Only a command that `resumes` looks for the recipe's checkpoint.
+    """
     if (hostfile is None and ranks is None) or "RANK" in os.environ:
         return
     from ds_train.engine import survey
     from ds_train.engine.launch import run as run_ranks
     from ds_train.engine.supervise import MARGIN_S
 
+    if not resumes:
+        run = run.model_copy(update={"checkpoint": run.checkpoint.model_copy(update={"resume": "never"})})
     found = survey.survey(survey.hosts_of(hostfile, "", "", ranks), run=run, recipe=recipe)
     survey.refuse(found.findings())
     ended = run_ranks(found.world(), ["ds_train.cli", *sys.argv[1:]], run.faults.grace_seconds + MARGIN_S)

@@ -114,7 +114,7 @@ def profile(
     except ValueError:
         raise user_error("--steps", "not a range of steps", "write 6..8", steps) from None
     run = profiled_recipe(recipe, overrides or [], first, last, record)
-    start_again_on(hostfile, ranks, run, recipe)
+    start_again_on(hostfile, ranks, run, recipe, resumes=True)
     from ds_train.engine.job import train
     from ds_train.engine.ranks import end, run_to_exit_code
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from ds_train.cli.launching import start_again_on
 from ds_train.config import RunConfig
-from ds_train.engine import doctor
+from ds_train.engine import doctor, launch
 from ds_train.engine.findings import Finding
 from ds_train.engine.supervise import find_hosts
 from ds_train.engine.survey import survey
@@ -88,3 +89,16 @@ def test_a_supervised_run_goes_on_without_what_it_began_from(
     own.mkdir(parents=True)
     (own / "manifest.json").write_text("{}")
     assert find_hosts(run, "", here, None, None)[0] == here
+
+
+@pytest.mark.parametrize("resumes", [False, True])
+def test_only_a_command_that_resumes_looks_for_the_checkpoint(
+    resumes: bool, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    (tmp_path / "text").write_text("what the recipe trains on")
+    started: list[Any] = []
+    monkeypatch.setattr(launch, "run", lambda *args: started.append(args) or launch.Ended(0))
+    with pytest.raises(UserError if resumes else SystemExit, match="there is no such folder" if resumes else "0"):
+        start_again_on(None, 1, recipe(checkpoint={"resume": str(tmp_path / "gone")}), "recipe.yaml", resumes)
+    assert bool(started) is not resumes
