@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -76,7 +75,6 @@ def test_a_table_that_cannot_be_written_stops_nothing(
     assert (tmp_path / "metrics.jsonl").exists()
 
 
-@pytest.mark.skipif(importlib.util.find_spec("tensorboard") is None, reason="the package tensorboard isn't installed")
 def test_tensorboard_reads_back(tmp_path: Path, recipe: Callable[..., RunConfig]) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
