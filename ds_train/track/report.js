@@ -4,10 +4,15 @@ const markers = data.markers;
 const ids = Object.keys(data).filter((key) => key !== "markers");
 const charts = ids.map((id) => ({...data[id], area: document.querySelector(`#${id} .area`)}));
 
+// toPrecision writes a thousand as 1.00e+3.
+function three(value) {
+  return Math.abs(value) >= 999.5 ? value.toFixed(0) : value.toPrecision(3);
+}
+
 function shown(value, unit) {
   if (unit === "%") return `${(100 * value).toPrecision(3)} %`;
-  if (unit === "MB") return value >= 1024 ? `${(value / 1024).toPrecision(3)} GB` : `${value.toPrecision(3)} MB`;
-  if (unit === "ms") return value >= 1000 ? `${(value / 1000).toPrecision(3)} s` : `${value.toPrecision(3)} ms`;
+  if (unit === "MB") return value >= 1024 ? `${three(value / 1024)} GB` : `${three(value)} MB`;
+  if (unit === "ms") return value >= 1000 ? `${three(value / 1000)} s` : `${three(value)} ms`;
   return Math.abs(value) >= 1e4 ? Math.round(value).toLocaleString("en") : String(Number(value.toPrecision(4)));
 }
 

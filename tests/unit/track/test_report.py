@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from ds_train.errors import UserError
-from ds_train.track.chart import linear_scale, log_scale, text_of
+from ds_train.track.chart import Scale, linear_scale, log_scale, text_of, tick_texts
 from ds_train.track.grid import rank_grid
 from ds_train.track.report import page, write_pngs, write_report
 from ds_train.track.runs import details, read_run
@@ -218,6 +218,27 @@ def test_numbers_for_people() -> None:
     shown = [text_of(value) for value in (6.74e9, 1_620_000, 52_400, 1234, 0.5, 2e-5, math.nan)]
     assert shown == ["6.74B", "1.62M", "52.4k", "1234", "0.5", "2e-05", "–"]
     assert (text_of(2048, "MB"), text_of(0.41, "%"), text_of(1500, "ms")) == ("2 GB", "41 %", "1.5 s")
+
+
+def test_thousands_are_written_out() -> None:
+    shown = [text_of(1010, "MB"), text_of(1250 * 1024, "MB"), text_of(999.7, "ms"), text_of(3.2e6, "ms")]
+    assert shown == ["1010 MB", "1250 GB", "1000 ms", "3200 s"]
+    assert (text_of(999_900), text_of(9999.7), text_of(1e8)) == ("1000k", "10000", "100M")
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "unit"),
+    [(1.62e6, 1.623e6, ""), (52_400, 52_480, ""), (60.0, 60.02, "MB"), (300.1, 300.9, "ms"), (0.4101, 0.4104, "%")],
+)
+def test_neighbours_on_an_axis_have_other_labels(low: float, high: float, unit: Any) -> None:
+    scale = linear_scale(low, high)
+    if unit == "MB":  # as memory of gigabytes is drawn
+        scale = Scale(scale.low * 1024, scale.high * 1024, ticks=tuple(tick * 1024 for tick in scale.ticks))
+    texts = tick_texts(scale, unit)
+    assert len(set(texts)) == len(texts)
+    values = [float(re.sub("[^0-9.]", "", text)) for text in texts]
+    assert np.diff(values) == pytest.approx([values[1] - values[0]] * (len(values) - 1)), "each is exact"
+    assert not any("e" in text for text in texts)
 
 
 def test_pictures(tmp_path: Path) -> None:
