@@ -16,8 +16,8 @@ from ds_train.track.series import Curve, Panel, Unit
 _WIDTH, _HEIGHT = 1000.0, 300.0
 """Of the SVG's own coordinates; the page stretches them."""
 _FOREVER_S = 1e12
-COLORS = 8
-"""Colours of runs that the style sheet knows: --c0 to --c7."""
+COLORS = 16
+"""Colours of runs that the style sheet knows: --c0 to --c15."""
 
 
 @dataclass(frozen=True)

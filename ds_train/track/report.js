@@ -31,10 +31,13 @@ function clear() {
 }
 
 function line(color, name, value) {
-  const row = document.createElement("div"), key = document.createElement("i");
+  const [row, key, label, number] = ["div", "i", "span", "b"].map((tag) => document.createElement(tag));
+  row.className = "row";
   key.className = "key";
   key.style.background = `var(--c${color})`;
-  row.append(key, `${name} `, Object.assign(document.createElement("b"), {textContent: value}));
+  label.textContent = name;
+  number.textContent = value;
+  row.append(key, label, number);
   return row;
 }
 
@@ -47,15 +50,19 @@ function show(chart, share) {
   const tip = document.createElement("div");
   tip.className = "tip";
   const axis = chart.area.parentElement.querySelector(".axis").textContent;
-  tip.append(`${axis} ${shown(Math.abs(at) >= 100 ? Math.round(at) : at, "")}`);
+  const counted = axis === "step" || axis === "tokens";
+  tip.append(`${axis} ${shown(counted ? Math.round(at) : at, "")}`);
+  const slack = 0.02 * (chart.x[1] - chart.x[0]);
   for (const {name, color, x, y} of chart.curves) {
-    if (x.length) tip.append(line(color, name, shown(y[nearest(x, at)], chart.unit)));
+    // A run that ended before has no value here.
+    if (at >= x[0] - slack && at <= x[x.length - 1] + slack) tip.append(line(color, name, shown(y[nearest(x, at)], chart.unit)));
   }
   const near = markers.filter((marker) => Math.abs(marker.x - at) < 0.008 * (chart.x[1] - chart.x[0]));
   for (const text of new Set(near.map((marker) => marker.text))) tip.append(Object.assign(document.createElement("div"), {textContent: text}));
   chart.area.append(tip);
-  const side = share < 0.5 ? "left" : "right";
-  tip.style[side] = `calc(${100 * (share < 0.5 ? share : 1 - share)}% + 10px)`;
+  const room = chart.area.clientWidth, wide = tip.offsetWidth;
+  const left = share < 0.5 ? share * room + 10 : share * room - wide - 10;
+  tip.style.left = `${Math.max(-40, Math.min(left, room - wide))}px`;
 }
 
 for (const chart of charts) {

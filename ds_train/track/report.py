@@ -120,7 +120,11 @@ def _draw(axes: Any, panel: Panel) -> None:
 def _legend(runs: Sequence[Run]) -> str:
     if len(runs) == 1:
         return ""
-    return '<p class="legend">' + "".join(f"{_dot(i)}{escape(run.name)}" for i, run in enumerate(runs)) + "</p>"
+    return (
+        '<p class="legend">'
+        + "".join(f"<span>{_dot(i)}{escape(run.name)}</span>" for i, run in enumerate(runs))
+        + "</p>"
+    )
 
 
 def _subtitle(runs: Sequence[Run]) -> str:
