@@ -17,7 +17,7 @@ from ds_train.errors import UserError
 from ds_train.track.chart import Scale, linear_scale, log_scale, text_of, tick_texts
 from ds_train.track.grid import rank_grid
 from ds_train.track.report import page, write_pngs, write_report
-from ds_train.track.runs import details, read_run
+from ds_train.track.runs import Run, details, read_run
 from ds_train.track.series import best_axis, panels, phase_bands, phase_means, smooth, thin
 
 PHASE_MS = {
@@ -143,6 +143,17 @@ def test_smoothing_is_a_mean_that_starts_at_the_first_value() -> None:
     weights = [0.8**2, 0.8, 1.0]
     assert smooth(ys)[2] == pytest.approx(np.average(ys, weights=weights))
     assert smooth(ys)[0] == 1.0
+
+
+def test_the_fall_of_a_short_run_is_no_end(tmp_path: Path) -> None:
+    def run(name: str, steps: int) -> Run:
+        losses = (train(step, loss=2.0 + 8.0 * 0.99**step) for step in range(1, steps + 1))
+        return read_run(write(tmp_path / name, list(losses)))
+
+    found = {panel.title: panel for panel in panels([run("long", 4000), run("short", 250), run("half", 2000)], "step")}
+    ends = found["Training loss after its fall"].curves
+    assert [(curve.label, curve.xs[0]) for curve in ends] == [("long", 800), ("half", 800)]
+    assert max(curve.ys.max() for curve in ends) < 2.1
 
 
 def test_every_further_number_has_a_panel(tmp_path: Path) -> None:
