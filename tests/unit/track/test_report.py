@@ -17,7 +17,7 @@ from ds_train.errors import UserError
 from ds_train.track.chart import Scale, linear_scale, log_scale, text_of, tick_texts
 from ds_train.track.grid import rank_grid
 from ds_train.track.report import page, write_pngs, write_report
-from ds_train.track.runs import Run, details, read_run
+from ds_train.track.runs import Run, details, read_run, told_apart
 from ds_train.track.series import best_axis, panels, phase_bands, phase_means, smooth, thin
 
 PHASE_MS = {
@@ -122,6 +122,21 @@ def test_events_of_any_kind_are_shown(tmp_path: Path) -> None:
     found = Checked(page([run]))
     assert "to step 1, reason loss not finite" in found.text
     assert found.classes.count("event") >= 3
+
+
+def test_what_a_line_of_health_tells_is_told_once(tmp_path: Path) -> None:
+    skipped = {"kind": "health", "event": "skipped", "step": 2, "cause": "loss", "in_a_row": 1}
+    back = {"kind": "health", "event": "roll-back", "step": 1, "spike_step": 3}
+    run = read_run(write(tmp_path / "run", [train(1), train(2, applied=False, loss="nan"), skipped, back]))
+    assert [event["kind"] for event in run.events] == ["skipped", "roll-back"]
+    assert details(run.events[0]) == "cause loss, in a row 1"
+    assert "roll-back, skipped" in Checked(page([run])).text, "the legend of the markers"
+
+
+def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
+    paths = [write(tmp_path / folder / name, [train(1)]) for folder, name in (("a", "x"), ("b", "x"), ("b", "y"))]
+    runs = told_apart([read_run(path) for path in paths], paths)
+    assert [run.name for run in runs] == [str(paths[0]), str(paths[1]), "y"]
 
 
 def test_a_spike_survives_a_hundred_thousand_points() -> None:

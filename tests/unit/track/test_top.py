@@ -49,7 +49,7 @@ def test_what_is_shown(tmp_path: Path) -> None:
     text = shown(read_run(write(tmp_path / "run", [*(record(step) for step in range(1, 41)), *events])), 1021.0)
     for words in ("mine  running", "step 40 of 100   0:00:30 left", "2.6000", "12.3k", "31.4 %", "2 GB", "500 ms"):
         assert words in text
-    assert "■ forward 60 %   ■ collectives 40 %" in text
+    assert "█ forward 60 %   ▒ collectives 40 %" in text
     assert "rollback  to step 20" in text
 
 
@@ -67,6 +67,41 @@ def test_how_a_run_stands(tmp_path: Path) -> None:
     assert state(read_run(write(tmp_path / "run", [record(100)])), 9999.0) == ("finished", None)
     slow = [record(step, step_ms=60_000.0) for step in range(1, 5)]
     assert state(read_run(write(tmp_path / "run", slow)), 1002.0 + 300)[0] == "running"
+
+
+@pytest.mark.parametrize(
+    ("events", "word"),
+    [
+        ([{"kind": "stop", "step": 40, "reason": "SIGTERM"}], "stopped"),
+        ([{"kind": "fault", "step": 40, "reason": "rank 1 hangs"}], "failed"),
+        ([{"kind": "health", "event": "stopped", "step": 40, "verdict": "divergence"}], "failed"),
+        ([{"kind": "health", "event": "stopped-early", "step": 40}, {"kind": "save", "step": 40}], "finished early"),
+        ([{"kind": "stop", "step": 40}, {"kind": "resume", "step": 40}], "running"),
+        ([{"kind": "fault", "step": 40}, {"kind": "restart", "step": 30}], "running"),
+        ([{"kind": "health", "event": "skipped", "step": 40}], "running"),
+        ([{"kind": "stop", "step": 30, "time": 1015.0}], "running"),
+    ],
+)
+def test_a_run_that_ends_before_its_last_step_says_so(tmp_path: Path, events: list[dict[str, Any]], word: str) -> None:
+    records = [*(record(step) for step in range(1, 41)), *({"time": 1020.5} | event for event in events)]
+    found = state(read_run(write(tmp_path / "run", records)), 1021.0)
+    assert found == (word, 30.0 if word == "running" else None)
+
+
+def test_a_run_by_epochs_says_itself_how_long_it_is(tmp_path: Path) -> None:
+    folder = write(tmp_path / "run", [record(step) for step in range(1, 41)])
+    (folder / "recipe.yaml").write_text("name: mine\nschedule: {epochs: 2}\n")
+    assert state(read_run(folder), 1021.0) == ("running", None)
+    (folder / "data.json").write_text('{"skips": [], "steps": 40}')
+    assert state(read_run(folder), 9999.0) == ("finished", None)
+
+
+def test_a_long_name_leaves_room_for_how_the_run_stands(tmp_path: Path) -> None:
+    folder = write(tmp_path / "run", [record(step) for step in range(1, 41)])
+    (folder / "recipe.yaml").write_text(f"name: {'名' * 60}\nschedule: {{steps: 100}}\n")
+    first, second, *_ = shown(read_run(folder), 1021.0, 40).splitlines()
+    assert first.endswith("…  running")
+    assert second == "step 40 of 100   0:00:30 left"
 
 
 def test_a_sparkline_keeps_spikes() -> None:
