@@ -168,7 +168,7 @@ class _Maker:
             for key, look in zip(keys, looks, strict=False):
                 xs, ys = self._points(run, key, part)
                 if len(xs) and not _constant(key, ys):
-                    label = run.name if len(keys) == 1 else f"{run.name}: {_words(key).lower()}"
+                    label = run.name if len(keys) == 1 else f"{run.name}: {_words(key.removesuffix('_mb')).lower()}"
                     curves.append(Curve(label, index, look, *thin(xs, ys)))
         return Panel(title, unit, about, curves, _needs_log(curves))
 

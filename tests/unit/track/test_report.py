@@ -6,6 +6,7 @@ import json
 import math
 import random
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ import pytest
 from ds_train.errors import UserError
 from ds_train.track.chart import Scale, linear_scale, log_scale, text_of, tick_texts
 from ds_train.track.grid import rank_grid
-from ds_train.track.report import page, write_pngs, write_report
+from ds_train.track.plot import new_figure, save_figure
+from ds_train.track.report import _draw, page, write_pngs, write_report
 from ds_train.track.runs import Run, details, read_run, told_apart
 from ds_train.track.series import best_axis, panels, phase_bands, phase_means, smooth, thin
 
@@ -272,6 +274,35 @@ def test_pictures(tmp_path: Path) -> None:
     paths = write_pngs([run], tmp_path / "png")
     assert {path.name for path in paths} >= {"training-loss.png", "memory.png", "mfu.png"}
     assert all(path.read_bytes()[:4] == b"\x89PNG" for path in paths)
+
+
+@pytest.mark.filterwarnings("error")
+def test_pictures_have_units_and_colours_that_are_theirs(tmp_path: Path) -> None:
+    names = ["名前", "x" * 200, *map(str, range(10))]
+    runs = [replace(read_run(write(tmp_path / "run", [train(step) for step in (1, 2, 3)])), name=one) for one in names]
+    drawn = {}
+    for panel in panels(runs, "step"):
+        figure = new_figure(1)
+        _draw(figure.axes[0], panel, "step")
+        save_figure(figure, tmp_path / "picture.png")
+        drawn[panel.title] = figure.axes[0]
+        assert all(len(line) <= 34 for line in figure.axes[0].get_ylabel().splitlines())
+        assert all(place == int(place) for place in figure.axes[0].get_xticks()), "there is no step 1.5"
+    assert drawn["Memory"].get_ylabel().endswith("(MB)")
+    assert drawn["Memory"].lines[0].get_ydata() == pytest.approx([600.0] * 3)
+    assert drawn["Step time"].get_ylabel() == "ms"
+    labels = [text.get_text() for text in drawn["Memory"].get_legend().get_texts()]
+    assert labels[0] == "名前: memory peak"
+    assert len(labels) == len(names), "the dashed line of a run has no entry of its own"
+    assert max(map(len, labels)) == 60
+    assert len({drawn["MFU"].lines[run].get_color() for run in range(12)}) == 12
+
+
+def test_headlines(tmp_path: Path) -> None:
+    folder = write(tmp_path / "run", [*(train(step) for step in range(1, 60)), train(60, loss="nan")])
+    assert "not finite training loss" in Checked(page([read_run(folder)])).text
+    (folder / "plan.json").write_text('{"layout": {"pipe": 1, "data": 1, "sequence": 1, "tensor": 1}}')
+    assert "1 rank · 60 steps" in Checked(page([read_run(folder)])).text
 
 
 def test_what_cannot_be_read_or_written_is_said_by_name(tmp_path: Path) -> None:
