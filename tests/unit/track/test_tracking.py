@@ -291,6 +291,28 @@ def test_an_offline_wandb_run_reads_back_and_continues_under_its_id(
     assert {key: value for row in rows for key, value in row.items()}["tokens"] == 128
 
 
+def test_an_offline_wandb_run_loses_no_step_to_a_roll_back(
+    tmp_path: Path, recipe: Callable[..., RunConfig], capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = recipe(track={"wandb": "offline", "progress": False})
+    tracker = Tracker(run, {}, tmp_path, True, 9, 0, None)
+    for step, loss in ((1, 1.0), (2, 2.0), (3, 3.0), (4, 4.0)):
+        tracker.log({**TRAIN, "step": step, "tokens": 64 * step, "loss": loss}, step)
+    tracker.go_back(2)
+    tracker.log({"kind": "health", "event": "roll-back", "step": 2, "spike_step": 4}, 2)
+    for step in (3, 4):
+        tracker.log({**TRAIN, "step": step, "tokens": 64 * step, "loss": 9.0}, step)
+    run_id = tracker.wandb_id
+    tracker.close(0)
+    expected = [(64, 1), (128, 2), (192, 3), (256, 4), (192, 9), (256, 9)]
+    assert [(row["tokens"], row["train/loss"]) for row in history(tmp_path)[2]] == expected
+    again = Tracker(run, {}, tmp_path, True, 9, 4, run_id)
+    again.log({**TRAIN, "step": 5, "tokens": 320}, 5)
+    again.close(0)
+    assert history(tmp_path)[2][0]["_step"] == 7, "four steps, two again, and the fifth"
+    assert "WARNING" not in capfd.readouterr().err
+
+
 def test_wandb_that_fails_never_stops_a_run(
     tmp_path: Path,
     recipe: Callable[..., RunConfig],
