@@ -119,7 +119,7 @@ def _train_alone(
     wandb_id = state.wandb_id if state else None
     known = plan.to_dict() | {"versions": versions()}
     tracker = Tracker(run, known, folder, info.is_main, timeline.steps, done, wandb_id)
-    exit_code = 1
+    exit_code, exported = 1, None
     try:
         _note_start(run, parts, tracker, place.record, resumed, state)
         watch = RunWatch(run, info, parts, tracker, folder, timeline, state)
@@ -133,16 +133,16 @@ def _train_alone(
             if not stop.agreed:
                 _note_noise_scale(run, folder, tracker, info)
                 if run.checkpoint.export:
-                    step = watch.use_best()
-                    card = _model_card(run, session.plan, folder, step) if info.is_main else ""
+                    exported = watch.use_best()
+                    card = _model_card(run, session.plan, folder, exported) if info.is_main else ""
                     parts = session.parts
                     hf.export(parts.part, tokenizer, folder / "export", card, packing=parts.packing)
-                    tracker.keep(folder / "export", "export", step)
+                    tracker.keep(folder / "export", "export", exported)
                     _push(run, folder / "export", tracker, info)
         # What follows is rank 0's alone: no attention may wait for the others.
         leave_sequence()
-        if not stop.agreed:
-            _log_sample(run, folder, tracker, info, timeline)
+        if exported is not None and info.is_main:
+            _log_sample(run, folder, tracker, exported, watch.step)
         exit_code = STOPPED_CODE if stop.agreed else 0
     finally:
         tracker.close(exit_code)
@@ -175,7 +175,8 @@ def _note_start(
     if state is None:
         return
     ranks = parts.part.mesh.layout.ranks
-    tracker.log({"kind": "resume", "step": state.step, "from": str(resumed), "ranks": ranks}, state.step)
+    line = {"kind": "resume", "step": state.step, "tokens": state.tokens, "from": str(resumed), "ranks": ranks}
+    tracker.log(line, state.step)
     tracker.note(f"continuing {resumed} after step {state.step}")
     if state.layout != layout:
         tracker.note(f"its states were spread by {_words(state.layout)}, and are now by {_words(layout)}")
@@ -357,16 +358,15 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 
-def _log_sample(run: RunConfig, folder: Path, tracker: Tracker, info: RankInfo, timeline: Timeline) -> None:
-    """Let the exported model speak where the recipe asks for it."""
+def _log_sample(run: RunConfig, folder: Path, tracker: Tracker, exported: int, last: int) -> None:
+    """Let the exported model, of step `exported`, speak where the recipe asks for it, after step `last`."""
     prompt = run.track.sample_prompt
-    if prompt is None or not (info.is_main and run.checkpoint.export and run.task.kind == "causal-lm"):
+    if prompt is None or run.task.kind != "causal-lm":
         return
     from ds_train.checkpoint.hf import generate_sample
 
     text = generate_sample(folder / "export", prompt, run.track.sample_tokens)
-    record = {"kind": "sample", "step": timeline.steps, "prompt": prompt, "text": text.removeprefix(prompt)}
-    tracker.log(record, timeline.steps)
+    tracker.log({"kind": "sample", "step": exported, "prompt": prompt, "text": text.removeprefix(prompt)}, last)
     tracker.note(f"\nsample of the exported model:\n{text}\n")
 
 

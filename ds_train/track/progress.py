@@ -23,8 +23,8 @@ class StepDisplay:
         # Lines are never wrapped: people pipe them into files and grep.
         self._console = console or Console(soft_wrap=True, highlight=False)
         self._total = total_steps
-        self._done_before, self._started_s = done, time.monotonic()
-        self._next_line_s = self._started_s
+        self._done_before, self._next_line_s = done, time.monotonic()
+        self._started_s: float | None = None
         self._bar: Progress | None = None
         if bar is True or (bar == "auto" and self._console.is_terminal):
             columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[text]}"))
@@ -44,6 +44,9 @@ class StepDisplay:
             self._bar.update(self._task, completed=step, text=_words(record))
             return
         now = time.monotonic()
+        if self._started_s is None:
+            # What came before the first step, data, weights, wandb, is no part of the others.
+            self._started_s = now - (step - self._done_before) * record["step_ms"] / 1e3
         if step == self._total or now >= self._next_line_s:
             # A day's log should be pages, not books: a line per hundredth of the time so far, within bounds.
             elapsed = now - self._started_s

@@ -117,7 +117,7 @@ class WandbRun:
     def _table(self, record: Mapping[str, Any], step: int) -> Any:
         import wandb
 
-        self._samples.append([step, record.get("prompt", ""), record.get("text", "")])
+        self._samples.append([record.get("step", step), record.get("prompt", ""), record.get("text", "")])
         return wandb.Table(columns=["step", "prompt", "text"], data=self._samples)
 
     def _define(self, groups: Any) -> None:

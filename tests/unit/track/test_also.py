@@ -77,7 +77,8 @@ def test_a_table_that_cannot_be_written_stops_nothing(
 
 def twice_from_the_third() -> list[dict[str, Any]]:
     """Records of steps 1 to 4, of the roll-back to step 2, and of steps 3 to 5."""
-    base = {"kind": "train", "lr": 1e-3, "grad_norm": 1.0, "tokens_per_second": 1.0, "mfu": 0.5, "memory_mb": 1.0}
+    base = {"kind": "train", "lr": 1e-3, "grad_norm": 1.0, "tokens_per_second": 1.0, "mfu": 0.5}
+    base |= {"memory_mb": 1.0, "step_ms": 1.0}
     steps = [base | {"step": step, "tokens": 64 * step, "loss": float(step)} for step in range(1, 5)]
     back = {"kind": "health", "event": "roll-back", "step": 2, "spike_step": 4}
     again = [base | {"step": step, "tokens": 64 * step, "loss": 9.0} for step in range(3, 6)]
@@ -92,7 +93,7 @@ def test_tensorboard_reads_back(tmp_path: Path, recipe: Callable[..., RunConfig]
         tracker = Tracker(run, {}, tmp_path, True, 4, done, None)
         for step in steps:
             record: dict[str, Any] = {"kind": "train", "step": step, "loss": step + done / 10, "mfu": 0.5}
-            record |= {"lr": 1e-3, "grad_norm": 1.0, "tokens_per_second": 1.0, "memory_mb": 1.0}
+            record |= {"lr": 1e-3, "grad_norm": 1.0, "tokens_per_second": 1.0, "memory_mb": 1.0, "step_ms": 1.0}
             tracker.log(record, step)
         tracker.close(0)
     read = EventAccumulator(str(tmp_path / "tensorboard"))
