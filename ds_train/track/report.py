@@ -137,7 +137,7 @@ def _legend(runs: Sequence[Run]) -> str:
         return ""
     return (
         '<p class="legend">'
-        + "".join(f"<span>{_dot(i)}{escape(run.name)}</span>" for i, run in enumerate(runs))
+        + "".join(f"<span>{dot(i)}{escape(run.name)}</span>" for i, run in enumerate(runs))
         + "</p>"
     )
 
@@ -166,7 +166,7 @@ def _summary(runs: Sequence[Run]) -> str:
         return f'<div class="tiles">{"".join(tiles)}</div>'
     head = "".join(f"<th>{name}</th>" for name in rows[0])
     lines = (
-        f"<tr><th>{_dot(index)}{escape(run.name)}</th>{''.join(f'<td>{value}</td>' for value in row.values())}</tr>"
+        f"<tr><th>{dot(index)}{escape(run.name)}</th>{''.join(f'<td>{value}</td>' for value in row.values())}</tr>"
         for index, (run, row) in enumerate(zip(runs, rows, strict=True))
     )
     return f'<div class="wide"><table class="runs"><tr><th></th>{head}</tr>{"".join(lines)}</table></div>'
@@ -237,7 +237,7 @@ def _breakdown(runs: Sequence[Run], axis: Axis) -> str:
         if not means:
             continue
         total = sum(means.values()) or 1.0
-        name = f"<h3>{_dot(index)}{escape(run.name)}</h3>" if len(runs) > 1 else ""
+        name = f"<h3>{dot(index)}{escape(run.name)}</h3>" if len(runs) > 1 else ""
         keys = "".join(
             f'<li><i style="background:var(--p-{phase})"></i>{phase} <b>{text_of(ms, "ms")}</b> '
             f"<small>{100 * ms / total:.1f} %</small></li>"
@@ -381,10 +381,11 @@ def _each(runs: Sequence[Run], make: Any) -> str:
     """What `make` says of each run, under its name where there are several."""
     made = [(index, run, make(run)) for index, run in enumerate(runs)]
     name = "<h3>{}{}</h3>" if len(runs) > 1 else ""
-    return "".join(name.format(_dot(index), escape(run.name)) + html for index, run, html in made if html)
+    return "".join(name.format(dot(index), escape(run.name)) + html for index, run, html in made if html)
 
 
-def _dot(index: int) -> str:
+def dot(index: int) -> str:
+    """The key of what is drawn in colour number `index`."""
     return f'<i class="key" style="background:var(--c{index % COLORS})"></i>'
 
 

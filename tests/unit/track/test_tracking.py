@@ -209,7 +209,8 @@ def test_the_time_left_leaves_out_what_came_before_the_first_step(monkeypatch: p
     monkeypatch.setattr("ds_train.track.progress.time.monotonic", lambda: now)
     out = io.StringIO()
     display = StepDisplay(120, 10, False, Console(file=out, soft_wrap=True))
-    for now, step in ((600.0, 20), (620.0, 40)):  # data, weights; steps of a second
+    for step in (20, 40):
+        now = 580.0 + step  # data and weights, then steps of a second
         display.show(TRAIN, step)
     assert [line.rpartition("  ")[2] for line in out.getvalue().splitlines()] == ["0:01:40 left", "0:01:20 left"]
 
