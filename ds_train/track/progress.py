@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Mapping
 from datetime import timedelta
@@ -9,9 +10,12 @@ from typing import Any, Literal
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 _LINE_EVERY_S = 5.0
 _LINE_AT_LEAST_EVERY_S = 60.0
+_BESIDE_WORDS = 30
+"""Columns of a terminal that the bar takes at least, with the time that is left, but without the numbers of steps."""
 
 
 class StepDisplay:
@@ -27,8 +31,10 @@ class StepDisplay:
         self._started_s: float | None = None
         self._bar: Progress | None = None
         if bar is True or (bar == "auto" and self._console.is_terminal):
-            columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[text]}"))
-            self._bar = Progress(*columns, TimeRemainingColumn(), console=self._console)
+            counts = MofNCompleteColumn(table_column=Column(no_wrap=True))
+            left = TimeRemainingColumn(table_column=Column(no_wrap=True))
+            columns = (TextColumn("step"), counts, BarColumn(), TextColumn("{task.fields[text]}"), left)
+            self._bar = Progress(*columns, console=self._console)
             self._task = self._bar.add_task("train", total=total_steps, completed=done, text="")
             self._bar.start()
 
@@ -41,7 +47,8 @@ class StepDisplay:
         if record["kind"] != "train":
             return
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, text=_words(record))
+            room = self._console.width - _BESIDE_WORDS - 2 * len(str(self._total))
+            self._bar.update(self._task, completed=step, text=_fitting(_words(record), room))
             return
         now = time.monotonic()
         if self._started_s is None:
@@ -62,6 +69,13 @@ class StepDisplay:
         """Leave the terminal as it was."""
         if self._bar is not None:
             self._bar.stop()
+
+
+def _fitting(words: str, room: int) -> str:
+    """As many of `words`, which have two spaces between them, as there is room for: step and time go before them."""
+    parts = words.split("  ")
+    lengths = itertools.accumulate(len(part) + 2 for part in parts)
+    return "  ".join(part for part, length in zip(parts, lengths, strict=True) if length - 2 <= room)
 
 
 def _words(record: Mapping[str, Any]) -> str:

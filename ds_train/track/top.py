@@ -44,16 +44,17 @@ def show_once(path: Path) -> None:
 
 
 def watch(path: Path, every_s: float) -> None:
-    """Show how the run stands until Ctrl-C; the file is read again when it has grown.
+    """Show how the run stands until Ctrl-C; the file is read again when it has grown. Once, where there is no terminal.
 
     Raises:
         UserError: as `show_once`.
     """
-    run, seen = read_run(path, _TAIL_BYTES), _size(path)
     console = Console()
-    with Live(
-        view(run, time.time(), console.width), console=console, screen=console.is_terminal, auto_refresh=False
-    ) as live:
+    if not console.is_terminal:
+        show_once(path)
+        return
+    run, seen = read_run(path, _TAIL_BYTES), _size(path)
+    with Live(view(run, time.time(), console.width), console=console, screen=True, auto_refresh=False) as live:
         try:
             while True:
                 time.sleep(every_s)

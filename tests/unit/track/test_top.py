@@ -19,7 +19,7 @@ import pytest
 from rich.console import Console
 
 from ds_train.track.runs import Run, read_run
-from ds_train.track.top import sparkline, state, view
+from ds_train.track.top import sparkline, state, view, watch
 
 
 def record(step: int, **changes: Any) -> dict[str, Any]:
@@ -117,6 +117,11 @@ def test_only_the_end_of_a_long_file_is_read(tmp_path: Path) -> None:
     run = read_run(folder, last_bytes=5000)
     assert 5 < len(run.train) < 40
     assert run.last["step"] == 1000
+
+
+def test_without_a_terminal_it_is_shown_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    watch(write(tmp_path / "run", [record(1)]), every_s=3600.0)
+    assert "step 1 of 100" in capsys.readouterr().out
 
 
 def test_in_a_terminal_it_follows_the_file_until_it_is_ended(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import resource
 import struct
 import sys
@@ -183,6 +184,22 @@ def test_lines_where_there_is_no_terminal() -> None:
     assert len(lines) == 3, "a line at the start, none right after it, one at the end, one for the evaluation"
     assert "held out: loss 1.5000" in lines[2]
     assert lines[1].endswith("0:00:00 left")
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 120, 200])
+def test_a_bar_of_any_width_has_the_step_and_the_time_left(width: int) -> None:
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=width, soft_wrap=True, color_system=None)
+    display = StepDisplay(100_000, 0, True, console)
+    display.show({**TRAIN, "memory_mb": 61440.0, "tokens_per_second": 1.6e6}, 12345)
+    display.close()
+    line = re.split(r"[\r\n]", out.getvalue().rstrip("\x1b[?25h\n"))[-1].removeprefix("\x1b[2K")
+    assert line.startswith("step  12345/100000 ")
+    assert line.rstrip().endswith("-:--:--")
+    assert "…" not in line
+    assert len(line) <= width
+    assert ("loss 2.5000" in line) == (width > 50)
+    assert ("61,440 MB" in line) == (width > 100)
 
 
 def test_lines_become_rarer_as_a_run_grows_long(monkeypatch: pytest.MonkeyPatch) -> None:
