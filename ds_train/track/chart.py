@@ -60,11 +60,13 @@ def log_scale(low: float, high: float) -> Scale:
     return Scale(10.0**first, 10.0**last, True, tuple(10.0**k for k in range(first, last + 1, every)))
 
 
-def axis_scale(low: float, high: float) -> Scale:
-    """Exactly from `low` to `high`, with round labels within."""
+def axis_scale(low: float, high: float, whole: bool = False) -> Scale:
+    """Exactly from `low` to `high`, with round labels within; `whole` ones of what is counted."""
     if high - low < 1e-12:
         low, high = low - 0.5, high + 0.5
     step = _round_step((high - low) / 5)
+    if whole and step % 1:
+        step = max(1.0, _round_step(2 * step))
     ticks = tuple(_clean(step * k) for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1))
     return Scale(low, high, ticks=ticks)
 

@@ -215,7 +215,7 @@ def _charts(runs: Sequence[Run], axis: Axis) -> tuple[str, dict[str, Any]]:
 
 def _across(runs: Sequence[Run], axis: Axis) -> Scale:
     found = np.concatenate([_finite(places(run, axis)) for run in runs])
-    return axis_scale(0.0, float(found.max(initial=1e-9)))
+    return axis_scale(0.0, float(found.max(initial=1e-9)), whole=axis != "hours")
 
 
 def _markers(runs: Sequence[Run], axis: Axis) -> list[Marker]:
@@ -247,7 +247,7 @@ def _breakdown(runs: Sequence[Run], axis: Axis) -> str:
     if len(runs) == 1 and shown:
         xs, bands = phase_bands(runs[0], axis)
         if len(xs) > 1:
-            plot = band_chart(xs, bands, axis_scale(min(xs), max(xs)), axis)
+            plot = band_chart(xs, bands, axis_scale(min(xs), max(xs), whole=axis != "hours"), axis)
             caption = "<figcaption>Step time <small>mean of all ranks</small></figcaption>"
             shown.append(f'<figure class="chart">{caption}{plot}</figure>')
     return "".join(shown)

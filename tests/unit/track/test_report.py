@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from ds_train.errors import UserError
-from ds_train.track.chart import Scale, linear_scale, log_scale, text_of, tick_texts
+from ds_train.track.chart import Scale, axis_scale, linear_scale, log_scale, text_of, tick_texts
 from ds_train.track.grid import rank_grid
 from ds_train.track.plot import new_figure, save_figure
 from ds_train.track.report import _draw, page, write_pngs, write_report
@@ -234,6 +234,14 @@ def test_scales_hold_their_values_between_round_ticks(low: float, high: float) -
     assert 2 <= len(scale.ticks) <= 12
     assert all(0 <= scale(tick) <= 1 + 1e-9 for tick in scale.ticks)
     assert len({text_of(tick) for tick in scale.ticks}) == len(scale.ticks)
+
+
+@pytest.mark.parametrize("high", [1, 2, 3, 4, 7, 12, 13, 30, 99, 130, 1000])
+def test_an_axis_of_steps_has_whole_ones(high: int) -> None:
+    ticks = axis_scale(0.0, float(high), whole=True).ticks
+    assert all(tick == int(tick) for tick in ticks)
+    assert 2 <= len(ticks) <= 6
+    assert axis_scale(0.0, 1.0).ticks[1] == 0.2, "hours have parts"
 
 
 def test_logarithmic_scale() -> None:
