@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -18,6 +19,15 @@ _BESIDE_WORDS = 30
 """Columns of a terminal that the bar takes at least, with the time that is left, but without the numbers of steps."""
 
 
+class _Screen(Console):
+    """Goes quiet where nobody reads along any more, a pipe or a terminal that is closed, instead of ending the run."""
+
+    def on_broken_pipe(self) -> None:
+        """What is printed from now on goes nowhere."""
+        with suppress(SystemExit):
+            super().on_broken_pipe()
+
+
 class StepDisplay:
     """Shows training records. `bar`: True draws a bar, False prints lines, "auto" asks whether this is a terminal."""
 
@@ -25,7 +35,7 @@ class StepDisplay:
         self, total_steps: int, done: int, bar: bool | Literal["auto"], console: Console | None = None
     ) -> None:
         # Lines are never wrapped: people pipe them into files and grep.
-        self._console = console or Console(soft_wrap=True, highlight=False)
+        self._console = console or _Screen(soft_wrap=True, highlight=False)
         self._total = total_steps
         self._done_before, self._next_line_s = done, time.monotonic()
         self._started_s: float | None = None
@@ -63,12 +73,16 @@ class StepDisplay:
 
     def note(self, text: str) -> None:
         """Print a line, above the bar where there is one."""
-        (self._bar.console if self._bar is not None else self._console).print(text, markup=False, highlight=False)
+        try:
+            self._console.print(text, markup=False, highlight=False)
+        except OSError:
+            self._console.on_broken_pipe()
 
     def close(self) -> None:
         """Leave the terminal as it was."""
         if self._bar is not None:
-            self._bar.stop()
+            with suppress(OSError):
+                self._bar.stop()
 
 
 def _fitting(words: str, room: int) -> str:

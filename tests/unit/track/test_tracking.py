@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import re
@@ -29,12 +30,13 @@ from transformers import (
 from wandb.proto import wandb_internal_pb2
 
 from ds_train.config import RunConfig
+from ds_train.errors import print_anything
 from ds_train.models.load import matrix_parameters
 from ds_train.track.flops import flops_per_token, mfu
 from ds_train.track.memory import memory
 from ds_train.track.metrics import MetricsFile, read_metrics
 from ds_train.track.peak import measure_peak_flops
-from ds_train.track.progress import StepDisplay
+from ds_train.track.progress import StepDisplay, _Screen
 from ds_train.track.tracker import Tracker
 
 TRAIN = {
@@ -200,6 +202,36 @@ def test_a_bar_of_any_width_has_the_step_and_the_time_left(width: int) -> None:
     assert len(line) <= width
     assert ("loss 2.5000" in line) == (width > 50)
     assert ("61,440 MB" in line) == (width > 100)
+
+
+@pytest.mark.parametrize("bar", [False, True])
+@pytest.mark.parametrize("error", [BrokenPipeError(), OSError(errno.EIO, "the terminal is closed")])
+def test_a_run_outlives_whoever_reads_along(monkeypatch: pytest.MonkeyPatch, error: OSError, bar: bool) -> None:
+    class Gone(io.StringIO):
+        def write(self, _: str) -> int:
+            raise error
+
+    monkeypatch.setattr("rich.console.os.dup2", lambda *_: None)  # what it would close is pytest's
+    # A bar is drawn from its own thread, too, whose end is no matter.
+    monkeypatch.setattr("rich.live._RefreshThread.run", lambda _: None)
+    out = io.StringIO()
+    console = _Screen(file=out, soft_wrap=True, force_terminal=bar)
+    display = StepDisplay(3, 0, bar, console)
+    console.file = Gone()
+    display.show(TRAIN, 1)
+    display.note("saved")
+    display.note("saved again")
+    display.close()
+
+
+def test_what_an_encoding_lacks_is_printed_as_escapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    for encoding, expected in (("ascii", b"gr\\xf6\\xdfe \\u2581\n"), ("utf-8", "größe ▁\n".encode())):
+        out = io.BytesIO()
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out, encoding=encoding))
+        print_anything()
+        StepDisplay(3, 0, False).note("größe ▁")
+        sys.stdout.flush()
+        assert out.getvalue() == expected
 
 
 def test_lines_become_rarer_as_a_run_grows_long(monkeypatch: pytest.MonkeyPatch) -> None:
