@@ -239,7 +239,12 @@ def _random_model(run: RunConfig, config: PreTrainedConfig, zero3_json: dict[str
             # (partition_parameters.py, Init._set_dtype). The JSON says it too.
             stack.enter_context(deepspeed.zero.Init(config_dict_or_path=zero3_json))
         auto_class: Any = AUTO_CLASSES[run.task.kind]
-        return auto_class.from_config(config, dtype=DTYPES[run.precision.dtype], **_attention(run))
+        return auto_class.from_config(
+            config,
+            dtype=DTYPES[run.precision.dtype],
+            trust_remote_code=run.model.trust_remote_code,
+            **_attention(run),
+        )
 
 
 def _attention(run: RunConfig) -> dict[str, str]:
@@ -304,14 +309,20 @@ def _config_from_scratch(arch: str, keys: dict[str, Any]) -> PreTrainedConfig:
 
 def _config_of_pretrained(run: RunConfig, keys: dict[str, Any]) -> PreTrainedConfig:
     try:
-        return transformers.AutoConfig.from_pretrained(
+        config, unread = transformers.AutoConfig.from_pretrained(
             str(run.model.path),
             revision=run.model.revision or "main",
             trust_remote_code=run.model.trust_remote_code,
+            return_unused_kwargs=True,
             **keys,
         )
     except (OSError, ValueError) as error:
         raise _cannot_load(run, error) from error
+    if unread:
+        key, value = next(iter(unread.items()))
+        fix = "correct it by the config.json there, or leave it out"
+        raise user_error(f"model.{key}", f"the config of {run.model.path} has no such key", fix, value)
+    return config
 
 
 def _cannot_load(run: RunConfig, error: Exception) -> UserError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,12 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
-from ds_train.config import RunConfig, parse
+from ds_train.compress.teacher import check_teacher
+from ds_train.config import RunConfig, dump, parse
 from ds_train.data.tokenizer import load_tokenizer
 from ds_train.errors import UserError
 from ds_train.models.load import build_model, initialize_weights, keep_generation_config, load_model_config, outline
+from ds_train.models.look_alike import small_run
 
 
 def recipe(*overrides: str) -> RunConfig:
@@ -76,6 +79,48 @@ def test_a_pretrained_folder_loads_and_its_new_head_follows_the_seed(tmp_path: P
     assert torch.equal(first["model.norm.weight"], source.state_dict()["model.norm.weight"])
     assert first["score.weight"].shape == (5, 32)
     assert torch.equal(first["score.weight"], second["score.weight"])
+
+
+def test_a_pretrained_config_takes_the_recipes_keys_or_refuses_them(tmp_path: Path) -> None:
+    build(recipe()).save_pretrained(tmp_path)  # type: ignore[operator]
+    run = parse(f"model: {{path: {tmp_path}, rms_norm_eps: 0.5}}\nschedule: {{steps: 1}}")
+    assert load_model_config(run, load_tokenizer(run)).rms_norm_eps == 0.5
+    with pytest.raises(UserError, match=r"model.rope_theta=1e\+06: .* has no such key"):
+        load_model_config(parse(dump(run), ["model.rope_theta=1e6"]), load_tokenizer(run))
+
+
+def test_folders_may_be_in_the_users_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = build(recipe())
+    source.save_pretrained(tmp_path / "llama")  # type: ignore[operator]
+    load_tokenizer(recipe()).save_pretrained(tmp_path / "llama")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    text = "model: {path: ~/llama}\ndata: {tokenizer: model}\nprecision: {dtype: fp32}\nschedule: {steps: 1}"
+    for overrides in ([], ["data.tokenizer=~/llama"]):
+        found = build(parse(text, overrides)).state_dict()
+        assert all(torch.equal(found[name], weight) for name, weight in source.state_dict().items())
+    teacher = parse(text, ["compress.distill.teacher=~/llama", "compress.distill.logits=js"])
+    config = load_model_config(teacher, load_tokenizer(teacher))
+    assert check_teacher(teacher, config, load_tokenizer(teacher)).hidden_size == 32
+
+
+def test_a_model_with_code_of_its_own_is_outlined_without_a_question(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder = tmp_path / "own"
+    build(recipe()).save_pretrained(folder)  # type: ignore[operator]
+    (folder / "own.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
+        "class OwnModel(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    places = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    stored = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(stored | {"model_type": "own", "auto_map": places}))
+    run = parse(f"model: {{path: {folder}, trust_remote_code: true}}\nschedule: {{steps: 1}}")
+    config = load_model_config(run, load_tokenizer(run))
+    small_run(run, config, 2)
+    assert type(outline(run, config)).__name__ == "OwnModel"
 
 
 @pytest.mark.parametrize(

@@ -494,6 +494,10 @@ CASES = [
     Broken("model-key", {"model": {"arch": "bloom", "intermediate_size": 8}}, "takes the keys of transformers' Bloom"),
     Broken("model-key-elsewhere", {"model.dtype": "bfloat16"}, "set precision.dtype"),
     Broken("model-key-elsewhere", CLASSIFIER | {"model.num_labels": 3}, "set task.num_labels"),
+    Broken(
+        "rope-keys", {"model": {"path": TEACHER, "rope_theta": 5e5}, "data.tokenizer": "bytes"},
+        "model.rope_theta=500000.0: it is an older spelling",
+    ),
     Broken("special-tokens", {"model.eos_token_id": 7}, "tokenizer's special tokens"),
     Broken(
         "router-loss", {"model": {"arch": "mixtral", "output_router_logits": True}},
