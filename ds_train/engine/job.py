@@ -173,6 +173,7 @@ def _note_start(
         efficiency = parts.data.packing_efficiency
         tracker.note(f"{run.data.packing_by} packing: {efficiency:.2%} of the windows' tokens are text")
     if state is None:
+        _note_drawn(run, parts, tracker)
         return
     ranks = parts.part.mesh.layout.ranks
     tracker.log({"kind": "resume", "step": state.step, "from": str(resumed), "ranks": ranks}, state.step)
@@ -185,6 +186,18 @@ def _note_start(
         before = state.versions.get(name, now)
         if before != now:
             tracker.note(f"it was made with {name} {before}, and goes on with {now}: last bits may differ")
+
+
+def _note_drawn(run: RunConfig, parts: Assembly, tracker: Tracker) -> None:
+    """Say what of a pretrained model begins at random. Collective: pipeline stages each know their own."""
+    import torch.distributed as dist
+
+    everyones: list[Any] = [None] * parts.part.mesh.layout.ranks
+    dist.all_gather_object(everyones, getattr(parts.model, "drawn_modules", []))
+    names = sorted({name for names in everyones for name in names})
+    if names:
+        more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+        tracker.note(f"{run.model.path} lacks weights of {', '.join(names[:4])}{more}: they begin at random")
 
 
 def _note_noise_scale(run: RunConfig, folder: Path, tracker: Tracker, info: RankInfo) -> None:

@@ -89,6 +89,22 @@ def test_a_pretrained_config_takes_the_recipes_keys_or_refuses_them(tmp_path: Pa
         load_model_config(parse(dump(run), ["model.rope_theta=1e6"]), load_tokenizer(run))
 
 
+def test_weights_that_do_not_fit_the_recipe_are_refused_by_name(tmp_path: Path) -> None:
+    build(recipe()).save_pretrained(tmp_path)  # type: ignore[operator]
+    text = f"model: {{path: {tmp_path}}}\nprecision: {{dtype: fp32}}\nschedule: {{steps: 1}}"
+    with pytest.raises(UserError, match=r"model.path=.*: lm_head.weight is \(259, 32\) there and \(300, 32\) by"):
+        build(parse(text, ["model.vocab_size=300"]))
+    with pytest.raises(UserError, match=r"model.path=.*: there is nothing of model.layers.3 in its files"):
+        build(parse(text, ["model.num_hidden_layers=5"]))
+    # What only some of a layer's weights are is drawn, and known.
+    biased = build(parse(text, ["model.attention_bias=true"]))
+    assert len(biased.drawn_modules) == 12  # type: ignore[arg-type]
+    assert biased.drawn_modules[0] == "model.layers.0.self_attn.k_proj"  # type: ignore[index]
+    (tmp_path / "model.safetensors").write_bytes(b"no weights")
+    with pytest.raises(UserError, match=r"model.path=.*: no model can be loaded from there \(.*header"):
+        build(parse(text))
+
+
 def test_folders_may_be_in_the_users_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = build(recipe())
     source.save_pretrained(tmp_path / "llama")  # type: ignore[operator]
