@@ -17,12 +17,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 
-from ds_train.checkpoint.fragments import names_of_whole
 from ds_train.checkpoint.shards import write_safetensors
 from ds_train.compress.cut import WholeTensors
 from ds_train.compress.distill import PROJECTIONS
 from ds_train.compress.packed import Packing
-from ds_train.models.load import gathered
+from ds_train.models.load import first_names, gathered
 from ds_train.parallel.build import Part
 from ds_train.parallel.tensor import gather_whole
 
@@ -198,7 +197,7 @@ def _finish(
 def _own_groups(part: Part, file_bytes: int) -> Iterator[dict[str, Tensor]]:
     """Whole layers that this rank writes, on the host. Collective: every rank of a stage gathers all of the stage."""
     place, layout = part.mesh.place, part.mesh.layout
-    first = names_of_whole(part)
+    first = first_names(part.outline)
     parameters = {first[name]: parameter for name, parameter in part.model.named_parameters()}
     replicas = layout.data * layout.sequence * layout.tensor
     index = (place.data * layout.sequence + place.sequence) * layout.tensor + place.tensor

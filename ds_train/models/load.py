@@ -147,6 +147,13 @@ def outline(run: RunConfig, config: PreTrainedConfig) -> PreTrainedModel:
     return model
 
 
+def first_names(model: nn.Module) -> dict[str, str]:
+    """The first name of every parameter, by each name that it has; an outline will do."""
+    first: dict[int, str] = {}
+    named = model.named_parameters(remove_duplicate=False)
+    return {name: first.setdefault(id(parameter), name) for name, parameter in named}
+
+
 def untrained(model: nn.Module) -> list[str]:
     """What a model is loaded with and no optimizer trains, such as a router's correction: no checkpoint has it."""
     trained = {name for name, one in model.named_parameters(remove_duplicate=False) if one.requires_grad}
