@@ -377,7 +377,7 @@ def _log_sample(run: RunConfig, folder: Path, tracker: Tracker, step: int) -> No
         return
     from ds_train.checkpoint.hf import generate_sample
 
-    text = generate_sample(folder / "export", prompt, run.track.sample_tokens)
+    text = generate_sample(folder / "export", prompt, run.track.sample_tokens, run.model.trust_remote_code)
     record = {"kind": "sample", "step": step, "prompt": prompt, "text": text.removeprefix(prompt)}
     tracker.log(record, step)
     tracker.note(f"\nsample of the exported model:\n{text}\n")

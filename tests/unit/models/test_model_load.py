@@ -10,6 +10,7 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
+from ds_train.checkpoint.hf import generate_sample
 from ds_train.compress.teacher import check_teacher
 from ds_train.config import RunConfig, dump, parse
 from ds_train.data.tokenizer import load_tokenizer
@@ -137,6 +138,8 @@ def test_a_model_with_code_of_its_own_is_outlined_without_a_question(
     config = load_model_config(run, load_tokenizer(run))
     small_run(run, config, 2)
     assert type(outline(run, config)).__name__ == "OwnModel"
+    load_tokenizer(run).save_pretrained(folder)
+    assert generate_sample(folder, "ab", 2, trust_remote_code=True).startswith("ab")
 
 
 @pytest.mark.parametrize(
@@ -174,6 +177,14 @@ def test_an_unreachable_hub_id_is_one_line(monkeypatch: pytest.MonkeyPatch) -> N
     ) as caught:
         load_model_config(run, load_tokenizer(recipe()))
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_sample_ends_where_the_models_positions_do(tmp_path: Path) -> None:
+    run = parse("model: {arch: gpt2, n_embd: 16, n_layer: 1, n_head: 2, n_positions: 12}\nschedule: {steps: 1}")
+    build(run).save_pretrained(tmp_path)  # type: ignore[operator]
+    load_tokenizer(run).save_pretrained(tmp_path)
+    assert generate_sample(tmp_path, "eight of", 64).startswith("eight of")
+    assert generate_sample(tmp_path, "fourteen of it", 64).startswith("rteen of it")
 
 
 def test_generation_settings_are_those_of_the_pretrained_model(tmp_path: Path) -> None:
