@@ -23,7 +23,7 @@ from ds_train.plan.topology import processor_has_fp16
 
 def _bad_nvme_path(facts: Facts) -> bool:
     path = facts.run.parallel.nvme_path
-    return nvme(facts) and (path is None or (facts.cluster.here and not Path(path).expanduser().is_dir()))
+    return nvme(facts) and (path is None or (facts.cluster.here and not Path(path).is_dir()))
 
 
 RULES: tuple[Rule | KeyRule, ...] = (

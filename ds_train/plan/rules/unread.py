@@ -127,7 +127,7 @@ def _said(*keys: str) -> Predicate:
 
 def _local_folder(facts: Facts) -> bool:
     path = facts.run.model.path
-    return path is not None and facts.cluster.here and Path(path).expanduser().is_dir()
+    return path is not None and facts.cluster.here and Path(path).is_dir()
 
 
 def _sharded(facts: Facts) -> bool:
