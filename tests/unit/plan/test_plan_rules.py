@@ -309,6 +309,7 @@ CASES = [
         {"curriculum.kind": "discrete", "curriculum.lengths": [64, 512], "curriculum.until": [0.1, 0.2]},
         "curriculum.lengths[1]=512",
     ),
+    Broken("curriculum-length", CURRICULUM | {"data.sequence_length": 8}, "set curriculum.kind=none: there is no"),
     Broken("curriculum-steps", CURRICULUM | {"curriculum.keep_tokens": False}, "set schedule.tokens=163840"),
     Broken("curriculum-flash", CURRICULUM | FLASH | {"precision.dtype": "bf16"}, "keep_tokens=false"),
     Broken("token-drop-packing", DROPPING | {"data.packing": False}, "drop other tokens in another layout"),
