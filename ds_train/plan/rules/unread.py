@@ -118,9 +118,8 @@ def _said(*keys: str) -> Predicate:
     """The recipe itself says one of `keys`: what is off in so many words may keep how it is when it is on."""
 
     def said(facts: Facts) -> bool:
-        return any(
-            key in facts.value(section).model_fields_set for section, _, key in (k.rpartition(".") for k in keys)
-        )
+        places = (key.rpartition(".") for key in keys)
+        return any(name in facts.value(section).model_fields_set for section, _, name in places)
 
     return said
 
