@@ -123,7 +123,7 @@ def generate_sample(folder: Path, prompt: str, new_tokens: int, trust_remote_cod
     ).eval()
     tokens = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None:
+    if isinstance(positions, int) and positions > 0:  # some say -1 for no end
         room = positions - position_of_first(model.config)
         tokens = tokens[:, 1 - room :]
         new_tokens = min(new_tokens, room - tokens.shape[1])

@@ -280,7 +280,7 @@ def _pretrained_model(
             revision=run.model.revision or "main",
             trust_remote_code=run.model.trust_remote_code,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # refused below: its own refusal points to a report that is logged
+            ignore_mismatched_sizes=True,  # `_check_fit` refuses: transformers only points to a log that is off
             **_attention(run),
         )
     except (OSError, SafetensorError) as error:
