@@ -168,7 +168,7 @@ def assemble(
     if run.layer_drop.kind != "none":
         check_layer_dropping(run, config)
     teacher = check_teacher(taught, config, tokenizer) if run.compress.distill.active else None
-    if teacher is not None and not Path(teacher_path(taught)).expanduser().is_dir():
+    if teacher is not None and not Path(teacher_path(taught)).is_dir():
         # As for the model: the sizes of a hub teacher are known only now.
         make_plan(taught, plan.cluster)
     if teacher is not None and run.compress.distill.relations > 0:

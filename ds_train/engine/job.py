@@ -44,6 +44,7 @@ def train(run: RunConfig, info: RankInfo, stop_after: int | None = None) -> None
     """
     cluster = Cluster(ranks=info.ranks, ranks_per_host=info.ranks_per_host, device=info.device)
     folder = Path(run.run_root).expanduser() / run.name
+    settle(info, run.parallel.bind_cores)
     if auto_fields(run):
         # Chosen once: ranks of other hosts may know other figures of their machines.
         meet(info)
@@ -54,8 +55,7 @@ def train(run: RunConfig, info: RankInfo, stop_after: int | None = None) -> None
             print(note, flush=True)
         if before.plan.predicted is not None:
             print(f"predicted: {before.plan.predicted.summary}", flush=True)
-    settle(info, run.parallel.bind_cores)
-    # Below this line torch is imported; everything above answers in well under a second.
+    # Below this line torch is imported; without `auto`, everything above answers in well under a second.
     meet(info)
     quiet_libraries()
     with StopRequest(run.faults.grace_seconds) as stop:
@@ -173,6 +173,7 @@ def _note_start(
         efficiency = parts.data.packing_efficiency
         tracker.note(f"{run.data.packing_by} packing: {efficiency:.2%} of the windows' tokens are text")
     if state is None:
+        _note_drawn(run, parts, tracker)
         return
     ranks = parts.part.mesh.layout.ranks
     line = {"kind": "resume", "step": state.step, "tokens": state.tokens, "from": str(resumed), "ranks": ranks}
@@ -186,6 +187,18 @@ def _note_start(
         before = state.versions.get(name, now)
         if before != now:
             tracker.note(f"it was made with {name} {before}, and goes on with {now}: last bits may differ")
+
+
+def _note_drawn(run: RunConfig, parts: Assembly, tracker: Tracker) -> None:
+    """Say what of a pretrained model begins at random. Collective: pipeline stages each know their own."""
+    import torch.distributed as dist
+
+    everyones: list[Any] = [None] * parts.part.mesh.layout.ranks
+    dist.all_gather_object(everyones, getattr(parts.model, "drawn_modules", []))
+    names = sorted({name for names in everyones for name in names})
+    if names:
+        more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+        tracker.note(f"{run.model.path} lacks weights of {', '.join(names[:4])}{more}: they begin at random")
 
 
 def _note_noise_scale(run: RunConfig, folder: Path, tracker: Tracker, info: RankInfo) -> None:
@@ -361,11 +374,12 @@ def quiet_libraries() -> None:
 def _log_sample(run: RunConfig, folder: Path, tracker: Tracker, exported: int, last: int) -> None:
     """Let the exported model, of step `exported`, speak where the recipe asks for it, after step `last`."""
     prompt = run.track.sample_prompt
-    if prompt is None or run.task.kind != "causal-lm":
+    if prompt is None:
         return
     from ds_train.checkpoint.hf import generate_sample
 
-    text = generate_sample(folder / "export", prompt, run.track.sample_tokens)
+    text = generate_sample(folder / "export", prompt, run.track.sample_tokens, run.model.trust_remote_code)
+    # At the last step: wandb ignores what comes at an earlier one.
     tracker.log({"kind": "sample", "step": exported, "prompt": prompt, "text": text.removeprefix(prompt)}, last)
     tracker.note(f"\nsample of the exported model:\n{text}\n")
 

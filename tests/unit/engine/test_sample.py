@@ -16,7 +16,7 @@ from ds_train.track.tracker import Tracker
 def test_a_sample_names_the_step_that_is_exported(
     tmp_path: Path, recipe: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ds_train.checkpoint.hf.generate_sample", lambda folder, prompt, tokens: f"{prompt} upon")
+    monkeypatch.setattr("ds_train.checkpoint.hf.generate_sample", lambda _, prompt, *__: f"{prompt} upon")
     run = recipe(track={"sample_prompt": "once", "progress": False})
     tracker = Tracker(run, {}, tmp_path, True, 60, 0, None)
     _log_sample(run, tmp_path, tracker, exported=3, last=9)  # stopped early, long before step 60
