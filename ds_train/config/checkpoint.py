@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from pydantic import Field
 
 from ds_train.config.base import Section
@@ -22,9 +20,10 @@ class CheckpointSection(Section):
     keep_every: int | None = Field(default=None, ge=1)
     """Checkpoints of steps that this divides are kept for good."""
 
-    best: Literal["loss", "perplexity", "accuracy"] | None = None
-    """Score of the evaluations by which one is best (the least loss or perplexity, the greatest accuracy). A checkpoint
-    is saved after each that is better than all before, and the best one is kept for good and exported at the end."""
+    best: str | None = None
+    """Score of the evaluations by which one is best: `loss`, `perplexity`, `accuracy`, or `loss_` and a name of
+    `track.eval_sources` (the least loss or perplexity, the greatest accuracy). A checkpoint is saved after each that is
+    better than all before, and the best one is kept for good and exported at the end."""
 
     patience: int | None = Field(default=None, ge=1)
     """End the run after so many evaluations in a row that aren't better by `best`. `null` never does."""

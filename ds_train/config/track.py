@@ -25,6 +25,13 @@ class TrackSection(Section):
     eval_samples: int = Field(default=256, ge=1)
     """Held-out samples per evaluation; fewer where there are fewer."""
 
+    eval_sources: dict[Annotated[str, Field(pattern=r"^[A-Za-z]\w*$")], Annotated[str, Field(min_length=1)]] = Field(
+        default_factory=dict
+    )
+    """Parts of the held-out text whose loss is measured by itself too, by name: patterns of their files, such as
+    `{code: "*.py", wiki: "wiki/*"}`; a document counts for the first one that fits. Each takes the first
+    `eval_samples` samples that have text of it, so it costs as much as an evaluation of the whole."""
+
     eval_prompts: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """`causal-lm`: texts that the model continues by its `sample_tokens` likeliest tokens at every evaluation, in lines
     of kind `sample` of metrics.jsonl."""

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ds_train.data.eval_sources import EvalSource
 from ds_train.data.ledger import Portion, portions_of
 from ds_train.data.order import Order
 from ds_train.data.samples import (
@@ -151,22 +152,25 @@ class Batches:
 
         return prefetch(load, workers) if workers else load()
 
-    def eval(self, num_samples: int) -> Iterator[dict[str, Tensor]]:
+    def eval(self, num_samples: int, source: EvalSource | None = None) -> Iterator[dict[str, Tensor]]:
         """This rank's micro-batches of the first `num_samples` samples (all, if there are fewer), in their own order.
 
-        Every rank yields equally many, since a forward pass may be collective; places beyond the end are repeats of the
-        first sample with every label left out.
+        With `source` of those that have text of it, and with its labels alone. Every rank yields equally many, since a
+        forward pass may be collective; places beyond the end are repeats of the first sample with every label left out.
         """
-        total = min(num_samples, len(self._samples))
+        numbers = range(len(self._samples)) if source is None else source.samples
+        numbers = numbers[:num_samples]
+        total = len(numbers)
+
+        def sample(place: int) -> Sample:
+            number = numbers[place if place < total else 0]
+            found = self._sample(number, number)
+            if place >= total:
+                return {**found, "labels": np.full_like(found["labels"], IGNORE_INDEX)}
+            return found if source is None else source.alone(found, number, self._samples)
+
         for start in range(self._rank * self._micro, total + self._rank * self._micro, self._micro * self._ranks):
-            places = np.arange(start, start + self._micro)
-            samples = [self._sample(place, place) for place in np.where(places < total, places, 0).tolist()]
-            yield self._collate(
-                [
-                    sample if place < total else {**sample, "labels": np.full_like(sample["labels"], IGNORE_INDEX)}
-                    for sample, place in zip(samples, places.tolist(), strict=True)
-                ]
-            )
+            yield self._collate([sample(place) for place in range(start, start + self._micro)])
 
     def portions(self, slots: Iterable[int], shape: StepShape) -> list[Portion]:
         """The documents in samples number `slots` of a step of that shape, in their order."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ds_train.config import RunConfig
 from ds_train.data.batches import Batches, Collator
+from ds_train.data.eval_sources import EvalSource, find_sources
 from ds_train.data.order import Order
 from ds_train.data.prepare import TokenFile, open_split, prepared_tokenizer, read_manifest
 from ds_train.data.samples import FittedSamples, LabelledSamples, MaskedSamples, PackedSamples, PieceSamples, Samples
@@ -19,6 +21,7 @@ class DataBundle:
     """Batches of this rank; `validation` is None where nothing is held out. `folder` is the prepared data.
 
     `packing_efficiency` is the share of the training windows that isn't padding; None where samples aren't packed.
+    `eval_sources` are those of `track.eval_sources`.
     """
 
     train: Batches
@@ -28,6 +31,7 @@ class DataBundle:
     folder: Path
     manifest: dict[str, Any]
     packing_efficiency: float | None = None
+    eval_sources: Sequence[EvalSource] = ()
 
 
 def load_data(
@@ -37,7 +41,8 @@ def load_data(
     """Open prepared data for one data rank. `first_position`: of position ids, for models that count from another one.
 
     Raises:
-        UserError: fewer training tokens than one sample, or prepared files that are damaged.
+        UserError: fewer training tokens than one sample, nothing held out of a source that is to be evaluated, or
+            prepared files that are damaged.
     """
     collate = Collator(
         pad_token=padding_token(tokenizer),
@@ -63,9 +68,11 @@ def load_data(
     train, samples = batches("train", micro_samples)
     if train is None or samples is None:
         raise _too_short(run.data.sequence_length, 0, "train")
-    validation, _ = batches("validation", eval_micro_samples)
-    manifest = read_manifest(folder)
-    return DataBundle(train, validation, len(samples), tokenizer, folder, manifest, packing_efficiency(samples))
+    validation, held_out = batches("validation", eval_micro_samples)
+    sources = () if held_out is None else find_sources(run.track.eval_sources, held_out, run.track.eval_samples)
+    return DataBundle(
+        train, validation, len(samples), tokenizer, folder, read_manifest(folder), packing_efficiency(samples), sources
+    )
 
 
 def open_samples(run: RunConfig, folder: Path, split: str, tokenizer: Any = None) -> Samples | MaskedSamples | None:

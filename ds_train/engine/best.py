@@ -31,7 +31,7 @@ class Best:
         """Whether this evaluation is better than all before; False where nobody asks. One that isn't a number isn't."""
         if self._section.best is None:
             return False
-        value = float(getattr(scores, self._section.best))
+        value = float(scores.record()[self._section.best])
         sign = 1.0 if self._section.best == "accuracy" else -1.0
         if value != value or (self.value is not None and sign * value <= sign * self.value):
             self._worse += 1

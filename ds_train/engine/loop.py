@@ -7,7 +7,8 @@ import math
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch import Tensor
 from ds_train.config import RunConfig
 from ds_train.data.batches import count_labels
 from ds_train.data.build import DataBundle
+from ds_train.data.eval_sources import EvalSource
 from ds_train.engine.build import Assembly
 from ds_train.engine.noise import MicroGradients
 from ds_train.engine.prune import Pruning
@@ -61,18 +63,27 @@ class StepResult:
 
 @dataclass(frozen=True)
 class EvalResult:
-    """Held-out scores after `step` steps: loss in nats per label, accuracy of the most likely label."""
+    """Held-out scores after `step` steps: loss in nats per label, accuracy of the most likely label.
+
+    `sources` are the losses of `track.eval_sources` by name; NaN where the samples have no label of one.
+    """
 
     step: int
     loss: float
     accuracy: float
     labels: int
     seconds: float
+    sources: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def perplexity(self) -> float:
         """exp(loss); infinite where that overflows."""
         return math.exp(self.loss) if self.loss < 700 else math.inf
+
+    def record(self) -> dict[str, Any]:
+        """What a metrics line says of it."""
+        own = {key: value for key, value in vars(self).items() if key != "sources"}
+        return own | {"perplexity": self.perplexity} | {f"loss_{name}": loss for name, loss in self.sources.items()}
 
 
 def train_steps(
@@ -159,15 +170,23 @@ def evaluate(run: RunConfig, parts: Assembly, step: int, watchdog: Watchdog | No
 
     `watchdog` times the wait for each.
     """
-    if parts.data.validation is None:
+    held_out = parts.data.validation
+    if held_out is None:
         return None
     started = time.perf_counter()
-    batches = _waited(parts.data.validation.eval(run.track.eval_samples), parts.data, step, watchdog)
-    totals = _scores(parts, batches) * (parts.part.mesh.place.tensor == 0)
-    loss, correct, labels = all_sum(totals).tolist()
+
+    def scored(source: EvalSource | None) -> list[float]:
+        samples = held_out.eval(run.track.eval_samples, source)
+        totals = _scores(parts, _waited(samples, parts.data, step, watchdog))
+        return all_sum(totals * (parts.part.mesh.place.tensor == 0)).tolist()
+
+    loss, correct, labels = scored(None)
     if labels == 0:
         return None
-    return EvalResult(step, loss / labels, correct / labels, int(labels), time.perf_counter() - started)
+    sums = {source.name: scored(source) for source in parts.data.eval_sources}
+    sources = {name: loss / count if count else math.nan for name, (loss, _, count) in sums.items()}
+    seconds = time.perf_counter() - started
+    return EvalResult(step, loss / labels, correct / labels, int(labels), seconds, sources)
 
 
 def begin_step(

@@ -249,7 +249,7 @@ class Session:
         if scores is None:
             return False
         better = self.watch.judge(scores)
-        record = {"kind": "eval", **asdict(scores), "perplexity": scores.perplexity, "tokens": result.tokens}
+        record = {"kind": "eval", **scores.record(), "tokens": result.tokens}
         self.tracker.log(record | ({"best": better} if self.run.checkpoint.best else {}), result.step)
         for prompt, text in continue_prompts(self.run, self.parts):
             line = {"kind": "sample", "step": result.step, "tokens": result.tokens, "prompt": prompt, "text": text}

@@ -51,7 +51,8 @@ class StepDisplay:
     def show(self, record: Mapping[str, Any], step: int) -> None:
         """Show a metrics record of kind train or eval; other kinds come with a note."""
         if record["kind"] == "eval":
-            scores = "  ".join(f"{name} {record[name]:.4f}" for name in ("loss", "perplexity", "accuracy"))
+            sources = [name for name in record if name.startswith("loss_")]
+            scores = "  ".join(f"{name} {record[name]:.4f}" for name in ("loss", "perplexity", "accuracy", *sources))
             self.note(f"step {step:>6}  held out: {scores}")
             return
         if record["kind"] != "train":

@@ -98,7 +98,12 @@ def panels(runs: Sequence[Run], axis: Axis) -> list[Panel]:
         make.smoothed("Imbalance", "imbalance", "forward and backward: slowest rank over the mean"),
         *(make.of(_words(key), (key,), "") for key in _others(runs, "train", _KNOWN | {"imbalance"})),
         *(
-            make.of(f"Held-out {_words(key).lower()}", (key,), "", part="evals")
+            make.of(
+                f"Held-out {_words(key).lower()}",
+                (key,),
+                "nats per label" if key.startswith("loss_") else "",
+                part="evals",
+            )
             for key in _others(runs, "evals", _KNOWN_OF_EVALS | {"accuracy"})
         ),
     ]

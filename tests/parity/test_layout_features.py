@@ -93,7 +93,7 @@ def test_a_run_is_the_same_in_every_layout(names: tuple[str, ...], tmp_path: Pat
         more = {
             "data": {"validation_fraction": 0.2} | sections.get("data", {}),
             "checkpoint": {"export": True},
-            "track": {"eval_every_steps": 5, "eval_samples": 11},
+            "track": {"eval_every_steps": 5, "eval_samples": 11, "eval_sources": {"odd": "*[13579].txt"}},
             "batch": {"micro_samples": 2, "eval_micro_samples": 3},
             "model": sections.get("model", {}),
             "precision": sections.get("precision", {}),
@@ -110,6 +110,7 @@ def test_a_run_is_the_same_in_every_layout(names: tuple[str, ...], tmp_path: Pat
         check_clock(tmp_path, f"{name}-four", "pipeline" in CASES[name][1])
         expected, found = records(tmp_path, f"{name}-one"), records(tmp_path, f"{name}-four")
         assert [list(record) for record in found] == [list(record) for record in expected]
+        assert "loss_odd" in expected[-1]
         for here, there in zip(found, expected, strict=True):
             for key, value in there.items():
                 if key in ("kind", "step", "labels", "real_tokens", "tokens"):

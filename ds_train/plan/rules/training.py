@@ -34,6 +34,11 @@ def _between_ends(facts: Facts) -> float:
     return round(1 - facts.run.schedule.warmup_fraction - facts.run.schedule.cooldown_fraction, 9)
 
 
+def _scores(facts: Facts) -> list[str]:
+    """Of an evaluation, by the names of its record."""
+    return ["loss", "perplexity", "accuracy", *(f"loss_{name}" for name in facts.run.track.eval_sources)]
+
+
 _NOTHING_HELD_OUT = is_not(held_out)
 _PROMPTS = is_not(at("track.eval_prompts", ()))
 _ROLL_BACK = at("health.on_spike", "roll-back")
@@ -97,6 +102,11 @@ RULES: tuple[Rule | KeyRule, ...] = (
     Rule(
         "best-data", "checkpoint.best", all_of(given("checkpoint.best"), _NOTHING_HELD_OUT),
         "nothing is held out to evaluate on", "set data.validation_fraction above 0, or leave it out",
+    ),
+    Rule(
+        "best-score", "checkpoint.best", lambda f: f.run.checkpoint.best not in (None, *_scores(f)),
+        "evaluations have no such score",
+        lambda f: f"one of {', '.join(_scores(f))}; track.eval_sources makes others",
     ),
     Rule(
         "best-evaluations", "checkpoint.best",

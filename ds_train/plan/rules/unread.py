@@ -182,7 +182,7 @@ RULES: tuple[KeyRule, ...] = (
         "leave one of them out",
     ),
     _read_where(
-        "evaluation-unread", ["batch.eval_micro_samples", "track.eval_samples"], held_out,
+        "evaluation-unread", ["batch.eval_micro_samples", "track.eval_samples", "track.eval_sources"], held_out,
         "nothing is held out to evaluate on", "leave it out, or set data.validation_fraction above 0",
     ),
     # -- layout, precision, optimizer, schedule ---------------------------------------------------------------------

@@ -305,3 +305,63 @@ def test_tinyshakespeare_comes_back_from_its_windows(recipe: Recipe) -> None:
         assert bytes(batch["input_ids"][row].tolist()) == text[start : start + 1000]
         assert bytes(batch["labels"][row, :-1].tolist()) == text[start + 1 : start + 1000]
     assert held(run, 0, 1) is not None
+
+
+EVAL_SOURCES = {"early": "text/[0-2]*.txt", "late": "*/[3-9]*"}
+
+
+@pytest.mark.parametrize("form", [{}, {"packing_by": "best-fit"}, {"packing": False}])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_held_out_labels_of_each_source_are_its_own(
+    recipe: Recipe, corpus: Path, form: dict[str, Any], ranks: int
+) -> None:
+    data = {"validation_path": str(corpus / "text"), "sequence_length": 16, **form}
+    run = recipe(data=data, track={"eval_samples": 1000, "eval_sources": EVAL_SOURCES})
+    bundles = [load(run, rank, ranks) for rank in range(ranks)]
+    file = open_split(bundles[0].folder, "validation")
+    assert file is not None
+    found, expected = {}, {}
+    for source in bundles[0].eval_sources:
+        batches = [[*bundle.validation.eval(1000, source)] for bundle in bundles if bundle.validation]
+        assert len({len(some) for some in batches}) == 1, "every rank has as many"
+        labels = torch.cat([batch["labels"].flatten() for some in batches for batch in some])
+        found[source.name] = torch.bincount(labels[labels >= 0], minlength=300)
+        own = [number for number in range(60) if (number < 30) == (source.name == "early")]
+        documents = [number for number in range(60) if int(Path(file.source(number)).stem) in own]
+        tokens = [file.tokens[file.offsets[number] + 1 : file.offsets[number + 1]] for number in documents]
+        expected[source.name] = np.bincount(np.concatenate(tokens), minlength=300)
+    whole = torch.zeros(300, dtype=torch.int64)
+    for batch in (batch for bundle in bundles if bundle.validation for batch in bundle.validation.eval(1000)):
+        whole += torch.bincount(batch["labels"][batch["labels"] >= 0], minlength=300)
+    assert torch.equal(sum(found.values()), whole)
+    for name, counts in expected.items():
+        # The last window of a stream isn't whole; a piece of one token has nothing to predict.
+        missing = counts - found[name].numpy()
+        assert missing.min() >= 0
+        assert missing.sum() < 16
+    assert found["early"].sum() > 0
+
+
+def test_a_source_has_its_first_samples(recipe: Recipe, corpus: Path) -> None:
+    data = {"validation_path": str(corpus / "text"), "packing": False}
+    run = recipe(data=data, track={"eval_samples": 5, "eval_sources": {"late": "5*.txt:1"}})
+    with pytest.raises(UserError, match=r"track.eval_sources.late=5\*.txt:1: no held-out text comes from there"):
+        load(run)
+    run = recipe(data=data, track={"eval_samples": 5, "eval_sources": {"late": "5*.txt"}})
+    bundle = load(run)
+    assert bundle.validation is not None
+    (source,) = bundle.eval_sources
+    assert source.samples == list(range(source.samples[0], source.samples[0] + 5))
+    assert count_labels(bundle.validation.eval(5, source)) == count_labels(
+        [bundle.validation.of_samples(source.samples)]
+    )
+
+
+def test_masked_tokens_count_for_their_source(recipe: Recipe, corpus: Path) -> None:
+    data = {"validation_path": str(corpus / "text")}
+    masked = recipe(task={"kind": "masked-lm"}, model={"arch": "bert"}, data=data, track={"eval_sources": EVAL_SOURCES})
+    bundle = load(masked)
+    assert bundle.validation is not None
+    parts = [count_labels(bundle.validation.eval(1000, source)) for source in bundle.eval_sources]
+    assert sum(parts) == count_labels(bundle.validation.eval(1000))
+    assert min(parts) > 0

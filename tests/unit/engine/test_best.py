@@ -26,6 +26,12 @@ def test_the_greatest_accuracy_is_best() -> None:
     assert [best.see(scores(1, 1.0, share)) for share in (0.1, 0.3, 0.2)] == [True, True, False]
 
 
+def test_the_loss_of_a_source_is_a_score() -> None:
+    best = Best(CheckpointSection(best="loss_code"))
+    sources: list[dict[str, float]] = [{"code": 2.0}, {"code": math.nan}, {"code": 1.0}]
+    assert [best.see(EvalResult(1, 3.0, 0.5, 10, 0.1, one)) for one in sources] == [True, False, True]
+
+
 def test_patience_goes_on_after_a_resume() -> None:
     section = CheckpointSection(best="perplexity", patience=3)
     best = Best(section)

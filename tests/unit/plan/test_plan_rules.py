@@ -147,6 +147,11 @@ CASES = [
     Broken(
         "best-evaluations", {"checkpoint.best": "loss", "track.eval_every_steps": None}, "set track.eval_every_steps",
     ),
+    Broken(
+        "best-score",
+        {"checkpoint.best": "loss_wiki", "track.eval_every_steps": 1, "track.eval_sources": {"code": "*.py"}},
+        "one of loss, perplexity, accuracy, loss_code",
+    ),
     Broken("patience-best", {"checkpoint.patience": 3}, "set checkpoint.best=loss"),
     Broken(
         "eval-prompts-task", BERT | {"task.kind": "masked-lm", "track.eval_prompts": ["a"], "data.sequence_length": 64},
