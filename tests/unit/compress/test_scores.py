@@ -181,7 +181,8 @@ def test_a_target_of_parameters_is_reached_and_hardly_more(recipe: Make, kinds: 
         ({"layers": 3}, "compress.prune.layers=3: none of the 3 layers would be left"),
         ({"heads": 0.1}, "compress.prune.heads=0.1: all of the 2 heads would stay"),
         ({"experts": 0.5}, "compress.prune.experts=0.5: llama can't lose these: a llama config says nothing"),
-        ({"ffn": 0.5, "parameters": 100}, "parameters. Fix: "),
+        ({"ffn": 0.5, "parameters": 100}, "compress.prune.parameters=100: with all but the last of these gone it"),
+        ({"ffn": 0.5, "parameters": 10**6}, "compress.prune.parameters=1000000: the model as it is has 26,464. Fix: "),
     ],
 )
 def test_refusals_are_one_line_with_a_fix(recipe: Make, prune: dict[str, Any], words: str) -> None:
