@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AutoConfig, LlamaForCausalLM, PreTrainedConfig
 
 from ds_train.compress.coupling import LAYERS, Coupling, Gate, Structure
@@ -106,6 +107,19 @@ def test_recomputed_layers_count_once(recipe: Make, score: str) -> None:
     assert once.keys() == again.keys()
     for key, sums in once.items():
         torch.testing.assert_close(again[key], sums, msg=lambda text, key=key: f"{key}: {text}")
+
+
+def test_scoring_keeps_nothing_that_is_recomputed(recipe: Make) -> None:
+    """Else the first scored step takes the memory that activation checkpointing saves."""
+    model, _, _, tokens = scored(recipe, "taylor", ("heads", "ffn", "hidden"), recomputed=True)
+    seen: list[StorageWeakRef] = []
+    for layer in model.model.layers:
+        for reader in (layer.self_attn.o_proj, layer.mlp.down_proj, layer.post_attention_layernorm):
+            reader.register_forward_pre_hook(lambda _, inputs: seen.append(StorageWeakRef(inputs[0].untyped_storage())))
+    loss = loss_of(model, tokens[0])
+    assert len(seen) == 9
+    assert all(storage.expired() for storage in seen)
+    loss.backward()
 
 
 def test_a_layer_is_worth_what_it_turns(recipe: Make) -> None:
