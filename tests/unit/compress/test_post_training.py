@@ -8,7 +8,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BertConfig, LlamaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    LlamaConfig,
+    ModernBertConfig,
+)
 
 from ds_train.compress.gptq import gptq
 from ds_train.compress.post_training import Method, quantize_folder, thin_folder
@@ -152,3 +159,14 @@ def test_a_sparse_folder_stays_sparse(method: Method, tmp_path: Path) -> None:
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no model can be loaded"):
         quantize_folder(tmp_path, tmp_path / "out", QuantizeSection(weights="int8"), "rtn")
+
+
+def test_a_family_that_transformers_cannot_load_packed_is_refused(tmp_path: Path) -> None:
+    """ModernBERT's code asks a linear layer for its weight while it is loaded."""
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+    config = ModernBertConfig(num_hidden_layers=2, pad_token_id=0, **sizes)
+    AutoModelForMaskedLM.from_config(config).save_pretrained(tmp_path / "model")
+    section = QuantizeSection(weights="int8")
+    with pytest.raises(UserError, match=r"weights=int8: transformers can't load a packed modernbert: .*'weight'\. Fix"):
+        quantize_folder(tmp_path / "model", tmp_path / "out", section, "rtn")
+    assert not (tmp_path / "out").exists()
