@@ -22,7 +22,7 @@ from ds_train.checkpoint.shards import write_safetensors
 from ds_train.compress.cut import WholeTensors
 from ds_train.compress.distill import PROJECTIONS
 from ds_train.compress.packed import Packing
-from ds_train.models.load import gathered
+from ds_train.models.load import gathered, loaded_alone
 from ds_train.parallel.build import Part
 from ds_train.parallel.tensor import gather_whole
 
@@ -119,7 +119,8 @@ def generate_sample(folder: Path, prompt: str, new_tokens: int) -> str:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with loaded_alone():
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
     torch.manual_seed(0)
     output = model.generate(

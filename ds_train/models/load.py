@@ -136,6 +136,21 @@ def keep_generation_config(run: RunConfig, model: PreTrainedModel) -> None:
             )
 
 
+@contextlib.contextmanager
+def loaded_alone() -> Iterator[None]:
+    """`from_pretrained` in the block loads what is packed on this rank, whatever others do.
+
+    compressed-tensors divides the work among all ranks of the process group, and waits for them
+    (distributed/module_parallel.py:89).
+    """
+    plain = torch.distributed.is_initialized
+    torch.distributed.is_initialized = lambda: False
+    try:
+        yield
+    finally:
+        torch.distributed.is_initialized = plain
+
+
 def outline(run: RunConfig, config: PreTrainedConfig) -> PreTrainedModel:
     """The whole model without memory for its weights (torch's meta device), its tied weights tied."""
     with torch.device("meta"):

@@ -23,6 +23,7 @@ from ds_train.compress.rounding import Grid
 from ds_train.compress.sparsity import Pattern, thin
 from ds_train.config.quantize import QuantizeSection
 from ds_train.errors import UserError
+from ds_train.models.load import loaded_alone
 
 
 def plain_gptq(weight: Tensor, products: Tensor, grid: Grid, zeros_stay: bool = True) -> Tensor:
@@ -170,3 +171,18 @@ def test_a_family_that_transformers_cannot_load_packed_is_refused(tmp_path: Path
     with pytest.raises(UserError, match=r"weights=int8: transformers can't load a packed modernbert: .*'weight'\. Fix"):
         quantize_folder(tmp_path / "model", tmp_path / "out", section, "rtn")
     assert not (tmp_path / "out").exists()
+
+
+def test_one_rank_of_several_loads_what_is_packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """compressed-tensors divides the loading among all ranks, of which the others may do something else."""
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    quantize_folder(tmp_path / "model", tmp_path / "out", QuantizeSection(weights="int8"), "rtn")
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    with pytest.raises(ValueError, match="process group has not been initialized"):  # or there is nothing to mend
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    with loaded_alone():
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.distributed.is_initialized()
