@@ -20,7 +20,7 @@ from ds_train.config import RunConfig
 from ds_train.errors import UserError, first_line, user_error
 from ds_train.models.cpu_attention import tiles_are_faster, use_tiled_attention
 from ds_train.models.cpu_products import fp32_products_are_faster, use_fp32_products
-from ds_train.models.load import AUTO_CLASSES, DTYPES, loaded_alone, position_of_first
+from ds_train.models.load import AUTO_CLASSES, DTYPES, position_of_first
 from ds_train.models.tasks import TOKEN_IDS, Batch, model_inputs, plain_head
 from ds_train.models.token_drop import repeated_layers
 from ds_train.parallel.check import check_documents_apart
@@ -45,6 +45,10 @@ def check_teacher(run: RunConfig, config: PreTrainedConfig, tokenizer: PreTraine
         theirs = transformers.AutoConfig.from_pretrained(path, trust_remote_code=run.model.trust_remote_code)
     except (OSError, ValueError) as error:
         raise _cannot_load(path, error) from error
+    packing = getattr(theirs, "quantization_config", None) or {}
+    if packing.get("quant_method") == "compressed-tensors":
+        reason = "its weights are packed integers, which don't run beside a model"
+        raise user_error(KEY, reason, "give the folder of the full weights", path)
     ours, text = config.get_text_config(), theirs.get_text_config()
     if run.task.kind == "sequence-classification":
         if theirs.num_labels != config.num_labels:
@@ -84,7 +88,7 @@ class Teacher:
         if section.placement != "memory":
             shares = Shares(dtype, section.placement == "offloaded", group)
         try:
-            with loaded_alone() if shares is None else shares.loading():
+            with contextlib.nullcontext() if shares is None else shares.loading():
                 loaded, info = AUTO_CLASSES[run.task.kind].from_pretrained(
                     path, dtype=dtype, trust_remote_code=run.model.trust_remote_code, output_loading_info=True,
                     **({"revision": run.model.revision or "main"} if own_start else {}),

@@ -89,6 +89,11 @@ def _teacher_missing(facts: Facts) -> bool:
     return teacher.startswith((".", "/", "~")) and _teacher_config(facts) is None
 
 
+def _packed_teacher(facts: Facts) -> bool:
+    packing = (_teacher_config(facts) or {}).get("quantization_config") or {}
+    return packing.get("quant_method") == "compressed-tensors"
+
+
 def _packed_weights(facts: Facts) -> bool:
     model = facts.run.model
     config = read_config(model.path, model.revision) if model.path else None
@@ -137,6 +142,10 @@ RULES: tuple[Rule | KeyRule, ...] = (
     Rule(
         "distill-teacher", _TEACHER, _teacher_differs, lambda f: str(_teacher_differs(f)),
         "give a teacher of the same task and tokens",
+    ),
+    Rule(
+        "distill-packed", _TEACHER, _packed_teacher, "its weights are packed integers, which don't run beside a model",
+        "give the folder of the full weights",
     ),
     Rule(
         "distill-patch", "patch.size", all_of(_has_teacher, PATCHES), "a teacher reads token by token",
