@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import (
+    AlbertConfig,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
@@ -171,6 +172,15 @@ def test_a_family_that_transformers_cannot_load_packed_is_refused(tmp_path: Path
     with pytest.raises(UserError, match=r"weights=int8: transformers can't load a packed modernbert: .*'weight'\. Fix"):
         quantize_folder(tmp_path / "model", tmp_path / "out", section, "rtn")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_whose_layers_are_one_is_refused_where_layers_are_looked_at(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "embedding_size": 16, "intermediate_size": 48, "num_attention_heads": 4}
+    config = AlbertConfig(vocab_size=64, num_hidden_layers=3, **sizes)
+    AutoModelForMaskedLM.from_config(config).save_pretrained(tmp_path / "model")
+    batches = [{"input_ids": torch.randint(3, 64, (2, 8))}]
+    with pytest.raises(UserError, match=r"--method: albert runs the same layer several times.* Fix: use rtn"):
+        quantize_folder(tmp_path / "model", tmp_path / "out", QuantizeSection(weights="int8"), "gptq", batches)
 
 
 def test_one_rank_of_several_loads_what_is_packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
