@@ -33,7 +33,6 @@ LARGE = {
 }  # fmt: skip
 PRUNE = {"heads": 0.5, "ffn": 0.5, "start": 0.05, "end": 0.3}
 DISTILL = {"logits": "forward-kl", "alpha": 0.5}
-RATE = 4e-3
 SIZES = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
 )  # fmt: skip
@@ -41,16 +40,18 @@ SIZES = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--steps", type=int, default=1500, help="of the large model")
     parser.add_argument("--more", type=int, default=500, help="of each pruned one, on top")
+    parser.add_argument("--folder", type=Path, help="keep the runs there, and go on after those that are there")
     parser.add_argument("overrides", nargs="*", help="recipe keys to replace")
     options = parser.parse_intermixed_args()
     found: dict[str, list[Result]] = {}
-    with tempfile.TemporaryDirectory() as root:
-        for seed in range(1, options.seeds + 1):
-            for row, result in rows(Path(root), seed, options):
+    with tempfile.TemporaryDirectory() as name:
+        root = options.folder.resolve() if options.folder else Path(name)
+        for seed in options.seeds:
+            for row, result in rows(root, seed, options):
                 found.setdefault(row, []).append(result)
     for row, results in found.items():
         losses = [loss for _, loss in results]
@@ -74,13 +75,14 @@ def rows(root: Path, seed: int, options: argparse.Namespace) -> Iterator[tuple[s
             "cache_dir": str(root / "cache"),
         }  # fmt: skip
         recipe["batch"] |= {"global_samples": 32}
-        recipe["optimizer"] |= {"lr": RATE}
+        recipe["optimizer"] |= {"lr": 4e-3}
         recipe["schedule"] |= {"steps": steps, "kind": "cosine"}
         for name, keys in sections.items():
             recipe[name] = recipe[name] | keys
-        file = root / f"{run.name}.yaml"
-        file.write_text(yaml.safe_dump(recipe))
-        launch(["launch/train.py", str(file), *options.overrides], options.ranks)
+        if not (run / "export").is_dir():
+            file = root / f"{run.name}.yaml"
+            file.write_text(yaml.safe_dump(recipe))
+            launch(["launch/train.py", str(file), *options.overrides], options.ranks)
         losses = [record["loss"] for record in read_metrics(run / "metrics.jsonl") if record["kind"] == "eval"]
         result = parameters(run / "export"), losses[-1]
         seconds = time.monotonic() - started
@@ -95,7 +97,7 @@ def rows(root: Path, seed: int, options: argparse.Namespace) -> Iterator[tuple[s
         target = {"parameters": round((1 - share) * whole[0])}
         yield row, train(
             row, options.more, {"path": str(export)},
-            data={"tokenizer": str(export), "train_vocabulary": None}, optimizer={"lr": RATE / 2},
+            data={"tokenizer": str(export), "train_vocabulary": None},
             compress={"prune": PRUNE | target, "distill": DISTILL},
         )  # fmt: skip
         config = json.loads((folder_of(root, row, seed) / "export" / "config.json").read_text())

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ds_train.models.load import first_names
 from ds_train.parallel.build import Part
 from ds_train.parallel.tensor import Shard
 
@@ -118,18 +119,11 @@ def fill(engine: Any, part: Part, source: Source, kinds: dict[str, torch.dtype],
         setattr(engine.optimizer.loss_scaler, key, value)
 
 
-def names_of_whole(part: Part) -> dict[str, str]:
-    """The first name of every parameter of the whole model, by each name that it has."""
-    first: dict[int, str] = {}
-    named = part.outline.named_parameters(remove_duplicate=False)
-    return {name: first.setdefault(id(parameter), name) for name, parameter in named}
-
-
 def _walk(
     engine: Any, part: Part, everything: bool, before: Callable[[Tensor], None] = lambda _: None
 ) -> Iterator[list[Fragment]]:
     whole = dict(part.outline.named_parameters(remove_duplicate=False))
-    first = names_of_whole(part)
+    first = first_names(part.outline)
     names = {id(parameter): first[name] for name, parameter in part.model.named_parameters()}
     base, place, tensor_ranks = _base_optimizer(engine), part.mesh.place, part.mesh.layout.tensor
     for places in _places(engine, part, everything):

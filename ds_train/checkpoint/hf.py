@@ -17,12 +17,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 
-from ds_train.checkpoint.fragments import names_of_whole
 from ds_train.checkpoint.shards import write_safetensors
 from ds_train.compress.cut import WholeTensors
 from ds_train.compress.distill import PROJECTIONS
 from ds_train.compress.packed import Packing
-from ds_train.models.load import gathered, loaded_alone
+from ds_train.models.load import first_names, gathered, loaded_alone, position_of_first
 from ds_train.parallel.build import Part
 from ds_train.parallel.tensor import gather_whole
 
@@ -112,20 +111,27 @@ def push(folder: Path, repository: str) -> str:
     return str(api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Trained with ds_train"))
 
 
-def generate_sample(folder: Path, prompt: str, new_tokens: int) -> str:
-    """Load the exported causal model with transformers alone and continue `prompt` on the CPU.
+def generate_sample(folder: Path, prompt: str, new_tokens: int, trust_remote_code: bool = False) -> str:
+    """Load the exported causal model with transformers alone and continue `prompt` on the CPU, while it has positions.
 
     Drawn at temperature 0.8 from a fixed seed: a small model that only takes the likeliest token repeats itself."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     with loaded_alone():
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, trust_remote_code=trust_remote_code
+        ).eval()
+    tokens = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(positions, int) and positions > 0:  # some say -1 for no end
+        room = positions - position_of_first(model.config)
+        tokens = tokens[:, 1 - room :]
+        new_tokens = min(new_tokens, room - tokens.shape[1])
     torch.manual_seed(0)
     output = model.generate(
-        input_ids=inputs["input_ids"],
-        attention_mask=inputs["attention_mask"],
+        input_ids=tokens,
+        attention_mask=torch.ones_like(tokens),
         max_new_tokens=new_tokens,
         do_sample=True,
         temperature=0.8,
@@ -199,7 +205,7 @@ def _finish(
 def _own_groups(part: Part, file_bytes: int) -> Iterator[dict[str, Tensor]]:
     """Whole layers that this rank writes, on the host. Collective: every rank of a stage gathers all of the stage."""
     place, layout = part.mesh.place, part.mesh.layout
-    first = names_of_whole(part)
+    first = first_names(part.outline)
     parameters = {first[name]: parameter for name, parameter in part.model.named_parameters()}
     replicas = layout.data * layout.sequence * layout.tensor
     index = (place.data * layout.sequence + place.sequence) * layout.tensor + place.tensor

@@ -61,7 +61,7 @@ def check_teacher(run: RunConfig, config: PreTrainedConfig, tokenizer: PreTraine
         _refuse(run, f"its vocabulary is {text.vocab_size:,} tokens, and the model's {ours.vocab_size:,}", path)
     positions = getattr(text, "max_position_embeddings", None)
     own_first, first = map(position_of_first, (config, theirs))
-    if positions is not None and positions - first < run.data.sequence_length:
+    if isinstance(positions, int) and 0 < positions < run.data.sequence_length + first:  # some say -1 for no end
         _refuse(run, f"it takes {positions - first} tokens, and data.sequence_length={run.data.sequence_length}", path)
     given = run.task.kind != "sequence-classification" and run.data.rows_have_documents
     if given and first != own_first:

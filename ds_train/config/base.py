@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+import os
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, ConfigDict
+
+Place = Annotated[str, AfterValidator(os.path.expanduser)]
+"""A folder, or an id of the hub. Libraries that are handed it look for no user's home (`~`)."""
 
 
 class Section(BaseModel):

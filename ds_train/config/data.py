@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from ds_train.config.base import Section
+from ds_train.config.base import Place, Section
 
 BYTES_VOCABULARY = 259
 """Tokens of the embedded tokenizer: 256 bytes, end of text, padding, mask."""
@@ -19,7 +19,7 @@ class DataSection(Section):
     """`stdlib` reads the sources of the running Python's standard library (nothing is downloaded);
     `text`, `jsonl`, `parquet` and `tsv` read local files; `hub` reads a `datasets` hub id."""
 
-    path: str | None = None
+    path: Place | None = None
     """File, folder or glob of the local sources; hub id for `hub`. `text` takes one document per file."""
 
     subset: str | None = None
@@ -49,7 +49,7 @@ class DataSection(Section):
     validation_fraction: float = Field(default=0.02, ge=0.0, lt=1.0)
     """Share of documents that is held out where no validation path or split is given; 0 trains without evaluation."""
 
-    tokenizer: str = "bytes"
+    tokenizer: Place = "bytes"
     """`bytes` (embedded, vocabulary 259), a hub id or folder, or `model` for the one beside `model.path`.
     Left out where `train_vocabulary` trains a new one."""
 

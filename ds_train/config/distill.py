@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from ds_train.config.base import Section
+from ds_train.config.base import Place, Section
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Layer = Annotated[int, Field(ge=0)]
@@ -18,7 +18,7 @@ class DistillSection(Section):
     The loss is (1 - alpha) x that of the labels + alpha x that of the logits + that of the hidden states + that of
     attention, at every labelled position."""
 
-    teacher: str | None = None
+    teacher: Place | None = None
     """Local folder or hub id of the teacher: any transformers model for the same task and tokens. Left out, it is the
     run's own `model.path`, as it was before training."""
 

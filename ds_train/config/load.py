@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import re
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -63,7 +64,17 @@ def validate(raw: Mapping[str, Any]) -> RunConfig:
 
 def dump(run: RunConfig) -> str:
     """The recipe as YAML with every default written out; `parse` reads it back to an equal `RunConfig`."""
-    return yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+    tree = _without_interpolation(run.model_dump(mode="json"))
+    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=120)
+
+
+def _without_interpolation(value: Any) -> Any:
+    """Plain values whose texts OmegaConf reads as they are: it would look for what `${` begins."""
+    if isinstance(value, dict):
+        return {key: _without_interpolation(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_without_interpolation(inner) for inner in value]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
 
 
 def known_keys() -> list[str]:

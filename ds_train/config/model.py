@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from ds_train.config.base import Section
+from ds_train.config.base import Place, Section
 from ds_train.config.batch import Auto
 
 
@@ -17,7 +17,7 @@ class ModelSection(Section):
     (`hidden_size`, `num_hidden_layers`, `rope_parameters` ...). They are checked against that config class.
     """
 
-    path: str | None = None
+    path: Place | None = None
     """Hub id or local folder of a pretrained model. Exactly one of `path` and `arch` is given."""
 
     revision: str | None = None

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from ds_train.config.base import Section
+from ds_train.config.base import Place, Section
 from ds_train.config.batch import Auto, Positive
 
 
@@ -42,7 +42,7 @@ class ParallelSection(Section):
     offload_params: Literal["none", "cpu", "nvme", "auto"] = "none"
     """Where parameters live between uses. Needs zero_stage 3."""
 
-    nvme_path: str | None = None
+    nvme_path: Place | None = None
     """Folder on a fast local disk for nvme offload."""
 
     pin_memory: bool = True

@@ -171,7 +171,7 @@ def content_key(run: RunConfig, tokenizer: str) -> str:
     data = run.data
     files = local_files(data) + (local_files(data, held_out=True) if data.validation_path else [])
     if data.source == "hub" and data.path is not None:
-        files += sorted(path for path in Path(data.path).expanduser().rglob("*") if path.is_file())
+        files += sorted(path for path in Path(data.path).rglob("*") if path.is_file())
     other = {"cache_dir", "workers", "tokenizer", "sequence_length", "streaming", "label_column", *SHAPE_KEYS}
     content = {
         "format": FORMAT,

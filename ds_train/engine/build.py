@@ -176,7 +176,7 @@ def assemble(
     if run.compress.quantize.bits:
         on_main_first(info, lambda: check_loads(run.compress.quantize, outline(run, config)))
     teacher = check_teacher(taught, config, tokenizer) if run.compress.distill.active else None
-    if teacher is not None and not Path(teacher_path(taught)).expanduser().is_dir():
+    if teacher is not None and not Path(teacher_path(taught)).is_dir():
         # As for the model: the sizes of a hub teacher are known only now.
         make_plan(taught, plan.cluster)
     if teacher is not None and run.compress.distill.relations > 0:

@@ -14,10 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ds_train.checkpoint.fragments import names_of_whole
 from ds_train.checkpoint.same_run import leaves
 from ds_train.engine.ranks import versions
 from ds_train.errors import Problem, UserError
+from ds_train.models.load import first_names
 from ds_train.parallel.build import Part
 from ds_train.plan.make import RunPlan
 
@@ -107,7 +107,7 @@ def digest(value: Any) -> str:
 def parameter_sums(part: Part, stage_3: bool) -> dict[tuple[str, str], str]:
     """A checksum of what this rank holds of each parameter, by (which ranks hold the same, the parameter's name)."""
     place = part.mesh.place
-    whole = names_of_whole(part)
+    whole = first_names(part.outline)
     names = Counter(whole.values())
     keys, sums = [], []
     for name, parameter in part.model.named_parameters():

@@ -44,6 +44,7 @@ def train(run: RunConfig, info: RankInfo, stop_after: int | None = None) -> None
     """
     cluster = Cluster(ranks=info.ranks, ranks_per_host=info.ranks_per_host, device=info.device)
     folder = Path(run.run_root).expanduser() / run.name
+    settle(info, run.parallel.bind_cores)
     if auto_fields(run):
         # Chosen once: ranks of other hosts may know other figures of their machines.
         meet(info)
@@ -54,8 +55,7 @@ def train(run: RunConfig, info: RankInfo, stop_after: int | None = None) -> None
             print(note, flush=True)
         if before.plan.predicted is not None:
             print(f"predicted: {before.plan.predicted.summary}", flush=True)
-    settle(info, run.parallel.bind_cores)
-    # Below this line torch is imported; everything above answers in well under a second.
+    # Below this line torch is imported; without `auto`, everything above answers in well under a second.
     meet(info)
     quiet_libraries()
     with StopRequest(run.faults.grace_seconds) as stop:
@@ -119,7 +119,7 @@ def _train_alone(
     wandb_id = state.wandb_id if state else None
     known = plan.to_dict() | {"versions": versions()}
     tracker = Tracker(run, known, folder, info.is_main, timeline.steps, done, wandb_id)
-    exit_code = 1
+    exit_code, exported = 1, None
     try:
         _note_start(run, parts, tracker, place.record, resumed, state)
         watch = RunWatch(run, info, parts, tracker, folder, timeline, state)
@@ -133,16 +133,16 @@ def _train_alone(
             if not stop.agreed:
                 _note_noise_scale(run, folder, tracker, info)
                 if run.checkpoint.export:
-                    step = watch.use_best()
-                    card = _model_card(run, session.plan, folder, step) if info.is_main else ""
+                    exported = watch.use_best()
+                    card = _model_card(run, session.plan, folder, exported) if info.is_main else ""
                     parts = session.parts
                     hf.export(parts.part, tokenizer, folder / "export", card, packing=parts.packing)
-                    tracker.keep(folder / "export", "export", step)
+                    tracker.keep(folder / "export", "export", exported)
                     _push(run, folder / "export", tracker, info)
         # What follows is rank 0's alone: no attention may wait for the others.
         leave_sequence()
-        if not stop.agreed:
-            _log_sample(run, folder, tracker, info, timeline)
+        if exported is not None and info.is_main:
+            _log_sample(run, folder, tracker, exported)
         exit_code = STOPPED_CODE if stop.agreed else 0
     finally:
         tracker.close(exit_code)
@@ -173,6 +173,7 @@ def _note_start(
         efficiency = parts.data.packing_efficiency
         tracker.note(f"{run.data.packing_by} packing: {efficiency:.2%} of the windows' tokens are text")
     if state is None:
+        _note_drawn(run, parts, tracker)
         return
     ranks = parts.part.mesh.layout.ranks
     tracker.log({"kind": "resume", "step": state.step, "from": str(resumed), "ranks": ranks}, state.step)
@@ -185,6 +186,18 @@ def _note_start(
         before = state.versions.get(name, now)
         if before != now:
             tracker.note(f"it was made with {name} {before}, and goes on with {now}: last bits may differ")
+
+
+def _note_drawn(run: RunConfig, parts: Assembly, tracker: Tracker) -> None:
+    """Say what of a pretrained model begins at random. Collective: pipeline stages each know their own."""
+    import torch.distributed as dist
+
+    everyones: list[Any] = [None] * parts.part.mesh.layout.ranks
+    dist.all_gather_object(everyones, getattr(parts.model, "drawn_modules", []))
+    names = sorted({name for names in everyones for name in names})
+    if names:
+        more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+        tracker.note(f"{run.model.path} lacks weights of {', '.join(names[:4])}{more}: they begin at random")
 
 
 def _note_noise_scale(run: RunConfig, folder: Path, tracker: Tracker, info: RankInfo) -> None:
@@ -357,16 +370,16 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 
-def _log_sample(run: RunConfig, folder: Path, tracker: Tracker, info: RankInfo, timeline: Timeline) -> None:
-    """Let the exported model speak where the recipe asks for it."""
+def _log_sample(run: RunConfig, folder: Path, tracker: Tracker, step: int) -> None:
+    """Let the exported model, which is that of `step`, speak where the recipe asks for it."""
     prompt = run.track.sample_prompt
-    if prompt is None or not (info.is_main and run.checkpoint.export and run.task.kind == "causal-lm"):
+    if prompt is None:
         return
     from ds_train.checkpoint.hf import generate_sample
 
-    text = generate_sample(folder / "export", prompt, run.track.sample_tokens)
-    record = {"kind": "sample", "step": timeline.steps, "prompt": prompt, "text": text.removeprefix(prompt)}
-    tracker.log(record, timeline.steps)
+    text = generate_sample(folder / "export", prompt, run.track.sample_tokens, run.model.trust_remote_code)
+    record = {"kind": "sample", "step": step, "prompt": prompt, "text": text.removeprefix(prompt)}
+    tracker.log(record, step)
     tracker.note(f"\nsample of the exported model:\n{text}\n")
 
 

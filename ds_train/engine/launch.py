@@ -41,6 +41,8 @@ _CAUSE_WITHIN_S = 3.0
 _FAILED_GRACE_S = 10.0
 _HEARTBEAT_S = 5.0
 _POLL_S = 0.1
+_ONE_SIGNAL_S = 1.0
+"""timeout(1), for one, sends its signal to a process and then to all of its group: to that process twice."""
 
 
 @dataclass(frozen=True)
@@ -231,8 +233,16 @@ def run(world: World, program: Sequence[str], grace_s: float = GRACE_S) -> Ended
 
 @contextlib.contextmanager
 def handled(handler: Callable[[int, object], None]) -> Iterator[None]:
-    """Let `handler` hear the signals that ask a run to stop."""
-    before = {number: signal.signal(number, handler) for number in SIGNALS}
+    """Let `handler` hear the signals that ask a run to stop; of those that come at once the first."""
+    heard = -math.inf
+
+    def hear(number: int, frame: object) -> None:
+        nonlocal heard
+        if time.monotonic() - heard > _ONE_SIGNAL_S:
+            heard = time.monotonic()
+            handler(number, frame)
+
+    before = {number: signal.signal(number, hear) for number in SIGNALS}
     try:
         yield
     finally:

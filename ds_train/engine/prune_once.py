@@ -58,10 +58,14 @@ def prune_once(run: RunConfig, info: RankInfo, checkpoint: Path | None = None) -
     if not section.kinds:
         fix = "give shares, such as compress.prune.ffn=0.5; `ds-train schema compress.prune` lists all"
         raise user_error("compress.prune", "it asks for nothing to go", fix)
-    plan = make_plan(run, Cluster(ranks=info.ranks, ranks_per_host=info.ranks_per_host, device=info.device))
+    cluster = Cluster(ranks=info.ranks, ranks_per_host=info.ranks_per_host, device=info.device)
+    planned = make_plan(run, cluster).run
     settle(info, run.parallel.bind_cores)
     meet(info)
     quiet_libraries()
+    # Ranks of other hosts may know other figures of their machines, and choose otherwise where it says `auto`.
+    run = on_main_first(info, lambda: planned)
+    plan = make_plan(run, cluster)
     folder = Path(run.run_root).expanduser() / run.name
     on_main_first(info, lambda: make_run_folder(folder))
     with StopRequest(run.faults.grace_seconds) as stop:

@@ -148,11 +148,11 @@ def needs(run: RunConfig | None, recipe: str = "") -> dict[str, list[str]]:
     """Folders that a run writes to, files that are to be the same on all hosts, and paths that each has to have."""
     if run is None:
         return {"folders": ["runs"], "files": [], "paths": []}
-    model = run.model.path
+    models = (run.model.path, run.compress.distill.teacher)
     return {
         "folders": [run.run_root, run.data.cache_dir],
         "files": [recipe] if recipe else [],
-        "paths": [model] if model is not None and Path(model).expanduser().is_dir() else [],
+        "paths": [model for model in models if model is not None and Path(model).is_dir()],
     }
 
 

@@ -55,7 +55,7 @@ def start_from_kept_layers(run: RunConfig, tokenizer: PreTrainedTokenizerBase) -
 
 def _asked(run: RunConfig) -> str:
     """What the start is made from: of a folder its files, by size and time, of a hub model the revision."""
-    path = Path(str(run.model.path)).expanduser()
+    path = Path(str(run.model.path))
     files = sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else []
     source = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     model = run.model
@@ -97,7 +97,7 @@ def _refusal(run: RunConfig, reason: str) -> Exception:
 
 
 def _local(run: RunConfig) -> Path:
-    path = Path(str(run.model.path)).expanduser()
+    path = Path(str(run.model.path))
     if not path.is_dir():
         path = Path(snapshot_download(str(run.model.path), revision=run.model.revision))
     if not any(path.glob("*.safetensors")):

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.initialization import no_init_weights
@@ -89,7 +91,8 @@ def build_model(
 ) -> PreTrainedModel:
     """The model in the run's dtype, on the CPU (stages 0-2) or already partitioned over ranks (stage 3).
 
-    torch.distributed must be initialised for stage 3; no rank then ever holds more than one module's weights.
+    torch.distributed must be initialised for stage 3; no rank then ever holds more than one module's weights. A
+    pretrained one has the names of modules that its files lack weights of, such as a new head, in `drawn_modules`.
     With `cut` (stages 0-2), the part that it leaves of a model: no memory is taken for the rest and no weights of it
     are read, and the part's weights are those of the whole.
     """
@@ -157,6 +160,13 @@ def outline(run: RunConfig, config: PreTrainedConfig) -> PreTrainedModel:
         model = _random_model(run, config, None)
     model.tie_weights()
     return model
+
+
+def first_names(model: nn.Module) -> dict[str, str]:
+    """The first name of every parameter, by each name that it has; an outline will do."""
+    first: dict[int, str] = {}
+    named = model.named_parameters(remove_duplicate=False)
+    return {name: first.setdefault(id(parameter), name) for name, parameter in named}
 
 
 def untrained(model: nn.Module) -> list[str]:
@@ -254,7 +264,12 @@ def _random_model(run: RunConfig, config: PreTrainedConfig, zero3_json: dict[str
             # (partition_parameters.py, Init._set_dtype). The JSON says it too.
             stack.enter_context(deepspeed.zero.Init(config_dict_or_path=zero3_json))
         auto_class: Any = AUTO_CLASSES[run.task.kind]
-        return auto_class.from_config(config, dtype=DTYPES[run.precision.dtype], **_attention(run))
+        return auto_class.from_config(
+            config,
+            dtype=DTYPES[run.precision.dtype],
+            trust_remote_code=run.model.trust_remote_code,
+            **_attention(run),
+        )
 
 
 def _attention(run: RunConfig) -> dict[str, str]:
@@ -280,15 +295,23 @@ def _pretrained_model(
             revision=run.model.revision or "main",
             trust_remote_code=run.model.trust_remote_code,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # `_check_fit` refuses: transformers only points to a log that is off
             **_attention(run),
         )
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise _cannot_load(run, error) from error
+    except RuntimeError as error:
+        mismatch = re.search(r"size mismatch for .*", str(error))  # of ZeRO-3, on the rank that reads
+        if mismatch is None:
+            raise
+        raise _unfit(run, mismatch[0].rstrip(".")) from error
     finally:
         del alive
+    _check_fit(run, model, info)
     if family is not None:
         model.__class__ = family
     missing = {key.rpartition(".")[0] for key in info["missing_keys"]}
+    model.drawn_modules = sorted(missing)
     if missing:
         # A new head, say: drawn again from its own seed, so that it is the same at every stage.
         for name in missing:
@@ -296,6 +319,18 @@ def _pretrained_model(
                 parameter._is_hf_initialized = False  # type: ignore[attr-defined]
         initialize_weights(model, run.seed, only=missing)
     return model
+
+
+def _check_fit(run: RunConfig, model: nn.Module, info: Mapping[str, Any]) -> None:
+    """Refuse weights of other sizes, and files without one of the layers: it would begin at random, in silence."""
+    if info["mismatched_keys"]:
+        name, stored, wanted = min(info["mismatched_keys"])
+        raise _unfit(run, f"{name} is {tuple(stored)} there and {tuple(wanted)} by the recipe")
+    for name, layers in model.named_modules():
+        for number, layer in layers.named_children() if isinstance(layers, nn.ModuleList) else ():
+            own = {f"{name}.{number}.{inner}" for inner, _ in layer.named_parameters()}
+            if own and own <= {*info["missing_keys"]}:
+                raise _unfit(run, f"there is nothing of {name}.{number} in its files")
 
 
 def _part_of(family: Any, cut: Any) -> Any:
@@ -319,14 +354,20 @@ def _config_from_scratch(arch: str, keys: dict[str, Any]) -> PreTrainedConfig:
 
 def _config_of_pretrained(run: RunConfig, keys: dict[str, Any]) -> PreTrainedConfig:
     try:
-        return transformers.AutoConfig.from_pretrained(
+        config, unread = transformers.AutoConfig.from_pretrained(
             str(run.model.path),
             revision=run.model.revision or "main",
             trust_remote_code=run.model.trust_remote_code,
+            return_unused_kwargs=True,
             **keys,
         )
     except (OSError, ValueError) as error:
         raise _cannot_load(run, error) from error
+    if unread:
+        key, value = next(iter(unread.items()))
+        fix = "correct it by the config.json there, or leave it out"
+        raise user_error(f"model.{key}", f"the config of {run.model.path} has no such key", fix, value)
+    return config
 
 
 def _cannot_load(run: RunConfig, error: Exception) -> UserError:
@@ -336,6 +377,11 @@ def _cannot_load(run: RunConfig, error: Exception) -> UserError:
         "give a local folder with config.json and weights, or a hub id on a machine that reaches the hub",
         run.model.path,
     )
+
+
+def _unfit(run: RunConfig, reason: str) -> UserError:
+    fix = "leave the model's sizes and task.num_labels as its config.json has them, or give other weights"
+    return user_error("model.path", reason, fix, run.model.path)
 
 
 def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int | None]:

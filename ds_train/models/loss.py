@@ -54,23 +54,6 @@ class VocabularyShard:
         return largest
 
 
-def linear_cross_entropy(
-    hidden_ND: Tensor,
-    weight_VD: Tensor,
-    bias_V: Tensor | None,
-    labels_N: Tensor,
-    shard: VocabularyShard | None = None,
-) -> Tensor:
-    """Summed cross-entropy (scalar, fp32) of `hidden @ weight.T + bias` against labels; IGNORE_INDEX is left out.
-
-    Labels (N, K) are K of each position, predicted by the same logits. With `shard`, weight and bias are this rank's
-    rows; loss and gradient of `hidden` are those of all rows.
-    """
-    if hidden_ND.shape[0] != labels_N.shape[0]:
-        raise ValueError(f"{hidden_ND.shape[0]} hidden states but {labels_N.shape[0]} labels")
-    return linear_loss(hidden_ND, weight_VD, bias_V, CrossEntropy(labels_N, shard), shard)
-
-
 def linear_loss(
     hidden_ND: Tensor,
     weight_VD: Tensor,

@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ds_train.config import RunConfig
 from ds_train.data.batches import documents_mask
 from ds_train.errors import UserError, first_line, user_error
 from ds_train.models.layer_drop import LayerDropping
-from ds_train.models.load import build_model, position_of_first, shares_embedding
+from ds_train.models.load import build_model, first_names, position_of_first, shares_embedding
 from ds_train.models.look_alike import per_layer, small_run
 from ds_train.models.loss import IGNORE_INDEX
 from ds_train.models.packing import check_packing
@@ -231,12 +231,12 @@ def _different_gradient(
     whole: PreTrainedModel, gradients: dict[str, Tensor], parts: list[PreTrainedModel], group: Any
 ) -> str | None:
     found: dict[str, Tensor] = {}
-    first_names = _first_names(whole)
+    names = first_names(whole)
     for part in parts:
         for name, parameter in part.named_parameters():
             if parameter.grad is None:
                 continue
-            name = first_names[name]
+            name = names[name]
             shard: Shard | None = getattr(parameter, "tensor_shard", None)
             found[name] = found[name] + parameter.grad if name in found else parameter.grad
             if shard is not None and name in gradients and gradients[name].shape != parameter.grad.shape:
@@ -250,10 +250,3 @@ def _different_gradient(
         if not torch.allclose(found[name], expected, rtol=1e-2, atol=_TOLERANCE * scale):
             return f"the gradient of {name} would differ"
     return None
-
-
-def _first_names(model: nn.Module) -> dict[str, str]:
-    """First name of every parameter by any of its names."""
-    first: dict[int, str] = {}
-    named = model.named_parameters(remove_duplicate=False)
-    return {name: first.setdefault(id(parameter), name) for name, parameter in named}

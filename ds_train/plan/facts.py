@@ -30,7 +30,7 @@ _TOKENIZER_FILES = (
 
 def has_tokenizer(path: str) -> bool:
     """Whether a model's folder has a tokenizer beside the weights; yes for a hub id."""
-    folder = Path(path).expanduser()
+    folder = Path(path)
     return not folder.is_dir() or any((folder / name).is_file() for name in _TOKENIZER_FILES)
 
 
@@ -154,5 +154,5 @@ class Facts:
         path = self.run.model.path
         if path is None or not self.cluster.here:
             return False
-        looks_local = path.startswith((".", "/", "~")) or Path(path).expanduser().is_dir()
+        looks_local = path.startswith((".", "/", "~")) or Path(path).is_dir()
         return looks_local and read_config(path) is None

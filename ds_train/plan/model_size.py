@@ -180,7 +180,7 @@ def model_size(model: ModelSection, task: Task, vocabulary: int | None = None) -
 
 def read_config(path: str, revision: str | None = None) -> dict[str, Any] | None:
     """config.json of a local model folder, or of a hub model in the local cache; None where there is none to read."""
-    for folder in (Path(path).expanduser(), *_cached_snapshots(path, revision)):
+    for folder in (Path(path), *_cached_snapshots(path, revision)):
         try:
             config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):

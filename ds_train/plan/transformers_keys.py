@@ -24,13 +24,13 @@ _HEADS: dict[Task, str] = {
     "sequence-classification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
 }
 
-# Keys that `PreTrainedConfig.__post_init__` takes besides the annotated fields. The rope ones are older spellings of
-# `rope_parameters`, taken where the family has that.
+# Keys that `PreTrainedConfig.__post_init__` takes besides the annotated fields.
 _GENERIC: dict[str, Any] = {
     "num_labels": None, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None, "use_cache": None,
     "tie_word_embeddings": True,
 }  # fmt: skip
-_ROPE = ("rope_theta", "rope_scaling", "partial_rotary_factor")
+OLD_ROPE_KEYS = ("rope_theta", "rope_scaling", "partial_rotary_factor")
+"""Older spellings of `rope_parameters`, which constructors of families that have it take."""
 
 
 @cache
@@ -74,7 +74,7 @@ def config_fields(arch: str) -> dict[str, Any]:
     base = classes(parse_source("transformers", "configuration_utils.py")).get("PreTrainedConfig")
     fields = dict(_GENERIC) | (_own_fields(base) if base else {}) | _class_fields(*found)
     if "rope_parameters" in fields:
-        fields = dict.fromkeys(_ROPE) | fields
+        fields = dict.fromkeys(OLD_ROPE_KEYS) | fields
     return fields
 
 

@@ -74,6 +74,8 @@ def _fields(question: str) -> dict[str, Any]:
         fields[key] = int(match[2]) if value is int else value
     if not fields:
         raise user_error("--why", "it asks nothing", "for example zero3, or pipe2+tensor4", question)
+    if any(value == 0 for key, value in fields.items() if key != "parallel.zero_stage"):
+        raise user_error("--why", "degrees and samples are at least 1", "for example pipe2+tensor4", question)
     if fields.get("parallel.zero_stage", 0) > 3:
         raise user_error("--why", "ZeRO has stages 0 to 3", "for example zero3", question)
     return fields

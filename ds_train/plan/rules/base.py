@@ -67,9 +67,9 @@ def given(key: str) -> Predicate:
     return lambda facts: facts.value(key) is not None
 
 
-def above_one(key: str) -> Predicate:
-    """The recipe key is a number above 1."""
-    return lambda facts: facts.value(key) > 1
+def above(key: str, least: float = 0.0) -> Predicate:
+    """The recipe key is a number above `least`."""
+    return lambda facts: facts.value(key) > least
 
 
 def all_of(*predicates: Predicate) -> Predicate:
@@ -95,6 +95,16 @@ def on_device(*devices: str) -> Predicate:
 def held_out(facts: Facts) -> bool:
     """Whether there is something to evaluate on."""
     return facts.run.data.holds_out
+
+
+def taught(facts: Facts) -> bool:
+    """Whether there is a teacher."""
+    return facts.run.compress.distill.active
+
+
+def prunes(facts: Facts) -> bool:
+    """Whether units go."""
+    return bool(facts.run.compress.prune.kinds)
 
 
 def nvme(facts: Facts) -> bool:
@@ -129,10 +139,10 @@ BELOW_3 = at("parallel.zero_stage", 0, 1, 2)
 FLASH = at("model.attention", "flash_attention_2", "flash_attention_3")
 CLASSIFYING = "sequence-classification"
 CLASSIFIER = at("task.kind", CLASSIFYING)
-PIPELINE = above_one("parallel.pipeline")
-TENSOR = above_one("parallel.tensor")
-SEQUENCE = above_one("parallel.sequence")
-PATCHES = above_one("patch.size")
+PIPELINE = above("parallel.pipeline", 1)
+TENSOR = above("parallel.tensor", 1)
+SEQUENCE = above("parallel.sequence", 1)
+PATCHES = above("patch.size", 1)
 DROPPING = is_not(at("token_drop.kind", "none"))
 LAYER_DROP = is_not(at("layer_drop.kind", "none"))
 CURRICULUM = is_not(at("curriculum.kind", "none"))

@@ -17,8 +17,8 @@ from ds_train.plan.rules.base import (
     PIPELINE,
     SEQUENCE,
     KeyRule,
-    Predicate,
     Rule,
+    above,
     all_of,
     any_of,
     at,
@@ -27,25 +27,17 @@ from ds_train.plan.rules.base import (
     given,
     is_not,
     size_of,
+    taught,
 )
-
-
-def _above_zero(key: str) -> Predicate:
-    return lambda facts: facts.value(key) > 0
-
 
 _TEACHER = "compress.distill.teacher"
 
 
-def _has_teacher(facts: Facts) -> bool:
-    return facts.run.compress.distill.active
-
-
-_CACHED = all_of(_has_teacher, _above_zero("compress.distill.cache_top"))
-_HIDDEN = _above_zero("compress.distill.hidden")
-_RELATIONS = _above_zero("compress.distill.relations")
+_CACHED = all_of(taught, above("compress.distill.cache_top"))
+_HIDDEN = above("compress.distill.hidden")
+_RELATIONS = above("compress.distill.relations")
 _ROUNDS = is_not(at("compress.quantize.weights", "none"))
-_ROUNDS_LATER = all_of(_ROUNDS, _above_zero("compress.quantize.start"))
+_ROUNDS_LATER = all_of(_ROUNDS, above("compress.quantize.start"))
 
 
 def _on_own_disks(facts: Facts) -> bool:
@@ -70,7 +62,7 @@ def _teacher_differs(facts: Facts) -> str | None:
     heads = [config.get(name) for name in HEAD_COUNTS]
     if not run.compress.distill.cache_top and any(count and count % facts.sequence for count in heads):
         return f"parallel.sequence={facts.sequence} doesn't divide its {next(count for count in heads if count)} heads"
-    if positions and positions < run.data.sequence_length:
+    if positions and 0 < positions < run.data.sequence_length:  # some say -1 for no end
         return f"it takes {positions} tokens, and data.sequence_length={run.data.sequence_length}"
     if run.task.kind == CLASSIFYING:
         labels = len(config.get("id2label") or (0, 1))
@@ -132,7 +124,7 @@ RULES: tuple[Rule | KeyRule, ...] = (
         lambda f: f"the model has {_stored_layers(f)} layers", lambda f: f"numbers from 0 to {_stored_layers(f) - 1}",
     ),
     Rule(
-        "distill-start", _TEACHER, all_of(_has_teacher, is_not(given(_TEACHER)), is_not(given("model.path"))),
+        "distill-start", _TEACHER, all_of(taught, is_not(given(_TEACHER)), is_not(given("model.path"))),
         "a model from scratch has no start to learn from", "give a teacher's folder or hub id", lambda f: "null",
     ),
     Rule(
@@ -148,7 +140,7 @@ RULES: tuple[Rule | KeyRule, ...] = (
         "give the folder of the full weights",
     ),
     Rule(
-        "distill-patch", "patch.size", all_of(_has_teacher, PATCHES), "a teacher reads token by token",
+        "distill-patch", "patch.size", all_of(taught, PATCHES), "a teacher reads token by token",
         "set patch.size=1",
     ),
     Rule(
@@ -201,7 +193,7 @@ RULES: tuple[Rule | KeyRule, ...] = (
     ),
     Rule(
         "distill-revision", _TEACHER,
-        all_of(_has_teacher, is_not(given(_TEACHER)), given("model.keep_layers"), given("model.revision")),
+        all_of(taught, is_not(given(_TEACHER)), given("model.keep_layers"), given("model.revision")),
         "the whole model would be taken as it is now, not of model.revision",
         "give the folder of that revision", lambda f: "null",
     ),

@@ -17,7 +17,7 @@ def _foreign_tokens(facts: Facts) -> bool:
 
 def _tokenizer_missing(facts: Facts) -> bool:
     name = facts.run.data.tokenizer
-    return facts.cluster.here and name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir()
+    return facts.cluster.here and name.startswith((".", "/", "~")) and not Path(name).is_dir()
 
 
 RULES: tuple[Rule | KeyRule, ...] = (

@@ -13,7 +13,7 @@ from ds_train.plan.rules.base import (
     KeyRule,
     Predicate,
     Rule,
-    above_one,
+    above,
     all_of,
     any_of,
     at,
@@ -142,7 +142,7 @@ RULES: tuple[Rule | KeyRule, ...] = (
     ),
     Rule(
         "tensor-secondary", "parallel.secondary_partition",
-        all_of(TENSOR, above_one("parallel.secondary_partition")),
+        all_of(TENSOR, above("parallel.secondary_partition", 1)),
         "DeepSpeed takes neighbouring ranks for copies of one another (utils/groups.py:941), which tensor ranks aren't",
         "set parallel.secondary_partition=1, or parallel.tensor=1",
     ),

@@ -25,7 +25,7 @@ from ds_train.plan.rules.base import (
     on_device,
     size_of,
 )
-from ds_train.plan.transformers_keys import TASKS, architectures_with_head, known_architectures
+from ds_train.plan.transformers_keys import OLD_ROPE_KEYS, TASKS, architectures_with_head, known_architectures
 
 
 def _does_not_divide(part: str, whole: str) -> Predicate:
@@ -98,6 +98,12 @@ def _misplaced_model_keys(facts: Facts) -> dict[str, Any]:
     return _model_keys(facts, lambda key, _: key in _OTHER_PLACES)
 
 
+def _unread_rope_keys(facts: Facts) -> dict[str, Any]:
+    if facts.run.model.path is None or "rope_parameters" not in facts.config_keys:
+        return {}
+    return _model_keys(facts, lambda key, _: key in OLD_ROPE_KEYS)
+
+
 def _special_token_keys(facts: Facts) -> dict[str, Any]:
     return _model_keys(facts, lambda key, _: key in _SPECIAL_TOKENS) if facts.run.model.arch else {}
 
@@ -140,6 +146,11 @@ RULES: tuple[Rule | KeyRule, ...] = (
     KeyRule(
         "model-key-elsewhere", _misplaced_model_keys, "another recipe key decides this",
         lambda _, key: f"set {_OTHER_PLACES[key.removeprefix('model.')]}",
+    ),
+    KeyRule(
+        "rope-keys", _unread_rope_keys,
+        "it is an older spelling, which a stored config no longer takes (configuration_utils.py, `from_dict`)",
+        "set model.rope_parameters, with rope_type, rope_theta and all else that its config.json has there",
     ),
     KeyRule(
         "special-tokens", _special_token_keys, "a model from scratch takes the tokenizer's special tokens",

@@ -12,20 +12,17 @@ from ds_train.plan.rules.base import (
     DROPPING,
     KeyRule,
     Rule,
-    above_one,
+    above,
     all_of,
     at,
     compared,
     given,
     nvme,
+    prunes,
     size_of,
 )
 from ds_train.plan.topology import Layout
 from ds_train.plan.transformers_keys import takes_list
-
-
-def _pruning(facts: Facts) -> bool:
-    return bool(facts.run.compress.prune.kinds)
 
 
 def _after_cut(facts: Facts) -> Facts:
@@ -139,7 +136,7 @@ RULES: tuple[Rule | KeyRule, ...] = (
     ),
     Rule(
         "prune-end", "compress.prune.end",
-        lambda f: _pruning(f) and f.run.compress.prune.end < f.run.compress.prune.start,
+        lambda f: prunes(f) and f.run.compress.prune.end < f.run.compress.prune.start,
         lambda f: f"it is before compress.prune.start={f.run.compress.prune.start}", "set it later, or start sooner",
     ),
     KeyRule(
@@ -155,7 +152,7 @@ RULES: tuple[Rule | KeyRule, ...] = (
         lambda f: f"the model takes samples of {size_of(f, 'positions')} tokens", "lower it, or leave it out",
     ),
     Rule(
-        "prune-compile", "model.compile", all_of(_pruning, at("model.compile", True)),
+        "prune-compile", "model.compile", all_of(prunes, at("model.compile", True)),
         "layers would be compiled again whenever a unit closes", "set model.compile=false",
     ),
     Rule(
@@ -175,38 +172,38 @@ RULES: tuple[Rule | KeyRule, ...] = (
         "the planner doesn't choose for a model that is smaller only later", "write its degrees as numbers",
     ),
     Rule(
-        "prune-roll-back", "health.on_spike", all_of(_pruning, at("health.on_spike", "roll-back")),
+        "prune-roll-back", "health.on_spike", all_of(prunes, at("health.on_spike", "roll-back")),
         "a checkpoint from before the cut has another size than the model after it", "set health.on_spike=note",
     ),
     KeyRule(
-        "prune-compared-layers", compared(_pruning),
+        "prune-compared-layers", compared(prunes),
         "what layers are compared by doesn't shrink with the model",
         "set it to 0; compress.distill.logits goes with pruning",
     ),
     Rule(
         "prune-quantize", "compress.quantize.weights",
-        lambda f: _pruning(f) and f.run.compress.quantize.weights != "none",
+        lambda f: prunes(f) and f.run.compress.quantize.weights != "none",
         "units are scored by weights that aren't rounded", "prune in one run, and round what it exports in the next",
     ),
     Rule(
-        "prune-zeros", "compress.keep_zeros", all_of(_pruning, at("compress.keep_zeros", True)),
+        "prune-zeros", "compress.keep_zeros", all_of(prunes, at("compress.keep_zeros", True)),
         "which weights are zero is found before the cut", "prune in one run, and train what it exports in the next",
     ),
     Rule(
-        "prune-keep-layers", "model.keep_layers", all_of(_pruning, given("model.keep_layers")),
+        "prune-keep-layers", "model.keep_layers", all_of(prunes, given("model.keep_layers")),
         "what can be cut is found on the whole model", "choose the layers in one run, and prune what it exports",
     ),
     Rule(
-        "prune-best", "checkpoint.best", all_of(_pruning, given("checkpoint.best")),
+        "prune-best", "checkpoint.best", all_of(prunes, given("checkpoint.best")),
         "the best step may lie before the cut, and its model isn't the one that is asked for", "leave it out",
     ),
     Rule(
-        "prune-nvme", "parallel.offload_optimizer", all_of(_pruning, nvme),
+        "prune-nvme", "parallel.offload_optimizer", all_of(prunes, nvme),
         "two engines, before and after the cut, would share the files on the disk", "offload to cpu",
     ),
     Rule(
         "prune-secondary", "parallel.secondary_partition",
-        all_of(_pruning, above_one("parallel.secondary_partition")),
+        all_of(prunes, above("parallel.secondary_partition", 1)),
         "DeepSpeed makes that group once in a process (utils/groups.py:938), and the cut begins a second engine",
         "set parallel.secondary_partition=1",
     ),

@@ -10,7 +10,7 @@ from ds_train.plan.rules.base import (
     NO_QUANTIZER,
     KeyRule,
     Rule,
-    above_one,
+    above,
     all_of,
     at,
     divisors,
@@ -23,7 +23,7 @@ from ds_train.plan.topology import processor_has_fp16
 
 def _bad_nvme_path(facts: Facts) -> bool:
     path = facts.run.parallel.nvme_path
-    return nvme(facts) and (path is None or (facts.cluster.here and not Path(path).expanduser().is_dir()))
+    return nvme(facts) and (path is None or (facts.cluster.here and not Path(path).is_dir()))
 
 
 RULES: tuple[Rule | KeyRule, ...] = (
@@ -76,7 +76,7 @@ RULES: tuple[Rule | KeyRule, ...] = (
         lambda f: f"DeepSpeed has no quantizer for {f.cluster.device}", "set false; it is for CUDA and NPU devices",
     ),
     Rule(
-        "secondary-stage", "parallel.secondary_partition", all_of(above_one("parallel.secondary_partition"), BELOW_3),
+        "secondary-stage", "parallel.secondary_partition", all_of(above("parallel.secondary_partition", 1), BELOW_3),
         "a second copy of the weights belongs to stage 3", "set parallel.zero_stage=3, or secondary_partition=1",
     ),
     Rule(

@@ -63,7 +63,8 @@ RULES: tuple[Rule | KeyRule, ...] = (
     KeyRule(
         "curriculum-length", _bad_lengths,
         lambda f, _: f"samples can't have that length beside data.sequence_length={f.run.data.sequence_length}",
-        lambda f, _: "one of " + ", ".join(map(str, _lengths_to_choose(f))),
+        lambda f, _: f"one of {', '.join(map(str, _lengths_to_choose(f)))}"
+        if _lengths_to_choose(f) else "set curriculum.kind=none: there is no shorter length",
     ),
     Rule(
         "curriculum-steps", "schedule.steps",

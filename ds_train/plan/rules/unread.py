@@ -22,6 +22,7 @@ from ds_train.plan.rules.base import (
     KeyRule,
     KeyText,
     Predicate,
+    above,
     all_of,
     any_of,
     at,
@@ -29,6 +30,8 @@ from ds_train.plan.rules.base import (
     held_out,
     is_not,
     nvme,
+    prunes,
+    taught,
 )
 
 _OF_KINDS: dict[str, dict[str, tuple[str, ...]]] = {
@@ -111,24 +114,19 @@ def _keys_of(section: str, *switches: str) -> list[str]:
     return [f"{section}.{key}" for key in fields.model_fields if key not in switches]
 
 
-def _above(key: str, least: float = 0.0) -> Predicate:
-    return lambda facts: facts.value(key) > least
-
-
 def _said(*keys: str) -> Predicate:
     """The recipe itself says one of `keys`: what is off in so many words may keep how it is when it is on."""
 
     def said(facts: Facts) -> bool:
-        return any(
-            key in facts.value(section).model_fields_set for section, _, key in (k.rpartition(".") for k in keys)
-        )
+        places = (key.rpartition(".") for key in keys)
+        return any(name in facts.value(section).model_fields_set for section, _, name in places)
 
     return said
 
 
 def _local_folder(facts: Facts) -> bool:
     path = facts.run.model.path
-    return path is not None and facts.cluster.here and Path(path).expanduser().is_dir()
+    return path is not None and facts.cluster.here and Path(path).is_dir()
 
 
 def _sharded(facts: Facts) -> bool:
@@ -138,10 +136,6 @@ def _sharded(facts: Facts) -> bool:
 def _pruned(*kinds: str) -> Predicate:
     """Units of one of `kinds` go."""
     return lambda facts: not set(kinds).isdisjoint(facts.run.compress.prune.kinds)
-
-
-def _taught(facts: Facts) -> bool:
-    return facts.run.compress.distill.active
 
 
 def _cuts_heads_anew(facts: Facts) -> bool:
@@ -165,7 +159,6 @@ def _close_one_by_one(facts: Facts) -> bool:
 
 
 _TEACHES = ("logits", "hidden", "relations")
-_PRUNES = _pruned(*PRUNED_KINDS)
 _LOADS_TOKENIZER = all_of(is_not(at("data.tokenizer", "bytes")), is_not(given("data.train_vocabulary")))
 
 RULES: tuple[KeyRule, ...] = (
@@ -176,7 +169,7 @@ RULES: tuple[KeyRule, ...] = (
         "only models of the hub have revisions", "leave it out, or give a hub id in model.path",
     ),
     _read_where(
-        "remote-code-unread", ["model.trust_remote_code"], any_of(given("model.path"), _LOADS_TOKENIZER, _taught),
+        "remote-code-unread", ["model.trust_remote_code"], any_of(given("model.path"), _LOADS_TOKENIZER, taught),
         "no code comes with a model from scratch", "leave it out",
     ),
     _read_where(
@@ -217,20 +210,20 @@ RULES: tuple[KeyRule, ...] = (
         "leave it out, or set precision.loss_scale=dynamic",
     ),
     _read_where(
-        "decay-unread", ["optimizer.decay_all"], _above("optimizer.weight_decay"),
+        "decay-unread", ["optimizer.decay_all"], above("optimizer.weight_decay"),
         "optimizer.weight_decay=0 decays nothing", "leave it out, or set optimizer.weight_decay above 0",
     ),
     _read_where(
-        "warmup-unread", ["schedule.initial_ratio"], _above("schedule.warmup_fraction"), "there is no warm-up",
+        "warmup-unread", ["schedule.initial_ratio"], above("schedule.warmup_fraction"), "there is no warm-up",
         "leave it out, or set schedule.warmup_fraction above 0",
     ),
     _read_where(
         "cycles-unread", ["schedule.cycle_growth", "schedule.cycle_peak"],
-        any_of(_above("schedule.cycles", 1), is_not(at("schedule.kind", "cosine-restarts"))), "there is one cycle",
+        any_of(above("schedule.cycles", 1), is_not(at("schedule.kind", "cosine-restarts"))), "there is one cycle",
         "leave it out, or set schedule.cycles above 1",
     ),
     _read_where(
-        "cooldown-unread", ["schedule.cooldown_ratio"], _above("schedule.cooldown_fraction"), "there is no cool-down",
+        "cooldown-unread", ["schedule.cooldown_ratio"], above("schedule.cooldown_fraction"), "there is no cool-down",
         "leave it out, or set schedule.cooldown_fraction above 0",
     ),
     # -- fewer tokens, fewer layers ---------------------------------------------------------------------------------
@@ -253,7 +246,7 @@ RULES: tuple[KeyRule, ...] = (
     _read_where(
         "layer-drop-unread", _keys_of("layer_drop", "kind"), any_of(LAYER_DROP, _said("layer_drop.kind")),
         "no layer is left out, so nothing reads it",
-        "set layer_drop.kind=progressive",
+        "set layer_drop.kind=progressive, or leave it out",
     ),
     # -- checkpoints, health, tracking ------------------------------------------------------------------------------
     _read_where(
@@ -291,28 +284,28 @@ RULES: tuple[KeyRule, ...] = (
     # -- teachers and few bits --------------------------------------------------------------------------------------
     _read_where(
         "distill-unread", _keys_of("compress.distill", *_TEACHES),
-        any_of(_taught, _said(*(f"compress.distill.{key}" for key in _TEACHES))),
+        any_of(taught, _said(*(f"compress.distill.{key}" for key in _TEACHES))),
         "there is no teacher, so nothing reads it", "set compress.distill.logits, hidden or relations",
     ),
     _read_where(
         "distill-logits-unread", [f"compress.distill.{key}" for key in ("temperature", "alpha", "alpha_end")],
-        any_of(is_not(_taught), is_not(at("compress.distill.logits", "none"))), "the teacher's logits aren't learned",
+        any_of(is_not(taught), is_not(at("compress.distill.logits", "none"))), "the teacher's logits aren't learned",
         "set compress.distill.logits=forward-kl, or leave it out",
     ),
     _read_where(
         "distill-hidden-unread", ["compress.distill.hidden_layers"],
-        any_of(is_not(_taught), _above("compress.distill.hidden")), "hidden states aren't compared",
+        any_of(is_not(taught), above("compress.distill.hidden")), "hidden states aren't compared",
         "set compress.distill.hidden above 0, or leave it out",
     ),
     _read_where(
         "distill-relations-unread",
         [f"compress.distill.relation_{key}" for key in ("kinds", "heads", "layers")],
-        any_of(is_not(_taught), _above("compress.distill.relations")), "attention isn't compared",
+        any_of(is_not(taught), above("compress.distill.relations")), "attention isn't compared",
         "set compress.distill.relations above 0, or leave it out",
     ),
     _read_where(
         "distill-heads-unread", ["compress.distill.relation_heads"],
-        any_of(is_not(_above("compress.distill.relations")), _cuts_heads_anew),
+        any_of(is_not(above("compress.distill.relations")), _cuts_heads_anew),
         "attention is compared by the models' own heads", "leave it out, or add query, key or value to relation_kinds",
     ),
     _read_where(
@@ -324,7 +317,7 @@ RULES: tuple[KeyRule, ...] = (
     _read_where(
         "prune-unread",
         _keys_of("compress.prune", *PRUNED_KINDS, *PRUNE_TARGETS, "latency_samples", "latency_length", "budget"),
-        any_of(_PRUNES, _said(*(f"compress.prune.{kind}" for kind in PRUNED_KINDS))),
+        any_of(prunes, _said(*(f"compress.prune.{kind}" for kind in PRUNED_KINDS))),
         "nothing is asked to go, so nothing reads it", "set a share, such as ffn: 0.5",
     ),
     _read_where(
@@ -337,20 +330,20 @@ RULES: tuple[KeyRule, ...] = (
         "it is about feed-forward channels, and none go", "set compress.prune.ffn, or leave it out",
     ),
     _read_where(
-        "prune-multiple-unread", ["compress.prune.multiple"], any_of(is_not(_PRUNES), _pruned("ffn", "hidden")),
+        "prune-multiple-unread", ["compress.prune.multiple"], any_of(is_not(prunes), _pruned("ffn", "hidden")),
         "neither feed-forward channels nor the hidden size go", "set compress.prune.ffn or hidden, or leave it out",
     ),
     _read_where(
         "prune-score-unread", ["compress.prune.score"],
-        any_of(is_not(_PRUNES), _pruned("heads", "ffn", "experts", "hidden")),
+        any_of(is_not(prunes), _pruned("heads", "ffn", "experts", "hidden")),
         "layers are chosen by what they add to their input", "leave it out",
     ),
     _read_where(
-        "prune-steps-unread", ["compress.prune.score_steps"], any_of(is_not(_PRUNES), _score_sums),
+        "prune-steps-unread", ["compress.prune.score_steps"], any_of(is_not(prunes), _score_sums),
         "compress.prune.score=magnitude looks at the weights alone", "leave it out",
     ),
     _read_where(
-        "prune-shape-unread", ["compress.prune.shape"], any_of(is_not(_PRUNES), _close_one_by_one),
+        "prune-shape-unread", ["compress.prune.shape"], any_of(is_not(prunes), _close_one_by_one),
         "all units close at once, compress.prune.start=end", "leave it out, or set compress.prune.end later",
     ),
 )  # fmt: skip

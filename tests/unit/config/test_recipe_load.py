@@ -37,6 +37,20 @@ def test_a_dumped_recipe_reads_back_equal() -> None:
     assert parse(dump(run)) == run
 
 
+@pytest.mark.parametrize("text", ["${HOME}/x", "a \\${b} \\\\${c", "$ {} \\", "\n\t'\"${x.y}", "???", ""])
+def test_a_dumped_text_is_no_interpolation(text: str) -> None:
+    run = parse(MINIMAL)
+    said = run.model_copy(update={"track": run.track.model_copy(update={"sample_prompt": text})})
+    assert parse(dump(said)) == said
+
+
+def test_places_that_libraries_are_handed_may_be_in_the_users_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    run = parse(MINIMAL, ["data.path=~/corpus", "data.tokenizer=~/bpe", "parallel.nvme_path=~/fast"])
+    assert (run.data.path, run.data.tokenizer) == ("/home/me/corpus", "/home/me/bpe")
+    assert run.parallel.nvme_path == "/home/me/fast", "DeepSpeed would make a folder of the name ~"
+
+
 def test_an_empty_section_means_its_defaults() -> None:
     assert parse(MINIMAL + "batch:\n") == parse(MINIMAL)
 

@@ -6,6 +6,7 @@ import base64
 import json
 import os
 import shlex
+import signal
 import socket
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from ds_train.engine import network
+from ds_train.engine import launch, network
 from ds_train.engine.agent import _whole_orders, exit_code, rank_environment
 from ds_train.engine.hosts import LOCALHOST, LOST, explain, module_command
 from ds_train.engine.launch import World, carried_environment, launcher_command
@@ -49,6 +50,18 @@ def test_a_remote_shell_runs_the_same_python_in_the_same_folder(monkeypatch: pyt
     words = shlex.split(line)
     assert words[:3] == ["cd", os.getcwd(), "&&"]
     assert words[3:] == ["exec", "env", "PYTHONPATH=/a b:/c", sys.executable, "-u", "-m", "some.module", "x y"]
+
+
+def test_a_signal_that_comes_twice_at_once_is_heard_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """timeout(1) sends its signal to the process, and then to the group that it is in; a second one would kill."""
+    heard: list[int] = []
+    with launch.handled(lambda number, _: heard.append(number)):
+        for _ in range(2):
+            signal.raise_signal(signal.SIGTERM)
+        assert heard == [signal.SIGTERM]
+        monkeypatch.setattr(launch, "_ONE_SIGNAL_S", 0.0)
+        signal.raise_signal(signal.SIGTERM)
+        assert heard == [signal.SIGTERM] * 2
 
 
 def test_secrets_are_sent_and_on_no_command_line() -> None:

@@ -62,7 +62,7 @@ def test_the_fused_loss_widens_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused, "fp32_products_are_faster", lambda device, dtype: True)
     hidden, weight = torch.randn(40, 16).bfloat16().requires_grad_(), torch.randn(50, 16).bfloat16().requires_grad_()
     labels = torch.randint(0, 50, (40,))
-    fused.linear_cross_entropy(hidden, weight, None, labels).backward()
+    fused.linear_loss(hidden, weight, None, fused.CrossEntropy(labels)).backward()
     wide = [hidden.detach().double().requires_grad_(), weight.detach().double().requires_grad_()]
     torch.nn.functional.cross_entropy(wide[0] @ wide[1].t(), labels, reduction="sum").backward()
     for mine, oracle in zip((hidden, weight), wide, strict=True):

@@ -21,7 +21,7 @@ def test_equals_cross_entropy_over_whole_logits(
     b = torch.randn(vocabulary).requires_grad_() if bias else None
     labels = torch.randint(0, vocabulary, (tokens,))
     labels[torch.rand(tokens) < 0.3] = -100
-    ours = fused.linear_cross_entropy(h, w, b, labels)
+    ours = fused.linear_loss(h, w, b, fused.CrossEntropy(labels))
     (0.37 * ours).backward()
     inputs = [x.detach().double().requires_grad_() for x in (h, w, b) if x is not None]
     theirs = torch.nn.functional.cross_entropy(
@@ -45,7 +45,7 @@ def test_scores_are_the_loss_and_the_hits() -> None:
 
 def test_all_labels_ignored_is_zero_with_zero_gradient() -> None:
     h = torch.randn(5, 4, requires_grad=True)
-    loss = fused.linear_cross_entropy(h, torch.randn(7, 4), None, torch.full((5,), -100))
+    loss = fused.linear_loss(h, torch.randn(7, 4), None, fused.CrossEntropy(torch.full((5,), -100)))
     loss.backward()
     assert loss.item() == 0.0
     assert not h.grad.any()
@@ -104,7 +104,7 @@ def test_a_16_bit_gradient_is_multiplied_by_the_whole_number() -> None:
     torch.manual_seed(0)
     hidden, weight = torch.randn(64, 32).bfloat16().requires_grad_(), torch.randn(97, 32).bfloat16()
     labels = torch.randint(97, (64,))
-    (fused.linear_cross_entropy(hidden, weight, None, labels) * (2 / 907)).backward()
+    (fused.linear_loss(hidden, weight, None, fused.CrossEntropy(labels)) * (2 / 907)).backward()
     assert hidden.grad is not None
     wide = hidden.detach().double().requires_grad_()
     (torch.nn.functional.cross_entropy(wide @ weight.double().T, labels, reduction="sum") * (2 / 907)).backward()

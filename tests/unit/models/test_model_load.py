@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,13 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
-from ds_train.config import RunConfig, parse
+from ds_train.checkpoint.hf import generate_sample
+from ds_train.compress.teacher import check_teacher
+from ds_train.config import RunConfig, dump, parse
 from ds_train.data.tokenizer import load_tokenizer
 from ds_train.errors import UserError
 from ds_train.models.load import build_model, initialize_weights, keep_generation_config, load_model_config, outline
+from ds_train.models.look_alike import small_run
 
 
 def recipe(*overrides: str) -> RunConfig:
@@ -78,6 +82,66 @@ def test_a_pretrained_folder_loads_and_its_new_head_follows_the_seed(tmp_path: P
     assert torch.equal(first["score.weight"], second["score.weight"])
 
 
+def test_a_pretrained_config_takes_the_recipes_keys_or_refuses_them(tmp_path: Path) -> None:
+    build(recipe()).save_pretrained(tmp_path)  # type: ignore[operator]
+    run = parse(f"model: {{path: {tmp_path}, rms_norm_eps: 0.5}}\nschedule: {{steps: 1}}")
+    assert load_model_config(run, load_tokenizer(run)).rms_norm_eps == 0.5
+    with pytest.raises(UserError, match=r"model.rope_theta=1e\+06: .* has no such key"):
+        load_model_config(parse(dump(run), ["model.rope_theta=1e6"]), load_tokenizer(run))
+
+
+def test_weights_that_do_not_fit_the_recipe_are_refused_by_name(tmp_path: Path) -> None:
+    build(recipe()).save_pretrained(tmp_path)  # type: ignore[operator]
+    text = f"model: {{path: {tmp_path}}}\nprecision: {{dtype: fp32}}\nschedule: {{steps: 1}}"
+    with pytest.raises(UserError, match=r"model.path=.*: lm_head.weight is \(259, 32\) there and \(300, 32\) by"):
+        build(parse(text, ["model.vocab_size=300"]))
+    with pytest.raises(UserError, match=r"model.path=.*: there is nothing of model.layers.3 in its files"):
+        build(parse(text, ["model.num_hidden_layers=5"]))
+    # What only some of a layer's weights are is drawn, and known.
+    biased = build(parse(text, ["model.attention_bias=true"]))
+    assert len(biased.drawn_modules) == 12  # type: ignore[arg-type]
+    assert biased.drawn_modules[0] == "model.layers.0.self_attn.k_proj"  # type: ignore[index]
+    (tmp_path / "model.safetensors").write_bytes(b"no weights")
+    with pytest.raises(UserError, match=r"model.path=.*: no model can be loaded from there \(.*header"):
+        build(parse(text))
+
+
+def test_folders_may_be_in_the_users_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = build(recipe())
+    source.save_pretrained(tmp_path / "llama")  # type: ignore[operator]
+    load_tokenizer(recipe()).save_pretrained(tmp_path / "llama")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    text = "model: {path: ~/llama}\ndata: {tokenizer: model}\nprecision: {dtype: fp32}\nschedule: {steps: 1}"
+    for overrides in ([], ["data.tokenizer=~/llama"]):
+        found = build(parse(text, overrides)).state_dict()
+        assert all(torch.equal(found[name], weight) for name, weight in source.state_dict().items())
+    teacher = parse(text, ["compress.distill.teacher=~/llama", "compress.distill.logits=js"])
+    config = load_model_config(teacher, load_tokenizer(teacher))
+    assert check_teacher(teacher, config, load_tokenizer(teacher)).hidden_size == 32
+
+
+def test_a_model_with_code_of_its_own_is_outlined_without_a_question(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder = tmp_path / "own"
+    build(recipe()).save_pretrained(folder)  # type: ignore[operator]
+    (folder / "own.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
+        "class OwnModel(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    places = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    stored = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(stored | {"model_type": "own", "auto_map": places}))
+    run = parse(f"model: {{path: {folder}, trust_remote_code: true}}\nschedule: {{steps: 1}}")
+    config = load_model_config(run, load_tokenizer(run))
+    small_run(run, config, 2)
+    assert type(outline(run, config)).__name__ == "OwnModel"
+    load_tokenizer(run).save_pretrained(folder)
+    assert generate_sample(folder, "ab", 2, trust_remote_code=True).startswith("ab")
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -113,6 +177,14 @@ def test_an_unreachable_hub_id_is_one_line(monkeypatch: pytest.MonkeyPatch) -> N
     ) as caught:
         load_model_config(run, load_tokenizer(recipe()))
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_sample_ends_where_the_models_positions_do(tmp_path: Path) -> None:
+    run = parse("model: {arch: gpt2, n_embd: 16, n_layer: 1, n_head: 2, n_positions: 12}\nschedule: {steps: 1}")
+    build(run).save_pretrained(tmp_path)  # type: ignore[operator]
+    load_tokenizer(run).save_pretrained(tmp_path)
+    assert generate_sample(tmp_path, "eight of", 64).startswith("eight of")
+    assert generate_sample(tmp_path, "fourteen of it", 64).startswith("rteen of it")
 
 
 def test_generation_settings_are_those_of_the_pretrained_model(tmp_path: Path) -> None:

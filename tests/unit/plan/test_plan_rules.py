@@ -309,6 +309,7 @@ CASES = [
         {"curriculum.kind": "discrete", "curriculum.lengths": [64, 512], "curriculum.until": [0.1, 0.2]},
         "curriculum.lengths[1]=512",
     ),
+    Broken("curriculum-length", CURRICULUM | {"data.sequence_length": 8}, "set curriculum.kind=none: there is no"),
     Broken("curriculum-steps", CURRICULUM | {"curriculum.keep_tokens": False}, "set schedule.tokens=163840"),
     Broken("curriculum-flash", CURRICULUM | FLASH | {"precision.dtype": "bf16"}, "keep_tokens=false"),
     Broken("token-drop-packing", DROPPING | {"data.packing": False}, "drop other tokens in another layout"),
@@ -498,6 +499,10 @@ CASES = [
     Broken("model-key", {"model": {"arch": "bloom", "intermediate_size": 8}}, "takes the keys of transformers' Bloom"),
     Broken("model-key-elsewhere", {"model.dtype": "bfloat16"}, "set precision.dtype"),
     Broken("model-key-elsewhere", CLASSIFIER | {"model.num_labels": 3}, "set task.num_labels"),
+    Broken(
+        "rope-keys", {"model": {"path": TEACHER, "rope_theta": 5e5}, "data.tokenizer": "bytes"},
+        "model.rope_theta=500000.0: it is an older spelling",
+    ),
     Broken("special-tokens", {"model.eos_token_id": 7}, "tokenizer's special tokens"),
     Broken(
         "router-loss", {"model": {"arch": "mixtral", "output_router_logits": True}},

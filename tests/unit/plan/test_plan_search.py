@@ -152,7 +152,7 @@ def test_why_says_what_forbids_it() -> None:
     )
     large = recipe(LARGE | {"batch.global_samples": 1024})
     assert str(explain(large, cluster_of("16x8:H100"), "zero1").against).endswith("GiB of 80.0")
-    for question in ("zero", "zero7", "quick", "", "offload3"):
+    for question in ("zero", "zero7", "quick", "", "offload3", "tensor0", "zero1+micro0"):
         with pytest.raises(UserError, match="--why"):
             explain(recipe(), cluster_of("8:H100"), question)
 
