@@ -21,7 +21,7 @@ from ds_train.compress.qat import quantized_names
 from ds_train.compress.rounding import Grid
 from ds_train.config.quantize import QuantizeSection
 from ds_train.errors import UserError, first_line, user_error
-from ds_train.models.load import loaded_alone
+from ds_train.models.load import not_waiting
 from ds_train.models.look_alike import look_alike
 
 _TOLERANCE, _ROUNDED_TOLERANCE = 1e-5, 0.1  # of the largest logit, fp32; the latter where activations are rounded
@@ -139,7 +139,7 @@ def _why_not_loaded(family: Any, config: Any, section: QuantizeSection) -> str |
         model.config.quantization_config = packing.config(model)
         save(model, packed, Path(folder))
         try:
-            with loaded_alone(), contextlib.redirect_stderr(io.StringIO()):  # bars of progress
+            with not_waiting(), contextlib.redirect_stderr(io.StringIO()):  # bars of progress
                 found = family.from_pretrained(folder).eval()(input_ids=tokens_BT).logits
         except Exception as error:  # of the family's own code
             return first_line(error)

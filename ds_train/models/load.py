@@ -140,11 +140,11 @@ def keep_generation_config(run: RunConfig, model: PreTrainedModel) -> None:
 
 
 @contextlib.contextmanager
-def loaded_alone() -> Iterator[None]:
-    """`from_pretrained` in the block loads what is packed on this rank, whatever others do.
+def not_waiting() -> Iterator[None]:
+    """This rank loads and runs what is packed in the block, whatever others do.
 
-    compressed-tensors divides the work among all ranks of the process group, and waits for them
-    (distributed/module_parallel.py:89).
+    compressed-tensors divides packing and, at the first forward pass, unpacking among all ranks of the process group,
+    and waits for them (distributed/module_parallel.py:89).
     """
     plain = torch.distributed.is_initialized
     torch.distributed.is_initialized = lambda: False
