@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -105,3 +107,9 @@ def _is_number(text: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def print_anything() -> None:
+    """Let what is printed have characters that the output's encoding lacks: as escapes, as on standard error."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")

@@ -8,11 +8,12 @@ import typer
 
 from ds_train import __version__
 from ds_train.cli import data, launching, models, ranks, recipes, runs
-from ds_train.errors import EXIT_CODE, UserError
+from ds_train.errors import EXIT_CODE, UserError, print_anything
 
 
 def main() -> None:
     """Entry point. What the user got wrong is printed a line per problem, with exit code 2."""
+    print_anything()
     try:
         app()
     except UserError as error:

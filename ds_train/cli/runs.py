@@ -18,12 +18,12 @@ def report(
 ) -> None:
     """One HTML page about one run, or several on top of one another: curves, where time goes, events, layout."""
     from ds_train.track.report import AXES, write_pngs, write_report
-    from ds_train.track.runs import read_run
+    from ds_train.track.runs import read_run, told_apart
 
     chosen = next((known for known in AXES if known == axis), None)
     if axis and chosen is None:
         raise user_error("--axis", "no such axis", f"one of {', '.join(AXES)}", axis)
-    runs = [read_run(folder) for folder in folders]
+    runs = told_apart([read_run(folder) for folder in folders], folders)
     single = folders[0] if folders[0].is_dir() else folders[0].parent
     page = out or (single if len(runs) == 1 else Path()) / "report.html"
     write_report(runs, page, chosen)

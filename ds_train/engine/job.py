@@ -142,7 +142,7 @@ def _train_alone(
         # What follows is rank 0's alone: no attention may wait for the others.
         leave_sequence()
         if exported is not None and info.is_main:
-            _log_sample(run, folder, tracker, exported)
+            _log_sample(run, folder, tracker, exported, watch.step)
         exit_code = STOPPED_CODE if stop.agreed else 0
     finally:
         tracker.close(exit_code)
@@ -176,7 +176,8 @@ def _note_start(
         _note_drawn(run, parts, tracker)
         return
     ranks = parts.part.mesh.layout.ranks
-    tracker.log({"kind": "resume", "step": state.step, "from": str(resumed), "ranks": ranks}, state.step)
+    line = {"kind": "resume", "step": state.step, "tokens": state.tokens, "from": str(resumed), "ranks": ranks}
+    tracker.log(line, state.step)
     tracker.note(f"continuing {resumed} after step {state.step}")
     if state.layout != layout:
         tracker.note(f"its states were spread by {_words(state.layout)}, and are now by {_words(layout)}")
@@ -370,16 +371,16 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 
-def _log_sample(run: RunConfig, folder: Path, tracker: Tracker, step: int) -> None:
-    """Let the exported model, which is that of `step`, speak where the recipe asks for it."""
+def _log_sample(run: RunConfig, folder: Path, tracker: Tracker, exported: int, last: int) -> None:
+    """Let the exported model, of step `exported`, speak where the recipe asks for it, after step `last`."""
     prompt = run.track.sample_prompt
     if prompt is None:
         return
     from ds_train.checkpoint.hf import generate_sample
 
     text = generate_sample(folder / "export", prompt, run.track.sample_tokens, run.model.trust_remote_code)
-    record = {"kind": "sample", "step": step, "prompt": prompt, "text": text.removeprefix(prompt)}
-    tracker.log(record, step)
+    # At the last step: wandb ignores what comes at an earlier one.
+    tracker.log({"kind": "sample", "step": exported, "prompt": prompt, "text": text.removeprefix(prompt)}, last)
     tracker.note(f"\nsample of the exported model:\n{text}\n")
 
 

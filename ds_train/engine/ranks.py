@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 from ds_train.engine.cores import bind_to_cores
 from ds_train.engine.network import interface_to
 from ds_train.engine.schedulers import scheduler_place
-from ds_train.errors import EXIT_CODE, STOPPED_CODE, Stopped, UserError
+from ds_train.errors import EXIT_CODE, STOPPED_CODE, Stopped, UserError, print_anything
 from ds_train.plan.topology import Device, device_here, known_device
 
 if TYPE_CHECKING:
@@ -230,6 +230,7 @@ def run_to_exit_code(body: Callable[[RankInfo], None]) -> int:
     The launcher kills every rank as soon as one ends badly, so the others leave the word to rank 0 first. Where rank 0
     still waits for them after a while, it hasn't met what they have (a file that their host lacks, say): they tell it.
     """
+    print_anything()
     try:
         body(rank_info())
     except UserError as error:

@@ -133,7 +133,8 @@ class RunWatch:
         if not self._info.is_main:
             return
         try:
-            write_json(self._folder / RECORD, data_record(self._parts.data.folder, self.timeline.skips))
+            record = data_record(self._parts.data.folder, self.timeline.skips)
+            write_json(self._folder / RECORD, record | {"steps": self.timeline.steps})
         except OSError as error:  # for people to ask later on: the run itself doesn't need it
             self._tracker.note(f"{self._folder / RECORD} can't be written: {error}; training goes on")
 

@@ -16,8 +16,8 @@ from ds_train.track.series import Curve, Panel, Unit
 _WIDTH, _HEIGHT = 1000.0, 300.0
 """Of the SVG's own coordinates; the page stretches them."""
 _FOREVER_S = 1e12
-COLORS = 8
-"""Colours of runs that the style sheet knows: --c0 to --c7."""
+COLORS = 16
+"""Colours of runs that the style sheet knows: --c0 to --c15."""
 
 
 @dataclass(frozen=True)
@@ -60,30 +60,42 @@ def log_scale(low: float, high: float) -> Scale:
     return Scale(10.0**first, 10.0**last, True, tuple(10.0**k for k in range(first, last + 1, every)))
 
 
-def axis_scale(low: float, high: float) -> Scale:
-    """Exactly from `low` to `high`, with round labels within."""
+def axis_scale(low: float, high: float, whole: bool = False) -> Scale:
+    """Exactly from `low` to `high`, with round labels within; `whole` ones of what is counted."""
     if high - low < 1e-12:
         low, high = low - 0.5, high + 0.5
     step = _round_step((high - low) / 5)
+    if whole and step % 1:
+        step = max(1.0, _round_step(2 * step))
     ticks = tuple(_clean(step * k) for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1))
     return Scale(low, high, ticks=ticks)
 
 
-def text_of(value: float, unit: Unit = "") -> str:
-    """A value for people: 1.2M, 3.4 GB, 56 %, 0.002, 2e-05."""
+def text_of(value: float, unit: Unit = "", digits: int = 0) -> str:
+    """A value for people: 1.2M, 3.4 GB, 56 %, 0.002, 2e-05; of at least `digits` significant digits."""
     if not math.isfinite(value):
         return "–"
     if unit == "%":
-        return f"{100 * value:.4g} %"
-    if unit == "MB":
-        return f"{value / 1024:.3g} GB" if abs(value) >= 1024 else f"{value:.3g} MB"
-    if unit == "ms":
-        return f"{value / 1e3:.3g} s" if abs(value) >= 1e3 else f"{value:.3g} ms"
+        return f"{_plain(100 * value, max(4, digits))} %"
+    large = {"MB": ("GB", 1024.0), "ms": ("s", 1000.0)}.get(unit)
+    if large is not None:
+        name, factor = large if abs(value) >= large[1] else (unit, 1.0)
+        return f"{_plain(value / factor, max(3, digits))} {name}"
     size = abs(value)
     for factor, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e4, "k")):
         if size >= factor:
-            return f"{value / (1e3 if letter == 'k' else factor):.3g}{letter}"
-    return f"{value:.4g}"
+            return f"{_plain(value / (1e3 if letter == 'k' else factor), max(3, digits))}{letter}"
+    return _plain(value, max(4, digits))
+
+
+def tick_texts(scale: Scale, unit: Unit = "") -> list[str]:
+    """A text for each tick, of as many digits as tell it from its neighbours."""
+    ticks = scale.ticks
+    if scale.log or len(ticks) < 2:
+        return [text_of(tick, unit) for tick in ticks]
+    # Ticks are multiples of 1, 2, 2.5 or 5 times a power of ten: in 25ths of it they all are whole numbers.
+    most = 25 * max(map(abs, ticks)) / (ticks[1] - ticks[0])
+    return [text_of(tick, unit, digits=len(f"{most:.0f}")) for tick in ticks]
 
 
 def duration(seconds: float) -> str:
@@ -142,8 +154,14 @@ def _plot(up: Scale, across: Scale, unit: Unit, inner: str, axis: str) -> str:
     grid = "".join(
         f'<line class="grid" x1="0" x2="{_WIDTH:g}" y1="{_y(up(tick)):g}" y2="{_y(up(tick)):g}"/>' for tick in up.ticks
     )
-    left = "".join(f'<b style="top:{100 * (1 - up(tick)):.2f}%">{text_of(tick, unit)}</b>' for tick in up.ticks)
-    below = "".join(f'<b style="left:{100 * across(tick):.2f}%">{text_of(tick)}</b>' for tick in across.ticks)
+    left = "".join(
+        f'<b style="top:{100 * (1 - up(tick)):.2f}%">{text}</b>'
+        for tick, text in zip(up.ticks, tick_texts(up, unit), strict=True)
+    )
+    below = "".join(
+        f'<b style="left:{100 * across(tick):.2f}%">{text}</b>'
+        for tick, text in zip(across.ticks, tick_texts(across), strict=True)
+    )
     return (
         f'<div class="plot"><div class="left">{left}</div><div class="area">'
         f'<svg viewBox="0 0 {_WIDTH:g} {_HEIGHT:g}" preserveAspectRatio="none" aria-hidden="true">{grid}{inner}</svg>'
@@ -199,6 +217,12 @@ def _scale_up(panel: Panel) -> Scale:
 def _round_step(rough: float) -> float:
     power = 10.0 ** math.floor(math.log10(rough))
     return next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * 0.999)
+
+
+def _plain(value: float, digits: int) -> str:
+    """`value` to significant digits; a large one in full, as people don't read 1.25e+03."""
+    text = f"{value:.{digits}g}"
+    return f"{value:.0f}" if "e+" in text and abs(value) < 1e6 else text
 
 
 def _clean(value: float) -> float:

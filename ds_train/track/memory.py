@@ -22,6 +22,7 @@ def memory(device: str) -> dict[str, float]:
         unit = 2**20 if sys.platform == "darwin" else 2**10
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
         current = _process().memory_info().rss
+        peak = max(peak, current)  # Linux brings its count of the peak up to date now and then
     else:
         import torch
 

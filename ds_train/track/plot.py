@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,9 @@ def save_figure(figure: Any, path: Path, key: str = "--plot-file") -> None:
         UserError: the file can't be written.
     """
     try:
-        figure.savefig(path, dpi=120)
+        with warnings.catch_warnings():
+            # Names in scripts that its font doesn't have are drawn as boxes.
+            warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)
+            figure.savefig(path, dpi=120)
     except (OSError, ValueError) as error:  # ValueError: a suffix that is no format
         raise user_error(key, f"the picture can't be written: {error}", "give another path", path) from error

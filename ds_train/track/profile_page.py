@@ -10,7 +10,7 @@ import numpy as np
 
 from ds_train.track.chart import axis_scale, bar, line_chart, text_of
 from ds_train.track.findings import RankProfile, operator_table
-from ds_train.track.report import document
+from ds_train.track.report import document, dot
 from ds_train.track.series import Curve, Panel
 
 _BARS = 64
@@ -48,14 +48,16 @@ def _memory(recorded: Sequence[RankProfile]) -> tuple[str, dict[str, Any]]:
     curves = []
     for index, profile in enumerate(recorded):
         if len(profile.memory) > 1:
-            xs, ys = (np.array(values) for values in zip(*profile.memory, strict=True))
-            curves.append(Curve(f"rank {profile.rank}", index, "line", xs, ys))
+            xs, ys = (np.repeat(values, 2) for values in zip(*profile.memory, strict=True))
+            # What is held stays until the next one is taken or given back: steps, no slopes.
+            curves.append(Curve(f"rank {profile.rank}", index, "line", xs[1:], ys[:-1]))
     if not curves:
         return "", {}
     panel = Panel("Memory", "MB", "more than at the beginning", curves)
     across = axis_scale(0.0, max(float(curve.xs[-1]) for curve in curves))
     html, hover = line_chart(panel, across, "ms", [], "memory")
-    return html, {"memory": hover, "markers": []}
+    names = "".join(f"<span>{dot(curve.run)}{curve.label}</span>" for curve in curves)
+    return f'<p class="legend">{names}</p>{html}', {"memory": hover, "markers": []}
 
 
 def _operators(profile: RankProfile) -> str:

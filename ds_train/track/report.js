@@ -4,10 +4,15 @@ const markers = data.markers;
 const ids = Object.keys(data).filter((key) => key !== "markers");
 const charts = ids.map((id) => ({...data[id], area: document.querySelector(`#${id} .area`)}));
 
+// toPrecision writes a thousand as 1.00e+3.
+function three(value) {
+  return Math.abs(value) >= 999.5 ? value.toFixed(0) : value.toPrecision(3);
+}
+
 function shown(value, unit) {
   if (unit === "%") return `${(100 * value).toPrecision(3)} %`;
-  if (unit === "MB") return value >= 1024 ? `${(value / 1024).toPrecision(3)} GB` : `${value.toPrecision(3)} MB`;
-  if (unit === "ms") return value >= 1000 ? `${(value / 1000).toPrecision(3)} s` : `${value.toPrecision(3)} ms`;
+  if (unit === "MB") return value >= 1024 ? `${three(value / 1024)} GB` : `${three(value)} MB`;
+  if (unit === "ms") return value >= 1000 ? `${three(value / 1000)} s` : `${three(value)} ms`;
   return Math.abs(value) >= 1e4 ? Math.round(value).toLocaleString("en") : String(Number(value.toPrecision(4)));
 }
 
@@ -26,10 +31,13 @@ function clear() {
 }
 
 function line(color, name, value) {
-  const row = document.createElement("div"), key = document.createElement("i");
+  const [row, key, label, number] = ["div", "i", "span", "b"].map((tag) => document.createElement(tag));
+  row.className = "row";
   key.className = "key";
   key.style.background = `var(--c${color})`;
-  row.append(key, `${name} `, Object.assign(document.createElement("b"), {textContent: value}));
+  label.textContent = name;
+  number.textContent = value;
+  row.append(key, label, number);
   return row;
 }
 
@@ -42,15 +50,19 @@ function show(chart, share) {
   const tip = document.createElement("div");
   tip.className = "tip";
   const axis = chart.area.parentElement.querySelector(".axis").textContent;
-  tip.append(`${axis} ${shown(Math.abs(at) >= 100 ? Math.round(at) : at, "")}`);
+  const counted = axis === "step" || axis === "tokens";
+  tip.append(`${axis} ${shown(counted ? Math.round(at) : at, "")}`);
+  const slack = 0.02 * (chart.x[1] - chart.x[0]);
   for (const {name, color, x, y} of chart.curves) {
-    if (x.length) tip.append(line(color, name, shown(y[nearest(x, at)], chart.unit)));
+    // A run that ended before has no value here.
+    if (at >= x[0] - slack && at <= x[x.length - 1] + slack) tip.append(line(color, name, shown(y[nearest(x, at)], chart.unit)));
   }
   const near = markers.filter((marker) => Math.abs(marker.x - at) < 0.008 * (chart.x[1] - chart.x[0]));
   for (const text of new Set(near.map((marker) => marker.text))) tip.append(Object.assign(document.createElement("div"), {textContent: text}));
   chart.area.append(tip);
-  const side = share < 0.5 ? "left" : "right";
-  tip.style[side] = `calc(${100 * (share < 0.5 ? share : 1 - share)}% + 10px)`;
+  const room = chart.area.clientWidth, wide = tip.offsetWidth;
+  const left = share < 0.5 ? share * room + 10 : share * room - wide - 10;
+  tip.style.left = `${Math.max(-40, Math.min(left, room - wide))}px`;
 }
 
 for (const chart of charts) {

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from importlib.resources import files
 from pathlib import Path
+from textwrap import wrap
 from typing import Any, get_args
 
 import numpy as np
@@ -91,36 +92,54 @@ def write_pngs(runs: Sequence[Run], folder: Path, axis: Axis | None = None) -> l
         raise user_error("--png", f"the folder can't be made: {error}", "give another path", str(folder)) from error
     for panel in panels(runs, axis):
         figure = new_figure(1, width=7.0, height=3.4)
-        _draw(figure.axes[0], panel)
-        figure.axes[0].set_xlabel(axis)
+        _draw(figure.axes[0], panel, axis)
         path = folder / f"{panel.title.lower().replace(' ', '-').replace(':', '')}.png"
         save_figure(figure, path, key="--png")
         written.append(path)
     return written
 
 
-def _draw(axes: Any, panel: Panel) -> None:
+def _draw(axes: Any, panel: Panel, axis: Axis) -> None:
     looks: dict[str, dict[str, Any]] = {
         "line": {}, "faint": {"alpha": 0.25, "linewidth": 0.8}, "dashed": {"linestyle": "--"}, "dots": {"marker": "."},
     }  # fmt: skip
-    scale = {"%": 100.0, "MB": 1 / 1024}.get(panel.unit, 1.0)
-    unit = {"MB": "GB"}.get(panel.unit, panel.unit)
+    large = panel.unit == "MB" and max(curve.ys.max() for curve in panel.curves) >= 1024
+    unit, scale = ("GB", 1 / 1024) if large else (panel.unit, 100.0 if panel.unit == "%" else 1.0)
     for curve in panel.curves:
-        label = None if curve.look == "faint" else curve.label
-        ys = [y * scale for y in curve.ys]
-        axes.plot(curve.xs, ys, color=f"C{curve.run}", label=label, **looks[curve.look])
+        label = None if curve.look in ("faint", "dashed") else _shortened(curve.label)
+        axes.plot(curve.xs, curve.ys * scale, color=_color_of_png(curve.run), label=label, **looks[curve.look])
     axes.set_title(panel.title, loc="left")
-    axes.set_ylabel(f"{panel.about} ({unit})".strip() if unit else panel.about)
+    axes.set_xlabel(axis)
+    axes.set_ylabel("\n".join(wrap(f"{panel.about} ({unit})" if panel.about and unit else panel.about or unit, 34)))
+    if axis != "hours":
+        axes.xaxis.get_major_locator().set_params(integer=True)
     if panel.log:
         axes.set_yscale("log")
-    if len({curve.label for curve in panel.curves if curve.look != "faint"}) > 1:
-        axes.legend(frameon=False)
+    if len(axes.get_legend_handles_labels()[1]) > 1:
+        # One that is higher than the axes would leave them no room.
+        axes.legend(frameon=False, fontsize="small").set_in_layout(False)
+
+
+def _shortened(label: str) -> str:
+    """Both ends of a long name: runs often differ in the last word."""
+    return label if len(label) <= 60 else f"{label[:29]}…{label[-30:]}"
+
+
+def _color_of_png(run: int) -> Any:
+    """Ten colours, and a light one of each for the runs after them."""
+    from matplotlib import colormaps
+
+    return colormaps["tab20"](2 * (run % 10) + run // 10 % 2)
 
 
 def _legend(runs: Sequence[Run]) -> str:
     if len(runs) == 1:
         return ""
-    return '<p class="legend">' + "".join(f"{_dot(i)}{escape(run.name)}" for i, run in enumerate(runs)) + "</p>"
+    return (
+        '<p class="legend">'
+        + "".join(f"<span>{dot(i)}{escape(run.name)}</span>" for i, run in enumerate(runs))
+        + "</p>"
+    )
 
 
 def _subtitle(runs: Sequence[Run]) -> str:
@@ -132,7 +151,8 @@ def _subtitle(runs: Sequence[Run]) -> str:
     if size.get("parameters"):
         parts.append(f"{size.get('arch') or 'model'}, {text_of(size['parameters'])} parameters")
     if layout:
-        parts.append(f"{math.prod(layout.values())} ranks")
+        ranks = math.prod(layout.values())
+        parts.append(f"{ranks} rank{'s' if ranks > 1 else ''}")
     done, total = run.last["step"], run.steps
     parts.append(f"step {done:,} of {total:,}" if isinstance(total, int) else f"{done:,} steps")
     return " · ".join(parts)
@@ -146,7 +166,7 @@ def _summary(runs: Sequence[Run]) -> str:
         return f'<div class="tiles">{"".join(tiles)}</div>'
     head = "".join(f"<th>{name}</th>" for name in rows[0])
     lines = (
-        f"<tr><th>{_dot(index)}{escape(run.name)}</th>{''.join(f'<td>{value}</td>' for value in row.values())}</tr>"
+        f"<tr><th>{dot(index)}{escape(run.name)}</th>{''.join(f'<td>{value}</td>' for value in row.values())}</tr>"
         for index, (run, row) in enumerate(zip(runs, rows, strict=True))
     )
     return f'<div class="wide"><table class="runs"><tr><th></th>{head}</tr>{"".join(lines)}</table></div>'
@@ -154,13 +174,14 @@ def _summary(runs: Sequence[Run]) -> str:
 
 def _figures(run: Run) -> dict[str, str]:
     last = run.last
-    losses, held_out = (_finite(values) for values in (run.column("loss"), run.column("loss", "evals")))
+    losses, held_out = run.column("loss"), _finite(run.column("loss", "evals"))
+    newest = _finite(losses[-max(1, len(losses) // 50) :])
     steps = last["step"]
     step_s = _finite(run.column("step_ms") / 1e3 if "step_ms" in last else run.column("seconds"))
     seconds = float(step_s.mean()) if len(step_s) else math.nan
     spent = seconds * steps
     return {
-        "training loss": f"{losses[-max(1, len(losses) // 50) :].mean():.3f}" if len(losses) else "–",
+        "training loss": f"{newest.mean():.3f}" if len(newest) else "not finite" if "loss" in last else "–",
         "best held-out loss": f"{held_out.min():.3f}" if len(held_out) else "–",
         "steps": f"{steps:,.0f}",
         "tokens": text_of(number(last.get("tokens"))),
@@ -194,7 +215,7 @@ def _charts(runs: Sequence[Run], axis: Axis) -> tuple[str, dict[str, Any]]:
 
 def _across(runs: Sequence[Run], axis: Axis) -> Scale:
     found = np.concatenate([_finite(places(run, axis)) for run in runs])
-    return axis_scale(0.0, float(found.max(initial=1e-9)))
+    return axis_scale(0.0, float(found.max(initial=1e-9)), whole=axis != "hours")
 
 
 def _markers(runs: Sequence[Run], axis: Axis) -> list[Marker]:
@@ -216,7 +237,7 @@ def _breakdown(runs: Sequence[Run], axis: Axis) -> str:
         if not means:
             continue
         total = sum(means.values()) or 1.0
-        name = f"<h3>{_dot(index)}{escape(run.name)}</h3>" if len(runs) > 1 else ""
+        name = f"<h3>{dot(index)}{escape(run.name)}</h3>" if len(runs) > 1 else ""
         keys = "".join(
             f'<li><i style="background:var(--p-{phase})"></i>{phase} <b>{text_of(ms, "ms")}</b> '
             f"<small>{100 * ms / total:.1f} %</small></li>"
@@ -226,7 +247,7 @@ def _breakdown(runs: Sequence[Run], axis: Axis) -> str:
     if len(runs) == 1 and shown:
         xs, bands = phase_bands(runs[0], axis)
         if len(xs) > 1:
-            plot = band_chart(xs, bands, axis_scale(min(xs), max(xs)), axis)
+            plot = band_chart(xs, bands, axis_scale(min(xs), max(xs), whole=axis != "hours"), axis)
             caption = "<figcaption>Step time <small>mean of all ranks</small></figcaption>"
             shown.append(f'<figure class="chart">{caption}{plot}</figure>')
     return "".join(shown)
@@ -360,10 +381,11 @@ def _each(runs: Sequence[Run], make: Any) -> str:
     """What `make` says of each run, under its name where there are several."""
     made = [(index, run, make(run)) for index, run in enumerate(runs)]
     name = "<h3>{}{}</h3>" if len(runs) > 1 else ""
-    return "".join(name.format(_dot(index), escape(run.name)) + html for index, run, html in made if html)
+    return "".join(name.format(dot(index), escape(run.name)) + html for index, run, html in made if html)
 
 
-def _dot(index: int) -> str:
+def dot(index: int) -> str:
+    """The key of what is drawn in colour number `index`."""
     return f'<i class="key" style="background:var(--c{index % COLORS})"></i>'
 
 

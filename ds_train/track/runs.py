@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +21,7 @@ Record = dict[str, Any]
 Floats = NDArray[np.float64]
 Part = Literal["train", "evals"]
 _TOO_LARGE = 1e100
+_NAMES = ("kind", "event")
 
 NOT_EVENTS = ("train", "eval", "sample")
 """Kinds of records that are series or text; every other kind is something that happened."""
@@ -36,6 +38,8 @@ class Run:
     samples: list[Record] = field(default_factory=list)
     plan: Mapping[str, Any] = field(default_factory=dict)
     recipe: Mapping[str, Any] = field(default_factory=dict)
+    steps: int | None = None
+    """Steps of the whole run, where its recipe or the run itself says so."""
     _columns: dict[tuple[Part, str], Floats] = field(default_factory=dict, repr=False, compare=False)
 
     def column(self, key: str, part: Part = "train") -> Floats:
@@ -50,12 +54,6 @@ class Run:
     def last(self) -> Record:
         """The newest training record."""
         return self.train[-1] if self.train else {}
-
-    @property
-    def steps(self) -> int | None:
-        """Steps that the recipe asks for, where it says so itself."""
-        steps = (self.recipe.get("schedule") or {}).get("steps")
-        return int(steps) if isinstance(steps, int) else None
 
 
 def read_run(path: Path, last_bytes: int | None = None) -> Run:
@@ -83,7 +81,14 @@ def read_run(path: Path, last_bytes: int | None = None) -> Run:
         samples=[record for record in records if record["kind"] == "sample"],
         plan=_mapping(folder / "plan.json"),
         recipe=recipe,
+        steps=_steps(recipe, _mapping(folder / "data.json")),
     )
+
+
+def told_apart(runs: Sequence[Run], paths: Sequence[Path]) -> list[Run]:
+    """`runs` of the `paths`; those that share a name are named by their path."""
+    names = Counter(run.name for run in runs)
+    return [replace(run, name=str(path)) if names[run.name] > 1 else run for run, path in zip(runs, paths, strict=True)]
 
 
 def number(value: Any) -> float:
@@ -104,18 +109,29 @@ def details(event: Mapping[str, Any]) -> str:
 
 
 def _events(records: list[Record]) -> list[Record]:
-    """What happened, by kind; steps that were skipped or went wrong are told by their training records."""
+    """What happened, by kind, or by what a line of kind health calls it.
+
+    Of steps that were skipped or went wrong the training records tell where no such line does.
+    """
+    told = {number(record.get("step")) for record in records if record.get("event") == "skipped"}
     found = []
     for record in records:
-        if record["kind"] not in NOT_EVENTS:
+        if record["kind"] == "health":
+            found.append({"kind": str(record.get("event")), **{k: v for k, v in record.items() if k not in _NAMES}})
+        elif record["kind"] not in NOT_EVENTS:
             found.append(record)
-        elif record["kind"] == "train":
+        elif record["kind"] == "train" and number(record.get("step")) not in told:
             base = {key: record.get(key) for key in ("step", "tokens", "time")}
             if record.get("applied") is False:
                 found.append({"kind": "skipped update", **base, "gradient_norm": record.get("grad_norm")})
             if not math.isfinite(number(record.get("loss"))):
                 found.append({"kind": "loss not finite", **base, "loss": record.get("loss")})
     return found
+
+
+def _steps(recipe: Mapping[str, Any], data: Mapping[str, Any]) -> int | None:
+    steps = (recipe.get("schedule") or {}).get("steps") or data.get("steps")
+    return int(steps) if isinstance(steps, int) else None
 
 
 def _counted(record: Record) -> bool:

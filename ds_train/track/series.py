@@ -168,7 +168,7 @@ class _Maker:
             for key, look in zip(keys, looks, strict=False):
                 xs, ys = self._points(run, key, part)
                 if len(xs) and not _constant(key, ys):
-                    label = run.name if len(keys) == 1 else f"{run.name}: {_words(key).lower()}"
+                    label = run.name if len(keys) == 1 else f"{run.name}: {_words(key.removesuffix('_mb')).lower()}"
                     curves.append(Curve(label, index, look, *thin(xs, ys)))
         return Panel(title, unit, about, curves, _needs_log(curves))
 
@@ -186,12 +186,14 @@ class _Maker:
         return Panel(title, unit, about, behind + front, _needs_log(behind + front))
 
     def end(self, title: str, key: str, about: str) -> Panel:
-        """The smoothed course of the last four fifths, whose height the beginning and spikes take elsewhere."""
+        """The smoothed course beyond a fifth of the axis, whose height the beginning and spikes take elsewhere."""
         curves = []
-        for index, run in enumerate(self._runs):
-            xs, ys = self._points(run, key, "train")
-            late = slice(len(xs) // 5, None)
-            if len(xs) >= _SMOOTH_FROM:
+        points = [self._points(run, key, "train") for run in self._runs]
+        # One place for all runs: the beginning of a short one would hide the others' ends again.
+        fall = max(float(xs[-1]) for xs, _ in points if len(xs)) / 5
+        for index, (run, (xs, ys)) in enumerate(zip(self._runs, points, strict=True)):
+            late = xs >= fall
+            if len(xs) >= _SMOOTH_FROM and late.any():
                 curves.append(Curve(run.name, index, "line", *thin(xs[late], smooth(ys)[late])))
         return Panel(title, "", f"{about}; smoothed", curves)
 

@@ -16,10 +16,7 @@ class Tables:
         self._folder = folder
         self._columns: dict[str, list[str]] = {}
         folder.mkdir(parents=True, exist_ok=True)
-        for path in folder.glob("*.csv"):
-            rows = _read(path)
-            kept = [row for row in rows if float(row.get("step") or 0) <= done]
-            self._rewrite(path.stem, list(rows[0]) if rows else [], kept)
+        self.go_back(done)
 
     def log(self, record: Mapping[str, Any], step: int) -> None:
         """Append a record."""
@@ -30,6 +27,13 @@ class Tables:
             self._rewrite(kind, columns + new, _read(self._path(kind)))
         with self._path(kind).open("a", newline="", encoding="utf-8") as file:
             csv.DictWriter(file, self._columns[kind], restval="").writerow(row)
+
+    def go_back(self, step: int) -> None:
+        """Drop the rows of later steps."""
+        for path in self._folder.glob("*.csv"):
+            rows = _read(path)
+            kept = [row for row in rows if float(row.get("step") or 0) <= step]
+            self._rewrite(path.stem, list(rows[0]) if rows else [], kept)
 
     def finish(self, folder: Path, exit_code: int) -> None:
         """Nothing is open between records."""

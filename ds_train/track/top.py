@@ -26,6 +26,8 @@ _COLORS = {
     "data": "yellow", "forward": "bright_blue", "backward": "blue", "collectives": "red", "pipeline": "magenta",
     "optimizer": "green", "other": "bright_black", "save": "cyan",
 }  # fmt: skip
+_ENDS = {"stop": "stopped", "fault": "failed", "stopped": "failed", "stopped-early": "finished early"}
+_GOES_ON = ("resume", "restart")
 _QUIET_AFTER_STEPS = 10
 _TAIL_BYTES = 4 * 2**20
 """What is read of the file: thousands of records, in a tenth of a second."""
@@ -42,16 +44,17 @@ def show_once(path: Path) -> None:
 
 
 def watch(path: Path, every_s: float) -> None:
-    """Show how the run stands until Ctrl-C; the file is read again when it has grown.
+    """Show how the run stands until Ctrl-C; the file is read again when it has grown. Once, where there is no terminal.
 
     Raises:
         UserError: as `show_once`.
     """
-    run, seen = read_run(path, _TAIL_BYTES), _size(path)
     console = Console()
-    with Live(
-        view(run, time.time(), console.width), console=console, screen=console.is_terminal, auto_refresh=False
-    ) as live:
+    if not console.is_terminal:
+        show_once(path)
+        return
+    run, seen = read_run(path, _TAIL_BYTES), _size(path)
+    with Live(view(run, time.time(), console.width), console=console, screen=True, auto_refresh=False) as live:
         try:
             while True:
                 time.sleep(every_s)
@@ -78,11 +81,14 @@ def sparkline(values: Floats, width: int) -> str:
 
 
 def state(run: Run, now: float) -> tuple[str, float | None]:
-    """("running", "silent for 3:20", "finished" ..., seconds that are left where they can be told)."""
+    """("running", "silent for 3:20", "finished", "stopped" ..., seconds that are left where they can be told)."""
     done, total = run.last["step"], run.steps
     step_s = _step_seconds(run)
     if total is not None and done >= total:
         return "finished", None
+    ended = _ended(run)
+    if ended is not None:
+        return ended, None
     left = step_s * (total - done) if total is not None and math.isfinite(step_s) else None
     times = [number(record.get("time")) for record in (run.last, *run.evals[-1:], *run.events[-1:])]
     last = max((value for value in times if math.isfinite(value)), default=math.nan)
@@ -93,19 +99,30 @@ def state(run: Run, now: float) -> tuple[str, float | None]:
     return "running", left
 
 
+def _ended(run: Run) -> str | None:
+    """How the run has ended before its last step, where it says so itself."""
+    word = None
+    for event in run.events:
+        if event["kind"] in _GOES_ON:
+            word = None
+        elif event["kind"] in _ENDS and number(event.get("time")) >= number(run.last.get("time")):
+            word = _ENDS[event["kind"]]
+    return word
+
+
 def _head(run: Run, now: float, width: int) -> RenderableType:
     word, left = state(run, now)
     done, total = run.last["step"], run.steps
-    line = Table.grid(expand=True)
-    line.add_column()
-    line.add_column(justify="right")
-    color = {"running": "green", "finished": "cyan"}.get(word, "yellow")
+    color = {"running": "green", "finished": "cyan", "finished early": "cyan", "failed": "red"}.get(word, "yellow")
+    name = Text(run.name, "bold")
+    name.truncate(max(8, width - len(word) - 2), overflow="ellipsis")
+    title = Text.assemble(name, "  ", (word, color))
     eta = f"{duration(left)} left" if left is not None else ""
     steps = f"step {done:,} of {total:,}" if total is not None else f"step {done:,}"
-    line.add_row(Text.assemble((run.name, "bold"), "  ", (word, color)), Text(f"{steps}   {eta}".rstrip()))
-    if total is None:
-        return line
-    return Group(line, ProgressBar(total=total, completed=done, width=width))
+    far = Text(f"{steps}   {eta}".rstrip())
+    room = width - title.cell_len - far.cell_len
+    lines: list[RenderableType] = [title.append(" " * room).append(far)] if room > 0 else [title, far]
+    return Group(*lines, *([] if total is None else [ProgressBar(total=total, completed=done, width=width)]))
 
 
 def _figures(run: Run, width: int) -> RenderableType:
@@ -139,13 +156,16 @@ def _phases(run: Run, width: int) -> RenderableType:
     if not total:
         return Text()
     bar, lines, filled = Text(), [Text()], 0.0
-    for phase, ms in spent.items():
+    for index, (phase, ms) in enumerate(spent.items()):
+        # Neighbours can be told apart without colours, too.
+        mark = "█▒"[index % 2]
         start, filled = filled, filled + ms / total * width
-        bar.append("█" * (round(filled) - round(start)), _COLORS[phase])
+        bar.append(mark * (round(filled) - round(start)), _COLORS[phase])
         entry = f"{phase} {100 * ms / total:.0f} %"
         if len(lines[-1]) + len(entry) + 2 > width:
             lines.append(Text())
-        lines[-1].append("■ ", _COLORS[phase]).append(entry + "   "[: max(0, width - len(lines[-1]) - len(entry) - 2)])
+        gap = "   "[: max(0, width - len(lines[-1]) - len(entry) - 2)]
+        lines[-1].append(f"{mark} ", _COLORS[phase]).append(entry + gap)
     return Group(bar, *lines)
 
 

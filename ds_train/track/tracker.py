@@ -24,6 +24,9 @@ class Report(Protocol):
     def log(self, record: Mapping[str, Any], step: int) -> None:
         """A record, which has a `kind`."""
 
+    def go_back(self, step: int) -> None:
+        """The run goes on from `step`: records of later steps will come again."""
+
     def finish(self, folder: Path, exit_code: int) -> None:
         """The run in `folder` has ended, well where `exit_code` is 0."""
 
@@ -86,6 +89,7 @@ class Tracker:
         """The run goes on from `step`: metrics of later steps will be written again; these go to rolled-back.jsonl."""
         if self._metrics is not None:
             self._metrics.truncate_after(step, "rolled-back.jsonl")
+        self._each(lambda report: report.go_back(step))
 
     def note(self, text: str) -> None:
         """Say something that is no metric."""

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from ds_train.config import RunConfig
 from ds_train.errors import UserError
+from ds_train.track.metrics import read_metrics
 from ds_train.track.named import GROUPS, named
 
 _BEST = {"train/loss": "min", "eval/loss": "min", "eval/perplexity": "min", "eval/accuracy": "max", "speed/mfu": "max"}
@@ -21,8 +22,13 @@ _BEST = {"train/loss": "min", "eval/loss": "min", "eval/perplexity": "min", "eva
 class WandbRun:
     """A wandb run. Its methods raise what wandb raises; the tracker ends it then."""
 
-    def __init__(self, run: Any, artifacts: Literal["off", "export", "all"], name: str) -> None:
-        self._run, self._artifacts, self._name = run, artifacts, name
+    def __init__(
+        self, run: Any, artifacts: Literal["off", "export", "all"], name: str, place: str, given_up: int
+    ) -> None:
+        """`given_up` are the steps that the run's roll-backs have given up so far."""
+        self._run, self._artifacts, self._name, self._given_up = run, artifacts, name, given_up
+        self.place = place
+        """Where to look at the run: its address, or what uploads it."""
         self._samples: list[list[Any]] = []
         self._groups: set[str] = set()
         run.define_metric("tokens", hidden=True)
@@ -48,17 +54,18 @@ class WandbRun:
             config={"recipe": recipe.model_dump(mode="json"), "plan": dict(plan)},
             settings=wandb.Settings(silent=True),
         )
-        return WandbRun(run, track.wandb_artifacts, recipe.name)
+        online = track.wandb == "online"  # wandb warns whoever asks an offline run for its address
+        place = str(run.url) if online else f"wandb sync {Path(run.dir).parent}"
+        given_up = 0
+        if resume_id:
+            files = (folder / "metrics.jsonl", folder / "rolled-back.jsonl")
+            given_up = sum(_given_up(record) for file in files for record in read_metrics(file))
+        return WandbRun(run, track.wandb_artifacts, recipe.name, place, given_up)
 
     @property
     def id(self) -> str:
         """Id under which the run continues after a resume."""
         return str(self._run.id)
-
-    @property
-    def place(self) -> str:
-        """Where to look at the run: its address, or the folder to upload."""
-        return str(self._run.url or f"wandb sync {Path(self._run.dir).parent}")
 
     def log(self, record: Mapping[str, Any], step: int) -> None:
         """Log a record at `step`; texts of a sample as a row of a table."""
@@ -68,7 +75,12 @@ class WandbRun:
             found["eval/samples"] = self._table(record, step)
         if "tokens" in record:
             found["tokens"] = record["tokens"]
-        self._run.log(found, step=step)
+        # wandb ignores a step that isn't higher than the last one: after a roll-back its own step counts on.
+        self._given_up += _given_up(record)
+        self._run.log(found, step=step + self._given_up)
+
+    def go_back(self, step: int) -> None:
+        """What is logged stays: curves over tokens show both ways."""
 
     def keep(self, path: Path, kind: str, step: int) -> None:
         """Log a folder as an artifact where the recipe wants its kind; versions of one name follow one another."""
@@ -105,7 +117,7 @@ class WandbRun:
     def _table(self, record: Mapping[str, Any], step: int) -> Any:
         import wandb
 
-        self._samples.append([step, record.get("prompt", ""), record.get("text", "")])
+        self._samples.append([record.get("step", step), record.get("prompt", ""), record.get("text", "")])
         return wandb.Table(columns=["step", "prompt", "text"], data=self._samples)
 
     def _define(self, groups: Any) -> None:
@@ -113,3 +125,8 @@ class WandbRun:
             if group not in self._groups:
                 self._groups.add(group)
                 self._run.define_metric(f"{group}/*", step_metric="tokens")
+
+
+def _given_up(record: Mapping[str, Any]) -> int:
+    """Steps that are trained again after this record."""
+    return int(record["spike_step"] - record["step"]) if record.get("event") == "roll-back" else 0

@@ -31,11 +31,14 @@ addEventListener("load", () => {
   area.dispatchEvent(new PointerEvent("pointermove", at));
   const tip = document.querySelector(".tip");
   const found = {errors, tip: tip && tip.innerText, crosses: 0, wide: [], left: [], below: []};
+  const held = tip && tip.getBoundingClientRect();
+  found.beside = !held || held.left < 0 || held.right > document.documentElement.clientWidth;
   const crosses = [...document.querySelectorAll(".cross")];
   found.crosses = crosses.filter((cross) => getComputedStyle(cross).display === "block").length;
   area.dispatchEvent(new PointerEvent("pointerleave", at));
   found.gone = !document.querySelector(".tip");
-  const width = document.documentElement.clientWidth;
+  const width = document.documentElement.clientWidth, legend = document.querySelector(".legend");
+  found.legend = legend ? legend.getBoundingClientRect().height / innerHeight : 0;
   document.querySelectorAll("main *").forEach((node) => {
     const beyond = node.getBoundingClientRect().right > width + 1;
     if (beyond && !node.closest(".wide")) found.wide.push(node.className || node.tagName);
@@ -97,7 +100,8 @@ def found_by(folder: Path, content: str, *flags: str) -> dict[str, object]:
 def check(found: dict[str, object]) -> None:
     assert found["errors"] == []
     assert found["sent"] == 0
-    tip = str(found["tip"])
+    tip = " ".join(str(found["tip"]).split())
+    assert not found["beside"]
     assert "step 1000" in tip
     assert "a-run-with-quite-a-long-name-for-a-phone 2.25" in tip
     assert int(str(found["crosses"])) >= 8
@@ -110,12 +114,35 @@ def test_a_wide_screen(tmp_path: Path, text: str) -> None:
     check(found_by(tmp_path, text.replace("<head>", "<head>" + PROBE), "--window-size=1280,900"))
 
 
-def test_a_phone(tmp_path: Path, text: str) -> None:
+def on_a_phone(folder: Path, text: str) -> dict[str, object]:
     inner = html.escape(text.replace("<head>", "<head>" + PROBE))
     frame = f'<body><iframe style="width:360px;height:740px;border:0" srcdoc="{inner}"></iframe></body>'
-    found = found_by(tmp_path, frame, "--window-size=800,900")
+    found = found_by(folder, frame, "--window-size=800,900")
     assert found["width"] == 360
-    check(found)
+    return found
+
+
+def test_a_phone(tmp_path: Path, text: str) -> None:
+    check(on_a_phone(tmp_path, text))
+
+
+def test_many_runs_of_long_names_and_other_lengths_on_a_phone(tmp_path: Path) -> None:
+    runs = []
+    for place, name in enumerate(["x" * 200, *(f"a-run-with-a-long-name-of-seed-{seed}" for seed in range(11))]):
+        folder = tmp_path / f"{place}"
+        folder.mkdir()
+        records = [{"kind": "train", "step": step, "tokens": step, "loss": 1.0} for step in range(1, 50 + 10 * place)]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        (folder / "recipe.yaml").write_text(f"name: {name}\n")
+        runs.append(read_run(folder))
+    found = on_a_phone(tmp_path, page(runs))
+    tip = str(found["tip"])
+    assert "step 80" in tip
+    assert "seed-10" in tip
+    assert "x" * 200 not in tip, "that run had ended by then"
+    assert not found["beside"]
+    assert found["wide"] == []
+    assert float(str(found["legend"])) < 0.35, "it stays in sight, and leaves room for what it explains"
 
 
 def test_light_and_dark(tmp_path: Path, text: str) -> None:

@@ -75,6 +75,16 @@ def test_a_table_that_cannot_be_written_stops_nothing(
     assert (tmp_path / "metrics.jsonl").exists()
 
 
+def twice_from_the_third() -> list[dict[str, Any]]:
+    """Records of steps 1 to 4, of the roll-back to step 2, and of steps 3 to 5."""
+    base = {"kind": "train", "lr": 1e-3, "grad_norm": 1.0, "tokens_per_second": 1.0, "mfu": 0.5}
+    base |= {"memory_mb": 1.0, "step_ms": 1.0}
+    steps = [base | {"step": step, "tokens": 64 * step, "loss": float(step)} for step in range(1, 5)]
+    back = {"kind": "health", "event": "roll-back", "step": 2, "spike_step": 4}
+    again = [base | {"step": step, "tokens": 64 * step, "loss": 9.0} for step in range(3, 6)]
+    return [*steps, back, *again]
+
+
 def test_tensorboard_reads_back(tmp_path: Path, recipe: Callable[..., RunConfig]) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -83,7 +93,7 @@ def test_tensorboard_reads_back(tmp_path: Path, recipe: Callable[..., RunConfig]
         tracker = Tracker(run, {}, tmp_path, True, 4, done, None)
         for step in steps:
             record: dict[str, Any] = {"kind": "train", "step": step, "loss": step + done / 10, "mfu": 0.5}
-            record |= {"lr": 1e-3, "grad_norm": 1.0, "tokens_per_second": 1.0, "memory_mb": 1.0}
+            record |= {"lr": 1e-3, "grad_norm": 1.0, "tokens_per_second": 1.0, "memory_mb": 1.0, "step_ms": 1.0}
             tracker.log(record, step)
         tracker.close(0)
     read = EventAccumulator(str(tmp_path / "tensorboard"))
@@ -92,3 +102,21 @@ def test_tensorboard_reads_back(tmp_path: Path, recipe: Callable[..., RunConfig]
         (step, pytest.approx(value)) for step, value in ((1, 1.0), (2, 2.0), (3, 3.2), (4, 4.2))
     ]
     assert "speed/mfu" in read.Tags()["scalars"]
+
+
+def test_a_roll_back_takes_back_what_it_gives_up(tmp_path: Path, recipe: Callable[..., RunConfig]) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = recipe(track={"also": ["tensorboard", "csv"], "progress": False})
+    tracker = Tracker(run, {}, tmp_path, True, 9, 0, None)
+    for record in twice_from_the_third():
+        if record["kind"] == "health":
+            tracker.go_back(record["step"])
+        tracker.log(record, record["step"])
+    tracker.close(0)
+    expected = [(1, 1.0), (2, 2.0), (3, 9.0), (4, 9.0), (5, 9.0)]
+    found = [(int(row["step"]), float(row["loss"])) for row in rows(tmp_path / "csv" / "train.csv")]
+    assert found == expected
+    read = EventAccumulator(str(tmp_path / "tensorboard"))
+    read.Reload()
+    assert [(event.step, event.value) for event in read.Scalars("train/loss")] == expected

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any
 
@@ -91,3 +92,6 @@ def test_the_page_names_ranks_operators_and_findings() -> None:
     ):
         assert words in text
     assert "Operators of rank 0" not in text
+    assert ">rank 1</span>" in text, "whose line it is"
+    (memory,) = json.loads(text.split('id="data">')[1].split("</script>")[0])["memory"]["curves"]
+    assert (memory["x"], memory["y"]) == ([0, 5, 5, 9, 9], [1, 1, 3, 3, 2]), "it is held until the next is taken"

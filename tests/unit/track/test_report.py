@@ -6,6 +6,7 @@ import json
 import math
 import random
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,11 @@ import numpy as np
 import pytest
 
 from ds_train.errors import UserError
-from ds_train.track.chart import linear_scale, log_scale, text_of
+from ds_train.track.chart import Scale, axis_scale, linear_scale, log_scale, text_of, tick_texts
 from ds_train.track.grid import rank_grid
-from ds_train.track.report import page, write_pngs, write_report
-from ds_train.track.runs import details, read_run
+from ds_train.track.plot import new_figure, save_figure
+from ds_train.track.report import _draw, page, write_pngs, write_report
+from ds_train.track.runs import Run, details, read_run, told_apart
 from ds_train.track.series import best_axis, panels, phase_bands, phase_means, smooth, thin
 
 PHASE_MS = {
@@ -124,6 +126,21 @@ def test_events_of_any_kind_are_shown(tmp_path: Path) -> None:
     assert found.classes.count("event") >= 3
 
 
+def test_what_a_line_of_health_tells_is_told_once(tmp_path: Path) -> None:
+    skipped = {"kind": "health", "event": "skipped", "step": 2, "cause": "loss", "in_a_row": 1}
+    back = {"kind": "health", "event": "roll-back", "step": 1, "spike_step": 3}
+    run = read_run(write(tmp_path / "run", [train(1), train(2, applied=False, loss="nan"), skipped, back]))
+    assert [event["kind"] for event in run.events] == ["skipped", "roll-back"]
+    assert details(run.events[0]) == "cause loss, in a row 1"
+    assert "roll-back, skipped" in Checked(page([run])).text, "the legend of the markers"
+
+
+def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
+    paths = [write(tmp_path / folder / name, [train(1)]) for folder, name in (("a", "x"), ("b", "x"), ("b", "y"))]
+    runs = told_apart([read_run(path) for path in paths], paths)
+    assert [run.name for run in runs] == [str(paths[0]), str(paths[1]), "y"]
+
+
 def test_a_spike_survives_a_hundred_thousand_points() -> None:
     rnd = random.Random(3)
     ys = np.array([rnd.gauss(2.0, 0.1) for _ in range(100_000)])
@@ -143,6 +160,17 @@ def test_smoothing_is_a_mean_that_starts_at_the_first_value() -> None:
     weights = [0.8**2, 0.8, 1.0]
     assert smooth(ys)[2] == pytest.approx(np.average(ys, weights=weights))
     assert smooth(ys)[0] == 1.0
+
+
+def test_the_fall_of_a_short_run_is_no_end(tmp_path: Path) -> None:
+    def run(name: str, steps: int) -> Run:
+        losses = (train(step, loss=2.0 + 8.0 * 0.99**step) for step in range(1, steps + 1))
+        return read_run(write(tmp_path / name, list(losses)))
+
+    found = {panel.title: panel for panel in panels([run("long", 4000), run("short", 250), run("half", 2000)], "step")}
+    ends = found["Training loss after its fall"].curves
+    assert [(curve.label, curve.xs[0]) for curve in ends] == [("long", 800), ("half", 800)]
+    assert max(curve.ys.max() for curve in ends) < 2.1
 
 
 def test_every_further_number_has_a_panel(tmp_path: Path) -> None:
@@ -208,6 +236,14 @@ def test_scales_hold_their_values_between_round_ticks(low: float, high: float) -
     assert len({text_of(tick) for tick in scale.ticks}) == len(scale.ticks)
 
 
+@pytest.mark.parametrize("high", [1, 2, 3, 4, 7, 12, 13, 30, 99, 130, 1000])
+def test_an_axis_of_steps_has_whole_ones(high: int) -> None:
+    ticks = axis_scale(0.0, float(high), whole=True).ticks
+    assert all(tick == int(tick) for tick in ticks)
+    assert 2 <= len(ticks) <= 6
+    assert axis_scale(0.0, 1.0).ticks[1] == 0.2, "hours have parts"
+
+
 def test_logarithmic_scale() -> None:
     scale = log_scale(0.03, 250.0)
     assert (scale.low, scale.high) == (0.01, 1000.0)
@@ -220,11 +256,61 @@ def test_numbers_for_people() -> None:
     assert (text_of(2048, "MB"), text_of(0.41, "%"), text_of(1500, "ms")) == ("2 GB", "41 %", "1.5 s")
 
 
+def test_thousands_are_written_out() -> None:
+    shown = [text_of(1010, "MB"), text_of(1250 * 1024, "MB"), text_of(999.7, "ms"), text_of(3.2e6, "ms")]
+    assert shown == ["1010 MB", "1250 GB", "1000 ms", "3200 s"]
+    assert (text_of(999_900), text_of(9999.7), text_of(1e8)) == ("1000k", "10000", "100M")
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "unit"),
+    [(1.62e6, 1.623e6, ""), (52_400, 52_480, ""), (60.0, 60.02, "MB"), (300.1, 300.9, "ms"), (0.4101, 0.4104, "%")],
+)
+def test_neighbours_on_an_axis_have_other_labels(low: float, high: float, unit: Any) -> None:
+    scale = linear_scale(low, high)
+    if unit == "MB":  # as memory of gigabytes is drawn
+        scale = Scale(scale.low * 1024, scale.high * 1024, ticks=tuple(tick * 1024 for tick in scale.ticks))
+    texts = tick_texts(scale, unit)
+    assert len(set(texts)) == len(texts)
+    values = [float(re.sub("[^0-9.]", "", text)) for text in texts]
+    assert np.diff(values) == pytest.approx([values[1] - values[0]] * (len(values) - 1)), "each is exact"
+    assert not any("e" in text for text in texts)
+
+
 def test_pictures(tmp_path: Path) -> None:
     run = read_run(write(tmp_path / "run", [train(step) for step in range(1, 20)]))
     paths = write_pngs([run], tmp_path / "png")
     assert {path.name for path in paths} >= {"training-loss.png", "memory.png", "mfu.png"}
     assert all(path.read_bytes()[:4] == b"\x89PNG" for path in paths)
+
+
+@pytest.mark.filterwarnings("error")
+def test_pictures_have_units_and_colours_that_are_theirs(tmp_path: Path) -> None:
+    names = ["名前", "x" * 200, *map(str, range(10))]
+    runs = [replace(read_run(write(tmp_path / "run", [train(step) for step in (1, 2, 3)])), name=one) for one in names]
+    drawn = {}
+    for panel in panels(runs, "step"):
+        figure = new_figure(1)
+        _draw(figure.axes[0], panel, "step")
+        save_figure(figure, tmp_path / "picture.png")
+        drawn[panel.title] = figure.axes[0]
+        assert all(len(line) <= 34 for line in figure.axes[0].get_ylabel().splitlines())
+        assert all(place == int(place) for place in figure.axes[0].get_xticks()), "there is no step 1.5"
+    assert drawn["Memory"].get_ylabel().endswith("(MB)")
+    assert drawn["Memory"].lines[0].get_ydata() == pytest.approx([600.0] * 3)
+    assert drawn["Step time"].get_ylabel() == "ms"
+    labels = [text.get_text() for text in drawn["Memory"].get_legend().get_texts()]
+    assert labels[0] == "名前: memory peak"
+    assert len(labels) == len(names), "the dashed line of a run has no entry of its own"
+    assert max(map(len, labels)) == 60
+    assert len({drawn["MFU"].lines[run].get_color() for run in range(12)}) == 12
+
+
+def test_headlines(tmp_path: Path) -> None:
+    folder = write(tmp_path / "run", [*(train(step) for step in range(1, 60)), train(60, loss="nan")])
+    assert "not finite training loss" in Checked(page([read_run(folder)])).text
+    (folder / "plan.json").write_text('{"layout": {"pipe": 1, "data": 1, "sequence": 1, "tensor": 1}}')
+    assert "1 rank · 60 steps" in Checked(page([read_run(folder)])).text
 
 
 def test_what_cannot_be_read_or_written_is_said_by_name(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ import pytest
 from rich.console import Console
 
 from ds_train.track.runs import Run, read_run
-from ds_train.track.top import sparkline, state, view
+from ds_train.track.top import sparkline, state, view, watch
 
 
 def record(step: int, **changes: Any) -> dict[str, Any]:
@@ -49,7 +49,7 @@ def test_what_is_shown(tmp_path: Path) -> None:
     text = shown(read_run(write(tmp_path / "run", [*(record(step) for step in range(1, 41)), *events])), 1021.0)
     for words in ("mine  running", "step 40 of 100   0:00:30 left", "2.6000", "12.3k", "31.4 %", "2 GB", "500 ms"):
         assert words in text
-    assert "■ forward 60 %   ■ collectives 40 %" in text
+    assert "█ forward 60 %   ▒ collectives 40 %" in text
     assert "rollback  to step 20" in text
 
 
@@ -69,6 +69,41 @@ def test_how_a_run_stands(tmp_path: Path) -> None:
     assert state(read_run(write(tmp_path / "run", slow)), 1002.0 + 300)[0] == "running"
 
 
+@pytest.mark.parametrize(
+    ("events", "word"),
+    [
+        ([{"kind": "stop", "step": 40, "reason": "SIGTERM"}], "stopped"),
+        ([{"kind": "fault", "step": 40, "reason": "rank 1 hangs"}], "failed"),
+        ([{"kind": "health", "event": "stopped", "step": 40, "verdict": "divergence"}], "failed"),
+        ([{"kind": "health", "event": "stopped-early", "step": 40}, {"kind": "save", "step": 40}], "finished early"),
+        ([{"kind": "stop", "step": 40}, {"kind": "resume", "step": 40}], "running"),
+        ([{"kind": "fault", "step": 40}, {"kind": "restart", "step": 30}], "running"),
+        ([{"kind": "health", "event": "skipped", "step": 40}], "running"),
+        ([{"kind": "stop", "step": 30, "time": 1015.0}], "running"),
+    ],
+)
+def test_a_run_that_ends_before_its_last_step_says_so(tmp_path: Path, events: list[dict[str, Any]], word: str) -> None:
+    records = [*(record(step) for step in range(1, 41)), *({"time": 1020.5} | event for event in events)]
+    found = state(read_run(write(tmp_path / "run", records)), 1021.0)
+    assert found == (word, 30.0 if word == "running" else None)
+
+
+def test_a_run_by_epochs_says_itself_how_long_it_is(tmp_path: Path) -> None:
+    folder = write(tmp_path / "run", [record(step) for step in range(1, 41)])
+    (folder / "recipe.yaml").write_text("name: mine\nschedule: {epochs: 2}\n")
+    assert state(read_run(folder), 1021.0) == ("running", None)
+    (folder / "data.json").write_text('{"skips": [], "steps": 40}')
+    assert state(read_run(folder), 9999.0) == ("finished", None)
+
+
+def test_a_long_name_leaves_room_for_how_the_run_stands(tmp_path: Path) -> None:
+    folder = write(tmp_path / "run", [record(step) for step in range(1, 41)])
+    (folder / "recipe.yaml").write_text(f"name: {'名' * 60}\nschedule: {{steps: 100}}\n")
+    first, second, *_ = shown(read_run(folder), 1021.0, 40).splitlines()
+    assert first.endswith("…  running")
+    assert second == "step 40 of 100   0:00:30 left"
+
+
 def test_a_sparkline_keeps_spikes() -> None:
     values = np.ones(1000)
     values[503] = 9.0
@@ -82,6 +117,11 @@ def test_only_the_end_of_a_long_file_is_read(tmp_path: Path) -> None:
     run = read_run(folder, last_bytes=5000)
     assert 5 < len(run.train) < 40
     assert run.last["step"] == 1000
+
+
+def test_without_a_terminal_it_is_shown_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    watch(write(tmp_path / "run", [record(1)]), every_s=3600.0)
+    assert "step 1 of 100" in capsys.readouterr().out
 
 
 def test_in_a_terminal_it_follows_the_file_until_it_is_ended(tmp_path: Path) -> None:
