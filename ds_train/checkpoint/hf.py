@@ -21,7 +21,7 @@ from ds_train.checkpoint.shards import write_safetensors
 from ds_train.compress.cut import WholeTensors
 from ds_train.compress.distill import PROJECTIONS
 from ds_train.compress.packed import Packing
-from ds_train.models.load import first_names, gathered, position_of_first
+from ds_train.models.load import first_names, gathered, not_waiting, position_of_first
 from ds_train.parallel.build import Part
 from ds_train.parallel.tensor import gather_whole
 
@@ -111,6 +111,7 @@ def push(folder: Path, repository: str) -> str:
     return str(api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Trained with ds_train"))
 
 
+@not_waiting()
 def generate_sample(folder: Path, prompt: str, new_tokens: int, trust_remote_code: bool = False) -> str:
     """Load the exported causal model with transformers alone and continue `prompt` on the CPU, while it has positions.
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ds_train.compress.teacher import first_tensor
+from ds_train.errors import user_error
 from ds_train.models.token_drop import repeated_layers
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -71,9 +72,16 @@ class LayerRun:
 def layer_by_layer(
     model: Any, chosen: Collection[str], batches: Sequence[Mapping[str, Tensor]], change: Callable[[LayerRun], None]
 ) -> None:
-    """Let `change` work on each layer of the model and its `chosen` linear layers, in order."""
+    """Let `change` work on each layer of the model and its `chosen` linear layers, in order.
+
+    Raises:
+        UserError: a layer runs several times on a sample.
+    """
     layers = repeated_layers(model)
     calls = _calls(model, layers, batches)
+    if any(len(own) != len(batches) for own in calls):
+        reason = f"{model.config.model_type} runs the same layer several times, which is rounded for one"
+        raise user_error("--method", reason, "use rtn to round, or magnitude to thin out: they look at no samples")
     states = [args[0] for args, _ in calls[0]]
     masks = [batch.get("attention_mask") for batch in batches]
     for layer, given in zip(layers, calls, strict=True):

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ds_train.compress.coupling import LAYERS, Coupling, Gate, Removed, Structure
@@ -145,16 +146,15 @@ class _Gated:
         """
         if not (self._gates.collecting and passing.requires_grad):
             return passing
-        passing = passing.view_as(passing)
-        kept, scale = passing.detach(), self._gates.gradient_scale
+        scale = self._gates.gradient_scale
 
-        def count(gradient: Tensor) -> None:
-            slope_NC = gradient.detach().flatten(0, -2).float() / scale
+        def count(passing: Tensor, gradient: Tensor) -> None:
+            slope_NC = gradient.flatten(0, -2).float() / scale
             # Where fp16 overflows, the step isn't taken either.
-            self._gates.add(self.key, measure(kept.flatten(0, -2).float(), slope_NC).nan_to_num(0.0, 0.0, 0.0))
+            self._gates.add(self.key, measure(passing.flatten(0, -2).float(), slope_NC).nan_to_num(0.0, 0.0, 0.0))
 
-        passing.register_hook(count)
-        return passing
+        seen: Tensor = _Seen.apply(passing, count)
+        return seen
 
     def of_channels(self, passing_NC: Tensor, slope_NC: Tensor) -> Tensor:
         """What a score sums over tokens. One that the loss doesn't depend on (padding) has no gradient."""
@@ -164,6 +164,23 @@ class _Gated:
         if score == "fisher":
             return (passing_NC * slope_NC).unflatten(-1, (-1, self.gate.each)).sum(-1).square().sum(0)
         return (passing_NC.square() * _alive(slope_NC)).sum(0)
+
+
+class _Seen(torch.autograd.Function):
+    """What passes, shown with its gradient when that is there. It is kept as any activation, which may be computed
+    again instead."""
+
+    @staticmethod
+    def forward(ctx: Any, passing: Tensor, show: Callable[[Tensor, Tensor], None]) -> Tensor:
+        ctx.save_for_backward(passing)
+        ctx.show = show
+        return passing.view_as(passing)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None]:
+        ctx.show(*ctx.saved_tensors, upstream[0])
+        return upstream[0], None
 
 
 class _Input(_Gated):

@@ -8,14 +8,12 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import transformers
-from safetensors.torch import save_file
 from torch import Tensor
-from transformers.core_model_loading import revert_weight_conversion
 
 from ds_train.compress.awq import round_layer
 from ds_train.compress.calibration import LayerRun, layer_by_layer
 from ds_train.compress.gptq import gptq
-from ds_train.compress.packed import Packing
+from ds_train.compress.packed import Packing, check_loads, save
 from ds_train.compress.qat import linear_names
 from ds_train.compress.sparsity import Pattern, Score, thin
 from ds_train.config.quantize import QuantizeSection
@@ -45,6 +43,7 @@ def quantize_folder(
     """
     model = _load(source)
     packing = Packing.of(section, model)
+    check_loads(section, model)
     scales: dict[str, Tensor] = {}
     scaled = 0
 
@@ -102,10 +101,7 @@ def _write(model: Any, state: Mapping[str, Tensor], source: Path, folder: Path) 
     written = folder.with_name(folder.name + ".partial")
     shutil.rmtree(written, ignore_errors=True)
     written.mkdir(parents=True)
-    model.config.save_pretrained(written)
-    ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ()) | set(model.all_tied_weights_keys)
-    kept = {name: tensor.contiguous() for name, tensor in state.items() if name not in ignored}
-    save_file(revert_weight_conversion(model, kept), written / "model.safetensors", {"format": "pt"})
+    save(model, state, written)
     for path in source.iterdir():
         weights = path.suffix in (".safetensors", ".bin") or path.name.endswith(".index.json")
         if path.is_file() and not weights and not (written / path.name).exists():

@@ -166,6 +166,9 @@ def _inside_of_attention(model: PreTrainedModel) -> set[tuple[str, int]]:
 
 def _gates(whole: PreTrainedModel, structure: Structure, kind: str, members: Sequence[Member]) -> Iterator[Gate]:
     if kind == EXPERTS:
+        if (getattr(whole.config, "n_group", None) or 1) > 1:
+            # Those of a look-alike lie in one group.
+            raise ValueError(f"its experts lie in {whole.config.n_group} groups, which would have other members")
         routers = [member for member in members if len(whole.get_parameter(member.name).shape) == 2]
         if len(routers) != 1 or not routers[0].name.endswith(".weight"):
             raise ValueError("the experts of a layer aren't chosen by one matrix")

@@ -20,7 +20,7 @@ from ds_train.config import RunConfig
 from ds_train.errors import UserError, first_line, user_error
 from ds_train.models.cpu_attention import tiles_are_faster, use_tiled_attention
 from ds_train.models.cpu_products import fp32_products_are_faster, use_fp32_products
-from ds_train.models.load import AUTO_CLASSES, DTYPES
+from ds_train.models.load import AUTO_CLASSES, DTYPES, position_of_first
 from ds_train.models.tasks import TOKEN_IDS, Batch, model_inputs, plain_head
 from ds_train.models.token_drop import repeated_layers
 from ds_train.parallel.check import check_documents_apart
@@ -45,6 +45,10 @@ def check_teacher(run: RunConfig, config: PreTrainedConfig, tokenizer: PreTraine
         theirs = transformers.AutoConfig.from_pretrained(path, trust_remote_code=run.model.trust_remote_code)
     except (OSError, ValueError) as error:
         raise _cannot_load(path, error) from error
+    packing = getattr(theirs, "quantization_config", None) or {}
+    if packing.get("quant_method") == "compressed-tensors":
+        reason = "its weights are packed integers, which don't run beside a model"
+        raise user_error(KEY, reason, "give the folder of the full weights", path)
     ours, text = config.get_text_config(), theirs.get_text_config()
     if run.task.kind == "sequence-classification":
         if theirs.num_labels != config.num_labels:
@@ -56,8 +60,12 @@ def check_teacher(run: RunConfig, config: PreTrainedConfig, tokenizer: PreTraine
     elif text.vocab_size != ours.vocab_size:
         _refuse(run, f"its vocabulary is {text.vocab_size:,} tokens, and the model's {ours.vocab_size:,}", path)
     positions = getattr(text, "max_position_embeddings", None)
-    if positions is not None and positions < run.data.sequence_length:
-        _refuse(run, f"it takes {positions} tokens, and data.sequence_length={run.data.sequence_length}", path)
+    own_first, first = map(position_of_first, (config, theirs))
+    if isinstance(positions, int) and 0 < positions < run.data.sequence_length + first:  # some say -1 for no end
+        _refuse(run, f"it takes {positions - first} tokens, and data.sequence_length={run.data.sequence_length}", path)
+    given = run.task.kind != "sequence-classification" and run.data.rows_have_documents
+    if given and first != own_first:
+        _refuse(run, f"it is given positions, and counts them from {first}, the model from {own_first}", path)
     _check_tokens(run, path, tokenizer)
     return theirs
 

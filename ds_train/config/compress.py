@@ -67,11 +67,12 @@ class PruneSection(Section):
     """Tokens of each of them; left out, data.sequence_length."""
 
     score: Literal["taylor", "fisher", "activation", "wanda", "magnitude", "gates"] = "taylor"
-    """What a unit is worth: the sum over tokens of its output times the loss's gradient of it, `taylor` (arXiv
-    1905.10650), or the sum of its squares, `fisher`; the norm of its output, `activation`, times that of the weights
-    that read it, `wanda` (arXiv 2306.11695); the norm of its weights, `magnitude`. `gates` are learned beside the
-    weights over `score_steps` steps: random ones from 0 to 1 (hard concrete, arXiv 1712.01312), of which as many are
-    expected to be open in the end as units stay; those least likely to be open go."""
+    """What a unit is worth: the size of the sum over tokens of its output times the loss's gradient of it, `taylor`
+    (arXiv 1905.10650 takes each sample's size instead), or the sum of its squares, `fisher`; the norm of its output,
+    `activation`, times that of the weights that read it, `wanda` (arXiv 2306.11695); the norm of its weights,
+    `magnitude`. `gates` are learned beside the weights over `score_steps` steps: random ones from 0 to 1 (hard
+    concrete, arXiv 1712.01312), of which as many are expected to be open in the end as units stay; those least likely
+    to be open go."""
 
     score_steps: int = Field(default=16, ge=1)
     """Steps before `start` over which scores are summed."""

@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ds_train.compress.compared import check_relations
 from ds_train.compress.distill import Distilling, TeacherBeside
-from ds_train.compress.packed import Packing
+from ds_train.compress.packed import Packing, check_loads
 from ds_train.compress.qat import Rounding, linear_layers
 from ds_train.compress.sparsity import keep_zeros
 from ds_train.compress.teacher import check_teacher, teacher_path
@@ -31,7 +31,13 @@ from ds_train.models.cpu_products import fp32_products_are_faster, use_fp32_prod
 from ds_train.models.kept_layers import start_from_kept_layers
 from ds_train.models.lean import use_lean_layers
 from ds_train.models.liger import use_liger
-from ds_train.models.load import keep_generation_config, load_model_config, position_of_first, without_weights
+from ds_train.models.load import (
+    keep_generation_config,
+    load_model_config,
+    outline,
+    position_of_first,
+    without_weights,
+)
 from ds_train.models.patch import embed_patches
 from ds_train.models.token_drop import repeated_layers
 from ds_train.optim.build import build_optimizer, choose_kernel
@@ -167,6 +173,8 @@ def assemble(
         check_token_dropping(run, config)
     if run.layer_drop.kind != "none":
         check_layer_dropping(run, config)
+    if run.compress.quantize.bits:
+        on_main_first(info, lambda: check_loads(run.compress.quantize, outline(run, config)))
     teacher = check_teacher(taught, config, tokenizer) if run.compress.distill.active else None
     if teacher is not None and not Path(teacher_path(taught)).is_dir():
         # As for the model: the sizes of a hub teacher are known only now.

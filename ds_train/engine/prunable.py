@@ -155,9 +155,13 @@ def _left_for(
     def parameters(part: float) -> int:
         return _cuts(structure, left_at(part))[0].parameters(shapes)
 
+    key, whole = "compress.prune.parameters", sum(map(math.prod, shapes.values()))
+    if whole <= target:
+        raise user_error(key, f"the model as it is has {whole:,}", "ask for fewer, or prune nothing", target)
     low, high = 0.0, 1.0
     if parameters(high) > target:
-        raise ValueError(f"with all but the last of these gone it would have {parameters(high):,} parameters")
+        reason = f"with all but the last of these gone it would have {parameters(high):,} of {whole:,}"
+        raise user_error(key, reason, "ask for more, or let more kinds of units go", target)
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
         low, high = (low, middle) if parameters(middle) <= target else (middle, high)

@@ -224,12 +224,15 @@ class Pruning:
                 if parameter is None:
                     continue  # another stage's
                 with gathered([parameter]):
-                    whole = gather_whole(parameter, mesh.tensor).double()
-                if counts and not getattr(parameter, "ds_pipe_replicated", False):
-                    others = [dim for dim in range(whole.dim()) if dim != member.dim]
-                    of_places = whole.square().sum(others) if others else whole.square()
-                    places = member.indices(range(coupling.units), coupling.units).to(of_places.device)
-                    squares_U += of_places[places].view(member.parts, coupling.units, -1).sum((0, 2))
+                    whole = gather_whole(parameter, mesh.tensor)
+                    if not counts or getattr(parameter, "ds_pipe_replicated", False):
+                        continue
+                    # Summed in fp64, of which no matrix is made: an embedding's would be gigabytes.
+                    squares = whole.float().square()
+                others = [dim for dim in range(squares.dim()) if dim != member.dim]
+                of_places = squares.sum(others, dtype=torch.float64) if others else squares.double()
+                places = member.indices(range(coupling.units), coupling.units).to(of_places.device)
+                squares_U += of_places[places].view(member.parts, coupling.units, -1).sum((0, 2))
         norms = all_sum(flat).cpu().sqrt().split(sizes)
         return {(coupling.kind, coupling.number): norm for coupling, norm in zip(couplings, norms, strict=True)}
 

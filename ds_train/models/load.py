@@ -139,6 +139,21 @@ def keep_generation_config(run: RunConfig, model: PreTrainedModel) -> None:
             )
 
 
+@contextlib.contextmanager
+def not_waiting() -> Iterator[None]:
+    """This rank loads and runs what is packed in the block, whatever others do.
+
+    compressed-tensors divides packing and, at the first forward pass, unpacking among all ranks of the process group,
+    and waits for them (distributed/module_parallel.py:89).
+    """
+    plain = torch.distributed.is_initialized
+    torch.distributed.is_initialized = lambda: False
+    try:
+        yield
+    finally:
+        torch.distributed.is_initialized = plain
+
+
 def outline(run: RunConfig, config: PreTrainedConfig) -> PreTrainedModel:
     """The whole model without memory for its weights (torch's meta device), its tied weights tied."""
     with torch.device("meta"):

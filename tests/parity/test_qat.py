@@ -73,6 +73,7 @@ def write_case(folder: Path, folders: tuple[Path, Path], case: str, layout: str)
     return write_recipe(
         folder, f"{case}-{layout}", *folders, "llama", TWO_RANKS[layout], compress={"quantize": CASES[case]},
         schedule={"kind": "constant"}, checkpoint={"export": True}, data={"validation_fraction": 0.2},
+        track={"sample_prompt": "gamma", "sample_tokens": 2},  # rank 0 alone loads what is packed
     )  # fmt: skip
 
 

@@ -62,7 +62,7 @@ def _teacher_differs(facts: Facts) -> str | None:
     heads = [config.get(name) for name in HEAD_COUNTS]
     if not run.compress.distill.cache_top and any(count and count % facts.sequence for count in heads):
         return f"parallel.sequence={facts.sequence} doesn't divide its {next(count for count in heads if count)} heads"
-    if positions and positions < run.data.sequence_length:
+    if positions and 0 < positions < run.data.sequence_length:  # some say -1 for no end
         return f"it takes {positions} tokens, and data.sequence_length={run.data.sequence_length}"
     if run.task.kind == CLASSIFYING:
         labels = len(config.get("id2label") or (0, 1))
@@ -79,6 +79,11 @@ def _teacher_missing(facts: Facts) -> bool:
     if teacher is None or not facts.cluster.here or not facts.run.compress.distill.active:
         return False
     return teacher.startswith((".", "/", "~")) and _teacher_config(facts) is None
+
+
+def _packed_teacher(facts: Facts) -> bool:
+    packing = (_teacher_config(facts) or {}).get("quantization_config") or {}
+    return packing.get("quant_method") == "compressed-tensors"
 
 
 def _packed_weights(facts: Facts) -> bool:
@@ -129,6 +134,10 @@ RULES: tuple[Rule | KeyRule, ...] = (
     Rule(
         "distill-teacher", _TEACHER, _teacher_differs, lambda f: str(_teacher_differs(f)),
         "give a teacher of the same task and tokens",
+    ),
+    Rule(
+        "distill-packed", _TEACHER, _packed_teacher, "its weights are packed integers, which don't run beside a model",
+        "give the folder of the full weights",
     ),
     Rule(
         "distill-patch", "patch.size", all_of(taught, PATCHES), "a teacher reads token by token",

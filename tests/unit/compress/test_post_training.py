@@ -8,7 +8,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BertConfig, LlamaConfig
+from transformers import (
+    AlbertConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    LlamaConfig,
+    ModernBertConfig,
+)
 
 from ds_train.compress.gptq import gptq
 from ds_train.compress.post_training import Method, quantize_folder, thin_folder
@@ -16,6 +24,7 @@ from ds_train.compress.rounding import Grid
 from ds_train.compress.sparsity import Pattern, thin
 from ds_train.config.quantize import QuantizeSection
 from ds_train.errors import UserError
+from ds_train.models.load import not_waiting
 
 
 def plain_gptq(weight: Tensor, products: Tensor, grid: Grid, zeros_stay: bool = True) -> Tensor:
@@ -152,3 +161,38 @@ def test_a_sparse_folder_stays_sparse(method: Method, tmp_path: Path) -> None:
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no model can be loaded"):
         quantize_folder(tmp_path, tmp_path / "out", QuantizeSection(weights="int8"), "rtn")
+
+
+def test_a_family_that_transformers_cannot_load_packed_is_refused(tmp_path: Path) -> None:
+    """ModernBERT's code asks a linear layer for its weight while it is loaded."""
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+    config = ModernBertConfig(num_hidden_layers=2, pad_token_id=0, **sizes)
+    AutoModelForMaskedLM.from_config(config).save_pretrained(tmp_path / "model")
+    section = QuantizeSection(weights="int8")
+    with pytest.raises(UserError, match=r"weights=int8: transformers can't load a packed modernbert: .*'weight'\. Fix"):
+        quantize_folder(tmp_path / "model", tmp_path / "out", section, "rtn")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_whose_layers_are_one_is_refused_where_layers_are_looked_at(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "embedding_size": 16, "intermediate_size": 48, "num_attention_heads": 4}
+    config = AlbertConfig(vocab_size=64, num_hidden_layers=3, **sizes)
+    AutoModelForMaskedLM.from_config(config).save_pretrained(tmp_path / "model")
+    batches = [{"input_ids": torch.randint(3, 64, (2, 8))}]
+    with pytest.raises(UserError, match=r"--method: albert runs the same layer several times.* Fix: use rtn"):
+        quantize_folder(tmp_path / "model", tmp_path / "out", QuantizeSection(weights="int8"), "gptq", batches)
+
+
+def test_one_rank_of_several_loads_what_is_packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """compressed-tensors divides the loading among all ranks, of which the others may do something else."""
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    quantize_folder(tmp_path / "model", tmp_path / "out", QuantizeSection(weights="int8"), "rtn")
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    with pytest.raises(ValueError, match="process group has not been initialized"):  # or there is nothing to mend
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    with not_waiting():
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out")(torch.arange(5)[None])
+    assert torch.distributed.is_initialized()

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AutoConfig, LlamaForCausalLM, PreTrainedConfig
 
 from ds_train.compress.coupling import LAYERS, Coupling, Gate, Structure
@@ -108,6 +109,19 @@ def test_recomputed_layers_count_once(recipe: Make, score: str) -> None:
         torch.testing.assert_close(again[key], sums, msg=lambda text, key=key: f"{key}: {text}")
 
 
+def test_scoring_keeps_nothing_that_is_recomputed(recipe: Make) -> None:
+    """Else the first scored step takes the memory that activation checkpointing saves."""
+    model, _, _, tokens = scored(recipe, "taylor", ("heads", "ffn", "hidden"), recomputed=True)
+    seen: list[StorageWeakRef] = []
+    for layer in model.model.layers:
+        for reader in (layer.self_attn.o_proj, layer.mlp.down_proj, layer.post_attention_layernorm):
+            reader.register_forward_pre_hook(lambda _, inputs: seen.append(StorageWeakRef(inputs[0].untyped_storage())))
+    loss = loss_of(model, tokens[0])
+    assert len(seen) == 9
+    assert all(storage.expired() for storage in seen)
+    loss.backward()
+
+
 def test_a_layer_is_worth_what_it_turns(recipe: Make) -> None:
     model, structure, gates, tokens = scored(recipe, "magnitude", ("layers",))
     gates.collecting = False
@@ -181,7 +195,8 @@ def test_a_target_of_parameters_is_reached_and_hardly_more(recipe: Make, kinds: 
         ({"layers": 3}, "compress.prune.layers=3: none of the 3 layers would be left"),
         ({"heads": 0.1}, "compress.prune.heads=0.1: all of the 2 heads would stay"),
         ({"experts": 0.5}, "compress.prune.experts=0.5: llama can't lose these: a llama config says nothing"),
-        ({"ffn": 0.5, "parameters": 100}, "parameters. Fix: "),
+        ({"ffn": 0.5, "parameters": 100}, "compress.prune.parameters=100: with all but the last of these gone it"),
+        ({"ffn": 0.5, "parameters": 10**6}, "compress.prune.parameters=1000000: the model as it is has 26,464. Fix: "),
     ],
 )
 def test_refusals_are_one_line_with_a_fix(recipe: Make, prune: dict[str, Any], words: str) -> None:

@@ -144,6 +144,16 @@ def test_what_cannot_be_proved_is_refused(recipe: Make, family: str, kinds: list
         find_structure(recipe_of(recipe, family), small(family), kinds)
 
 
+def test_experts_that_are_chosen_by_groups_are_refused(recipe: Make) -> None:
+    """Those that are left would be dealt to the groups anew, and a token would be sent to others."""
+    experts = {"n_routed_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 1, "moe_intermediate_size": 16}
+    groups = {"n_group": 4, "topk_group": 2, "topk_method": "group_limited_greedy"}
+    sizes = {key: SIZES[key] for key in ("hidden_size", "intermediate_size", "vocab_size", "num_attention_heads")}
+    config = AutoConfig.for_model("deepseek_v2", num_hidden_layers=3, **sizes, **experts, **groups)
+    with pytest.raises(ValueError, match="experts lie in 4 groups"):
+        find_structure(recipe_of(recipe, "deepseek_v2"), config, ["experts"])
+
+
 @pytest.mark.parametrize("gone", [0, 1, 3])
 def test_layers_of_two_kinds_stay_what_they_are(recipe: Make, gone: int, monkeypatch: pytest.MonkeyPatch) -> None:
     experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "moe_intermediate_size": 16}

@@ -14,13 +14,17 @@ from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
     BertForMaskedLM,
+    RobertaConfig,
+    RobertaForMaskedLM,
 )
 
 from ds_train.compress.compared import HiddenStates
 from ds_train.compress.distill import Distilling, add_projections
+from ds_train.compress.post_training import quantize_folder
 from ds_train.compress.teacher import Teacher, check_teacher, paired_layers
 from ds_train.config import RunConfig
 from ds_train.config.load import validate
+from ds_train.config.quantize import QuantizeSection
 from ds_train.data.tokenizer import byte_tokenizer
 from ds_train.errors import UserError
 from ds_train.models.tasks import TaskLoss
@@ -111,6 +115,30 @@ def test_who_speaks_of_other_things_may_not_teach(
     bert(tmp_path / "teacher", classifies, **changes)
     with pytest.raises(UserError, match=says):
         check_teacher(taught(tmp_path / "student", tmp_path / "teacher", task), model.config, byte_tokenizer())
+
+
+def test_who_counts_positions_otherwise_may_not_teach_packed_rows(tmp_path: Path) -> None:
+    """RoBERTa's tokens begin at position 2; given the model's, it would say other things, and nobody would see."""
+    model = bert(tmp_path / "student", False)
+    sizes = {"vocab_size": 259, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+    config = RobertaConfig(num_hidden_layers=2, max_position_embeddings=34, pad_token_id=1, **sizes)
+    RobertaForMaskedLM(config).save_pretrained(tmp_path / "roberta")
+    run = taught(tmp_path / "student", tmp_path / "roberta", "masked-lm")
+    with pytest.raises(UserError, match="counts them from 2, the model from 0"):
+        check_teacher(run, model.config, byte_tokenizer())
+    check_teacher(run, config, byte_tokenizer())
+    shorter = run.model_copy(update={"data": run.data.model_copy(update={"sequence_length": 33})})
+    with pytest.raises(UserError, match=r"it takes 32 tokens, and data\.sequence_length=33"):
+        check_teacher(shorter, config, byte_tokenizer())
+
+
+def test_what_is_packed_may_not_teach(tmp_path: Path) -> None:
+    """It is unpacked by its first forward pass, which doesn't go together with a head of our own."""
+    model = bert(tmp_path / "student", True)
+    quantize_folder(tmp_path / "student", tmp_path / "packed", QuantizeSection(weights="int8"), "rtn")
+    run = taught(tmp_path / "student", tmp_path / "packed", "sequence-classification")
+    with pytest.raises(UserError, match=r"packed integers.* Fix: give the folder of the full weights"):
+        check_teacher(run, model.config, byte_tokenizer())
 
 
 def test_another_tokenizer_or_no_head_may_not_teach(tmp_path: Path) -> None:

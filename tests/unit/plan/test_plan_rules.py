@@ -359,6 +359,10 @@ CASES = [
     Broken("distill-start", {"compress.distill.logits": "js"}, "has no start"),
     Broken("distill-missing", TAUGHT | {"compress.distill.teacher": "/nowhere"}, "no config.json"),
     Broken("distill-teacher", TAUGHT | {"compress.distill.teacher": SHORT_TEACHER}, "takes 8 tokens"),
+    Broken(
+        "distill-packed", TAUGHT | {"compress.distill.teacher": str(Path(SHORT_TEACHER).with_name("packed"))},
+        "packed integers", also=("distill-teacher",),  # of another vocabulary
+    ),
     Broken("distill-patch", TAUGHT | {"patch.size": 4}, "set patch.size=1"),
     Broken("distill-cache-logits", CACHED | {"compress.distill.hidden": 1.0}, "only logits"),
     Broken("distill-cache-samples", CACHED | CURRICULUM, "cache_top=0"),
