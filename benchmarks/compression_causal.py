@@ -50,6 +50,7 @@ def main() -> None:
     found: dict[str, list[Result]] = {}
     with tempfile.TemporaryDirectory() as name:
         root = options.folder.resolve() if options.folder else Path(name)
+        root.mkdir(parents=True, exist_ok=True)
         for seed in options.seeds:
             for row, result in rows(root, seed, options):
                 found.setdefault(row, []).append(result)
