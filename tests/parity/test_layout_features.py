@@ -52,7 +52,7 @@ if processor_has_fp16():
 
 def records(folder: Path, name: str) -> list[dict[str, Any]]:
     lines = (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()
-    keys = ("kind", "step", "loss", "grad_norm", "accuracy", "labels", "real_tokens", "tokens")
+    keys = ("kind", "step", "loss", "loss_odd", "grad_norm", "accuracy", "labels", "real_tokens", "tokens")
     return [{key: record[key] for key in keys if key in record} for record in map(json.loads, lines)]
 
 
