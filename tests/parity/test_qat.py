@@ -44,15 +44,21 @@ def round_last(tensor: Tensor, bits: int, group: int = 0) -> Tensor:
     return tensor + (rounded.flatten(-2) - tensor).detach()
 
 
-def plain_loop(recipe: Path) -> list[tuple[float, float]]:
-    """(loss, gradient norm) of each step."""
+def plain_loop(recipe: Path, seed: int | None = None) -> list[tuple[float, float]]:
+    """(loss, gradient norm) of each step; with `seed`, of activations that are off by the last bit of fp32."""
+    random = torch.Generator().manual_seed(seed or 0)
+
+    def near(tensor: Tensor) -> Tensor:
+        off = torch.randn(tensor.shape, generator=random, dtype=tensor.dtype) * torch.finfo(torch.float32).eps
+        return tensor if seed is None else tensor + (tensor * off).detach()
+
     run = load(str(recipe))
     section, model = run.compress.quantize, load_plain(str(run.model.path))
     linear = [layer for block in model.model.layers for layer in block.modules() if type(layer) is torch.nn.Linear]
     chosen = {f"{name}.weight" for name, module in model.named_modules() if module in linear}
     if section.activations != "none":
         for layer in linear:
-            layer.register_forward_pre_hook(lambda _, args: (round_last(args[0], 8),))
+            layer.register_forward_pre_hook(lambda _, args: (round_last(near(args[0]), 8),))
 
     def loss_of(step: int, batch: dict[str, Tensor], labels: Tensor) -> Tensor:
         state = dict(model.named_parameters())
@@ -87,8 +93,12 @@ def check(folder: Path, folders: tuple[Path, Path], chosen: dict[str, list[str]]
         assert expected[0][0] > 1.05 * expected[-1][0], "the reference doesn't learn, so it shows nothing"
         found, near = history_of(folder, recipe.stem), 1e-5
         if CASES[case].get("activations"):
-            # Of so many values some lie within a last bit of a tie, and are an integer apart in another layout.
-            np.testing.assert_allclose(found[0], expected[0], rtol=1e-5, err_msg=f"{case} {layout}")
+            # Of so many values some lie within a last bit of a tie, and are an integer apart in another layout: at the
+            # first step as far as last bits put the float64 loop apart.
+            others = np.array([plain_loop(recipe, seed)[0] for seed in range(4)])
+            apart = float(np.abs(others / expected[0] - 1).max())
+            assert apart < 2e-4
+            np.testing.assert_allclose(found[0], expected[0], rtol=2 * apart, err_msg=f"{case} {layout}")
             near = 1e-3
         np.testing.assert_allclose(found, expected, rtol=near, err_msg=f"{case} {layout}")
         exported = AutoModelForCausalLM.from_pretrained(folder / "runs" / recipe.stem / "export", dtype=torch.float32)
