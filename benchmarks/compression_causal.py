@@ -68,7 +68,7 @@ def rows(root: Path, seed: int, options: argparse.Namespace) -> Iterator[tuple[s
         run = folder_of(root, row, seed)
         recipe = yaml.safe_load((ROOT / "ds_configs" / "llama_prune.yaml").read_text()) | {
             "name": run.name, "run_root": str(root), "seed": seed, "model": model, "compress": {},
-            "track": {"peak_tflops": 1.0, "eval_samples": 512},
+            "track": {"peak_tflops": 1.0, "eval_samples": 3000},
             "checkpoint": {"save_final": False},
         }  # fmt: skip
         recipe["data"] |= {
