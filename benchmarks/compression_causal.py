@@ -1,8 +1,8 @@
 """A Llama of the standard library made 30 and 50 % smaller with its own teacher: held-out loss.
 
-It is so small that size is what it lacks after these tokens. Beside it a model of the smaller size, from random
-weights, that is trained on as many tokens as the pruned one has seen, those of the large model included. All runs hold
-out the same documents; losses are nats per token of one tokenizer.
+Beside it a model of the smaller size, from random weights, that is trained on as many tokens as the pruned one has
+seen, those of the large model included. All runs hold out the same documents; losses are nats per token of one
+tokenizer.
 """
 
 from __future__ import annotations

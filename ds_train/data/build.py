@@ -69,7 +69,8 @@ def load_data(
     if train is None or samples is None:
         raise _too_short(run.data.sequence_length, 0, "train")
     validation, held_out = batches("validation", eval_micro_samples)
-    sources = () if held_out is None else find_sources(run.track.eval_sources, held_out, run.track.eval_samples)
+    patterns = run.track.eval_sources
+    sources = find_sources(patterns, held_out, run.track.eval_samples) if patterns and held_out is not None else ()
     return DataBundle(
         train, validation, len(samples), tokenizer, folder, read_manifest(folder), packing_efficiency(samples), sources
     )

@@ -165,10 +165,12 @@ def train_steps(
         yield result
 
 
-def evaluate(run: RunConfig, parts: Assembly, step: int, watchdog: Watchdog | None = None) -> EvalResult | None:
+def evaluate(
+    run: RunConfig, parts: Assembly, step: int, watchdog: Watchdog | None = None, sources: Sequence[EvalSource] = ()
+) -> EvalResult | None:
     """Score the first `track.eval_samples` held-out samples; None where no label is held out. Collective.
 
-    `watchdog` times the wait for each.
+    `watchdog` times the wait for each. Each of `sources` is scored by itself too.
     """
     held_out = parts.data.validation
     if held_out is None:
@@ -183,10 +185,10 @@ def evaluate(run: RunConfig, parts: Assembly, step: int, watchdog: Watchdog | No
     loss, correct, labels = scored(None)
     if labels == 0:
         return None
-    sums = {source.name: scored(source) for source in parts.data.eval_sources}
-    sources = {name: loss / count if count else math.nan for name, (loss, _, count) in sums.items()}
+    sums = {source.name: scored(source) for source in sources}
+    losses = {name: loss / count if count else math.nan for name, (loss, _, count) in sums.items()}
     seconds = time.perf_counter() - started
-    return EvalResult(step, loss / labels, correct / labels, int(labels), seconds, sources)
+    return EvalResult(step, loss / labels, correct / labels, int(labels), seconds, losses)
 
 
 def begin_step(

@@ -245,7 +245,7 @@ class Session:
         from ds_train.engine.continuations import continue_prompts
         from ds_train.engine.loop import evaluate
 
-        scores = evaluate(self.run, self.parts, result.step, self.watchdog)
+        scores = evaluate(self.run, self.parts, result.step, self.watchdog, self.parts.data.eval_sources)
         if scores is None:
             return False
         better = self.watch.judge(scores)
