@@ -36,7 +36,7 @@ class Problem:
     @property
     def head(self) -> str:
         """The key with its value."""
-        return self.key if self.value is _NO_VALUE else f"{self.key}={_shown(self.value)}"
+        return self.key if self.value is _NO_VALUE else f"{self.key}={shown(self.value)}"
 
     def __str__(self) -> str:
         end = "" if self.fix.endswith(("?", ".")) else "."
@@ -81,13 +81,14 @@ def first_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """As a recipe would have it, in one short line."""
     text = _as_yaml(value)
     return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _as_yaml(value: Any) -> str:
-    """As a recipe would have it: true and null, and quotes where text would be read as something else."""
+    """True and null in small letters, and quotes where text would be read as something else."""
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{key}: {_as_yaml(inner)}" for key, inner in value.items()) + "}"
     if isinstance(value, (list, tuple)):

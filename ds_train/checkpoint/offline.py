@@ -37,7 +37,7 @@ def export(checkpoint: Path, folder: Path, dtype: torch.dtype) -> None:
     check(checkpoint)
     state = read_state(checkpoint)
     run = RunConfig.model_validate(state.recipe)
-    tokenizer = prepared_tokenizer(prepare(run))
+    tokenizer = prepared_tokenizer(prepare(run), run.model.trust_remote_code)
     facts = {"steps": state.step, "tokens": f"{state.tokens:,}", "task": run.task.kind, **state.versions}
     card = hf.model_card(run.name, facts, dump(run), run.model.path)
     files = open_fragments(checkpoint)
@@ -99,7 +99,7 @@ def _model_and_samples(source: Path, recipe: Path | None, samples: int) -> tuple
 def _calibration(run: RunConfig, count: int) -> list[dict[str, Tensor]]:
     """What the model takes of the first samples of the recipe's training."""
     prepared = prepare(run)
-    tokenizer = prepared_tokenizer(prepared)
+    tokenizer = prepared_tokenizer(prepared, run.model.trust_remote_code)
     micro = 8
     data = load_data(
         run, folder=prepared, tokenizer=tokenizer, data_rank=0, data_ranks=1, micro_samples=micro,

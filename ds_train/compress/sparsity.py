@@ -79,6 +79,15 @@ def _sparsegpt(weight_OI: Tensor, products_II: Tensor, pattern: Pattern) -> Tens
     return exact.to(weight_OI.dtype)
 
 
+def zeros_among(linear: list[Any]) -> Tensor:
+    """(2,) float64: weights of these layers that are zero, and all of them, as far as they are on this rank."""
+    counts = torch.zeros(2, dtype=torch.float64)
+    for module in linear:
+        held = getattr(module.weight, "ds_tensor", module.weight).detach()  # this rank's share under ZeRO-3
+        counts += torch.tensor([int((held == 0).sum()), held.numel()], dtype=torch.float64)
+    return counts
+
+
 def keep_zeros(linear: list[Any]) -> None:
     """Let the weights of these layers that are zero stay so: they get no gradient, and no optimizer moves them then.
 

@@ -25,6 +25,7 @@ from ds_train.models.tasks import TOKEN_IDS, Batch, model_inputs, plain_head
 from ds_train.models.token_drop import repeated_layers
 from ds_train.parallel.check import check_documents_apart
 from ds_train.plan.facts import has_tokenizer
+from ds_train.plan.model_size import other_order
 
 KEY = "compress.distill.teacher"
 
@@ -32,6 +33,11 @@ KEY = "compress.distill.teacher"
 def teacher_path(run: RunConfig) -> str:
     """Folder or hub id of the recipe's teacher."""
     return str(run.compress.distill.teacher or run.model.path)
+
+
+def teacher_revision(run: RunConfig) -> str:
+    """Which of a hub id's revisions it is: of the run's own start the recipe's."""
+    return (run.model.revision if run.compress.distill.teacher is None else None) or "main"
 
 
 def check_teacher(run: RunConfig, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
@@ -42,7 +48,9 @@ def check_teacher(run: RunConfig, config: PreTrainedConfig, tokenizer: PreTraine
     """
     path = teacher_path(run)
     try:
-        theirs = transformers.AutoConfig.from_pretrained(path, trust_remote_code=run.model.trust_remote_code)
+        theirs = transformers.AutoConfig.from_pretrained(
+            path, revision=teacher_revision(run), trust_remote_code=run.model.trust_remote_code
+        )
     except (OSError, ValueError) as error:
         raise _cannot_load(path, error) from error
     packing = getattr(theirs, "quantization_config", None) or {}
@@ -53,6 +61,9 @@ def check_teacher(run: RunConfig, config: PreTrainedConfig, tokenizer: PreTraine
     if run.task.kind == "sequence-classification":
         if theirs.num_labels != config.num_labels:
             _refuse(run, f"it has {theirs.num_labels} labels, and the model {config.num_labels}", path)
+        swapped = other_order(config.id2label or {}, theirs.id2label or {})
+        if swapped is not None:
+            _refuse(run, swapped, path)
         # GPT-like classifiers look for the last token that isn't padding: another one in every micro-batch.
         own_pad, pad = (getattr(one, "pad_token_id", None) for one in (config, theirs))
         if pad != own_pad:
@@ -84,14 +95,14 @@ class Teacher:
         """
         section, path = run.compress.distill, teacher_path(run)
         dtype = DTYPES[run.precision.dtype if section.dtype == "auto" else section.dtype]
-        own_start, shares = section.teacher is None, None
+        shares = None
         if section.placement != "memory":
             shares = Shares(dtype, section.placement == "offloaded", group)
         try:
             with contextlib.nullcontext() if shares is None else shares.loading():
                 loaded, info = AUTO_CLASSES[run.task.kind].from_pretrained(
-                    path, dtype=dtype, trust_remote_code=run.model.trust_remote_code, output_loading_info=True,
-                    **({"revision": run.model.revision or "main"} if own_start else {}),
+                    path, revision=teacher_revision(run), dtype=dtype, output_loading_info=True,
+                    trust_remote_code=run.model.trust_remote_code,
                 )  # fmt: skip
         except (OSError, ValueError) as error:
             raise _cannot_load(path, error) from error
@@ -192,7 +203,7 @@ def _check_tokens(run: RunConfig, path: str, tokenizer: PreTrainedTokenizerBase)
     if run.compress.distill.teacher is None or not has_tokenizer(path):
         return
     try:
-        theirs = transformers.AutoTokenizer.from_pretrained(path)
+        theirs = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=run.model.trust_remote_code)
     except (OSError, ValueError) as error:
         raise _cannot_load(path, error) from error
     words = theirs.get_vocab()

@@ -81,7 +81,8 @@ def open_samples(run: RunConfig, folder: Path, split: str, tokenizer: Any = None
     file = open_split(folder, split)
     if file is None:
         return None
-    return _samples(run, file, tokenizer or prepared_tokenizer(folder), allow_short=split == "validation")
+    known = tokenizer or prepared_tokenizer(folder, run.model.trust_remote_code)
+    return _samples(run, file, known, allow_short=split == "validation")
 
 
 def packing_efficiency(samples: Samples | MaskedSamples) -> float | None:

@@ -18,6 +18,7 @@ import mmap
 import os
 import platform
 import shutil
+import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
@@ -45,6 +46,7 @@ SHAPE_KEYS = ("packing", "packing_by", "padding_free")
 """Keys of the `data` section that say how tokens become samples, and leave the tokens as they are."""
 # Texts go to the tokenizer in batches of at most so many, and so many characters (a token takes some 100 bytes there).
 _BATCH_DOCUMENTS, _BATCH_CHARACTERS = 1024, 2**20
+_ABANDONED_S = 24 * 3600.0
 # With fewer documents than this, the end of each is held out instead of whole documents.
 _FEW_DOCUMENTS = 50
 
@@ -106,6 +108,7 @@ def prepare(run: RunConfig, progress: bool = False) -> Path:
         return folder
     # A name of its own: another process may be preparing the same data.
     partial = cache / f"{key}.partial-{uuid.uuid4().hex[:12]}"
+    _remove_abandoned(cache)
     try:
         partial.mkdir(parents=True)
         _write(run, tokenizer, partial, progress)
@@ -132,9 +135,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise _damaged(folder, f"{folder / MANIFEST} is missing or damaged") from error
 
 
-def prepared_tokenizer(folder: Path) -> Any:
-    """The tokenizer that the folder's tokens were made with."""
-    return load_saved(folder / "tokenizer")
+def prepared_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
+    """The tokenizer that the folder's tokens were made with; one with code of its own has to be trusted again."""
+    return load_saved(folder / "tokenizer", trust_remote_code)
 
 
 def open_split(folder: Path, split: str) -> TokenFile | None:
@@ -184,6 +187,17 @@ def content_key(run: RunConfig, tokenizer: str) -> str:
     if run.task.kind == "sequence-classification":
         content["classes"] = [data.label_column, run.task.num_labels, data.sequence_length]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def _remove_abandoned(cache: Path) -> None:
+    """Remove what killed processes have left half written: nothing in it has been written to for a day."""
+    for partial in cache.glob("*.partial-*"):
+        try:
+            last = max(path.stat().st_mtime for path in (partial, *partial.iterdir()))
+        except OSError:  # its own process has just finished with it
+            continue
+        if time.time() - last > _ABANDONED_S:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def _publish(partial: Path, folder: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -124,13 +126,16 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
         # Encoding with a length leaves its mark in these two; whoever encodes says them anew.
         core.pop("truncation", None)
         core.pop("padding", None)
+    module = sys.modules[type(tokenizer).__module__]
+    if module.__name__.startswith("transformers_modules."):  # code that came with it may do anything
+        core = [core, inspect.getsource(module)]
     specials = sorted((name, str(token)) for name, token in tokenizer.special_tokens_map.items())
     return hashlib.sha256(json.dumps([core, specials], sort_keys=True).encode()).hexdigest()
 
 
-def load_saved(folder: Path) -> PreTrainedTokenizerBase:
-    """A tokenizer that `save_pretrained` wrote into `folder`."""
-    return AutoTokenizer.from_pretrained(folder)
+def load_saved(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """A tokenizer that `save_pretrained` wrote into `folder`, with the code of its own where it has any."""
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
 
 
 def _wrap(core: Tokenizer) -> PreTrainedTokenizerFast:

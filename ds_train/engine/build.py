@@ -19,13 +19,14 @@ from ds_train.compress.compared import check_relations
 from ds_train.compress.distill import Distilling, TeacherBeside
 from ds_train.compress.packed import Packing, check_loads
 from ds_train.compress.qat import Rounding, linear_layers
-from ds_train.compress.sparsity import keep_zeros
+from ds_train.compress.sparsity import keep_zeros, zeros_among
 from ds_train.compress.teacher import check_teacher, teacher_path
 from ds_train.config import RunConfig
 from ds_train.data.build import DataBundle, load_data
 from ds_train.engine.distilling import check_teacher_shared, distil
 from ds_train.engine.prunable import Prunable, find_prunable
-from ds_train.engine.ranks import RankInfo, on_main_first
+from ds_train.engine.ranks import RankInfo, all_sum, on_main_first
+from ds_train.errors import user_error
 from ds_train.models.cpu_attention import tiles_are_faster, use_tiled_attention
 from ds_train.models.cpu_products import fp32_products_are_faster, use_fp32_products
 from ds_train.models.kept_layers import start_from_kept_layers
@@ -86,6 +87,9 @@ class Assembly:
         return self.part.model
 
 
+_FEWEST_ZEROS = 1e-3
+"""Share of zeros below which nothing has made a model sparse: shards of ZeRO-3 are filled up with a few, too."""
+
 _engines: WeakSet[Any] = WeakSet()
 """Those that were built in this process and are still there."""
 
@@ -107,6 +111,17 @@ def _leave_last_engine() -> None:
             cell.cell_contents.cache_clear()
     gc.collect()  # engines are in cycles of references
     leave_groups()
+
+
+def _check_zeros(run: RunConfig, linear: list[Any]) -> None:
+    """Refuse to keep the zeros of a model that has none. Collective."""
+    from deepspeed.accelerator import get_accelerator
+
+    zeros, every = all_sum(zeros_among(linear).to(get_accelerator().current_device_name())).tolist()
+    if zeros < _FEWEST_ZEROS * every:
+        reason = f"of the {every:,.0f} weights of {run.model.path} that may be zero {zeros:,.0f} are"
+        fix = "give the folder that `ds-train sparsify` has written in model.path, or leave it out"
+        raise user_error("compress.keep_zeros", reason, fix, True)
 
 
 def assemble(
@@ -196,6 +211,7 @@ def assemble(
     packing = Packing.of(quantize, part.outline) if quantize.bits else None
     rounding = Rounding(run, part.model, mesh.tensor) if quantize.bits else None
     if run.compress.keep_zeros:
+        _check_zeros(run, linear_layers(part.model))
         keep_zeros(linear_layers(part.model))
     lean = run.model.lean_activations and not run.model.activation_checkpointing and not run.model.compile
     if run.model.liger:

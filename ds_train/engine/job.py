@@ -312,7 +312,7 @@ def _prepare_data(run: RunConfig, info: RankInfo) -> tuple[Path, Any]:
     from ds_train.data.prepare import prepare, prepared_tokenizer
 
     prepared = on_main_first(info, lambda: prepare(run, progress=sys.stderr.isatty()))
-    return prepared, prepared_tokenizer(prepared)
+    return prepared, prepared_tokenizer(prepared, run.model.trust_remote_code)
 
 
 def _find_checkpoint(run: RunConfig, info: RankInfo, folder: Path, fingerprint: str) -> Path | None:

@@ -141,7 +141,7 @@ def _search(
     from ds_train.parallel.sequence import leave_sequence
 
     prepared = on_main_first(info, lambda: prepare(run))
-    tokenizer = prepared_tokenizer(prepared)
+    tokenizer = prepared_tokenizer(prepared, run.model.trust_remote_code)
     parts = assemble(run, plan, info, tokenizer, prepared)
     kept = folder / "lr-find.partial"
     try:

@@ -86,7 +86,7 @@ def _prune(
         if native.read_state(checkpoint).pruning.get("cut"):
             raise user_error("--checkpoint", "its model has been cut already", "give an earlier one", str(checkpoint))
     prepared = on_main_first(info, lambda: prepare(run, progress=False))
-    tokenizer = prepared_tokenizer(prepared)
+    tokenizer = prepared_tokenizer(prepared, run.model.trust_remote_code)
     parts = assemble(run, plan, info, tokenizer, prepared, plan.layout)
     assert parts.prunable is not None
     if checkpoint is not None:

@@ -190,6 +190,16 @@ def read_config(path: str, revision: str | None = None) -> dict[str, Any] | None
     return None
 
 
+def other_order(ours: Mapping[Any, str], theirs: Mapping[Any, str]) -> str | None:
+    """A label that two classifiers' `id2label` give different numbers, in a phrase; None where none is known to."""
+    place = {name.casefold(): int(label) for label, name in ours.items()}
+    for label, name in theirs.items():
+        own = place.get(name.casefold(), int(label))
+        if own != int(label):
+            return f"its label {label} is {name!r}, which is the model's label {own}"
+    return None
+
+
 def of_kept_layers(config: dict[str, Any], kept: list[int] | None) -> dict[str, Any]:
     """A config.json whose model has only the layers `kept`, which are below its number; all without it."""
     names = [name for name in ALIASES["num_hidden_layers"] if isinstance(config.get(name), int)]

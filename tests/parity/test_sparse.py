@@ -18,6 +18,7 @@ from plain_loop import (
     write_recipe,
     write_weights,
 )
+from ranks import run_ranks
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -41,6 +42,18 @@ def plain_loop(recipe: Path) -> list[tuple[float, float]]:
         return mean_cross_entropy(model(**batch).logits, labels)
 
     return plain_steps(recipe, [*model.parameters()], loss_of, mask_gradients)
+
+
+@pytest.mark.exhaustive
+def test_a_model_without_zeros_has_none_to_keep(tmp_path: Path) -> None:
+    corpus, whole = write_corpus(tmp_path / "corpus"), write_weights(tmp_path / "llama", "llama")
+    recipe = write_recipe(
+        tmp_path, "zero3", corpus, whole, "llama", TWO_RANKS["zero3"], compress={"keep_zeros": True}
+    )  # fmt: skip
+    ended = run_ranks(2, ["launch/train.py", str(recipe)])
+    assert ended.codes == [2, 2]
+    assert "compress.keep_zeros=true: of the" in ended.outputs[0]
+    assert "that may be zero 0 are. Fix: give the folder that `ds-train sparsify` has written" in ended.outputs[0]
 
 
 @pytest.mark.exhaustive

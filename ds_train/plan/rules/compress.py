@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_train.plan.facts import Facts
-from ds_train.plan.model_size import model_size, read_config
+from ds_train.plan.model_size import model_size, other_order, read_config
 from ds_train.plan.relations import even_heads, other_heads, relation_heads, uneven_heads
 from ds_train.plan.rules.base import (
     CLASSIFYING,
@@ -65,9 +65,11 @@ def _teacher_differs(facts: Facts) -> str | None:
     if positions and 0 < positions < run.data.sequence_length:  # some say -1 for no end
         return f"it takes {positions} tokens, and data.sequence_length={run.data.sequence_length}"
     if run.task.kind == CLASSIFYING:
-        labels = len(config.get("id2label") or (0, 1))
-        differs = labels != run.task.num_labels
-        return f"it has {labels} labels, and task.num_labels={run.task.num_labels}" if differs else None
+        names = config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
+        if len(names) != run.task.num_labels:
+            return f"it has {len(names)} labels, and task.num_labels={run.task.num_labels}"
+        own = read_config(run.model.path, run.model.revision) if run.model.path else None
+        return other_order((own or {}).get("id2label") or {}, names)
     ours = facts.size.vocab_size if facts.size else None
     if ours and vocabulary and ours != vocabulary:
         return f"its vocabulary is {vocabulary:,} tokens, and the model's {ours:,}"

@@ -8,6 +8,7 @@ import pytest
 
 from ds_train.checkpoint.native import TrainState
 from ds_train.checkpoint.same_run import check_resumable, said_changes
+from ds_train.config.load import validate
 from ds_train.errors import UserError
 
 
@@ -26,7 +27,7 @@ def test_what_may_and_what_may_not_change_on_resume() -> None:
     check_resumable(saved, recipe | later, "abc")
     moved = recipe | {"data": {"source": "text", "workers": 1, "path": "/elsewhere"}}
     check_resumable(saved, moved, "abc")
-    with pytest.raises(UserError, match=r"data\.path=/elsewhere: the checkpoint was made with None"):
+    with pytest.raises(UserError, match=r"data\.path=/elsewhere: the checkpoint was made with null"):
         check_resumable(saved, moved, "xyz")
     with pytest.raises(UserError, match=r"(?s)data.source=stdlib.*made with text.*seed=2"):
         check_resumable(saved, recipe | {"seed": 2, "data": {"source": "stdlib"}}, "abc")
@@ -41,3 +42,17 @@ def test_what_changes_the_losses_from_here_on_is_said() -> None:
     assert said_changes(recipe, later) == [
         "batch.micro_samples was 2 and is now 1", "schedule.steps was 100 and is now 200",
     ]  # fmt: skip
+
+
+def test_a_key_that_came_with_a_later_version_had_its_default_before() -> None:
+    now = validate({"model": {"arch": "llama"}, "schedule": {"steps": 9}, "compress": {"prune": {"ffn": {0: 0.5}}}})
+    recipe = now.model_dump(mode="json")
+    before = json.loads(json.dumps(recipe))
+    del before["optimizer"]["decay_all"], before["layer_drop"], before["model"]["keep_layers"]
+    del before["schedule"]["kind"]
+    saved = TrainState(5, 50, before, {"ranks": 2}, {}, "abc")
+    check_resumable(saved, recipe, "abc")
+    assert said_changes(before, recipe) == []
+    recipe["optimizer"]["decay_all"] = True
+    with pytest.raises(UserError, match=r"optimizer\.decay_all=true: the checkpoint was made with false"):
+        check_resumable(saved, recipe, "abc")

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from ds_train.compress.post_training import thin_folder
 from ds_train.compress.qat import linear_layers, linear_names
-from ds_train.compress.sparsity import Pattern, Score, keep_zeros, thin
+from ds_train.compress.sparsity import Pattern, Score, keep_zeros, thin, zeros_among
 
 PATTERNS = {"2:4": Pattern(0.5, 4), "1:4": Pattern(0.25, 4), "half": Pattern(0.5), "most": Pattern(0.8)}
 
@@ -88,6 +88,8 @@ def test_a_thin_folder_stays_thin_in_training(score: Score, tmp_path: Path) -> N
     assert thin_folder(tmp_path / "whole", tmp_path / "thin", Pattern(0.5, 4), score, [batch]) == pytest.approx(0.5)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "thin", dtype=torch.float32)
     names = linear_names(model, 4)
+    zeros, every = zeros_among(linear_layers(model)).tolist()
+    assert zeros == every / 2 == sum(model.get_submodule(name).weight.numel() for name in names) / 2
     before = {name: model.get_submodule(name).weight.detach().clone() for name in names}
     keep_zeros(linear_layers(model))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)

@@ -105,16 +105,31 @@ def test_the_loss_of_a_model_that_gives_logits(task: str, tmp_path: Path) -> Non
         ("masked-lm", {"vocab_size": 300}, "its vocabulary is 300 tokens, and the model's 259"),
         ("masked-lm", {"max_position_embeddings": 16}, "it takes 16 tokens"),
         ("sequence-classification", {"num_labels": 4}, "it has 4 labels, and the model 3"),
+        (
+            "sequence-classification",
+            {"id2label": {0: "neutral", 1: "Good", 2: "bad"}},
+            "its label 0 is 'neutral', which is the model's label 1",
+        ),
     ],
 )
 def test_who_speaks_of_other_things_may_not_teach(
     task: str, changes: dict[str, Any], says: str, tmp_path: Path
 ) -> None:
     classifies = task == "sequence-classification"
-    model = bert(tmp_path / "student", classifies)
+    named = {"id2label": {0: "bad", 1: "neutral", 2: "good"}} if classifies else {}
+    model = bert(tmp_path / "student", classifies, **named)
     bert(tmp_path / "teacher", classifies, **changes)
     with pytest.raises(UserError, match=says):
         check_teacher(taught(tmp_path / "student", tmp_path / "teacher", task), model.config, byte_tokenizer())
+
+
+def test_of_labels_only_names_that_both_know_are_compared(tmp_path: Path) -> None:
+    model = bert(tmp_path / "student", True, id2label={0: "bad", 1: "neutral", 2: "good"})
+    bert(tmp_path / "teacher", True, id2label={0: "BAD", 1: "neither", 2: "good"})
+    bert(tmp_path / "nameless", True)
+    for teacher in ("teacher", "nameless"):
+        run = taught(tmp_path / "student", tmp_path / teacher, "sequence-classification")
+        check_teacher(run, model.config, byte_tokenizer())
 
 
 def test_who_counts_positions_otherwise_may_not_teach_packed_rows(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from ds_train.config import RunConfig
 from ds_train.data import prepare as module
 from ds_train.data.prepare import TokenFile, held_out, open_split, prepare, prepared_tokenizer, read_manifest
-from ds_train.data.tokenizer import fingerprint
+from ds_train.data.tokenizer import byte_tokenizer, fingerprint
 from ds_train.errors import UserError
 
 Recipe = Callable[..., RunConfig]
@@ -132,6 +132,33 @@ def test_large_vocabularies_take_four_bytes(recipe: Recipe, tmp_path: Path) -> N
     assert opened(folder, "train").tokens.dtype == np.uint32
 
 
+def test_a_tokenizer_with_code_of_its_own_lies_there_with_it(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    own = tmp_path / "own"
+    byte_tokenizer().save_pretrained(own)
+    (own / "reversed.py").write_text(
+        "from transformers import PreTrainedTokenizerFast\n"
+        "class ReversedTokenizer(PreTrainedTokenizerFast):\n"
+        "    def __call__(self, texts, **options):\n"
+        "        return super().__call__([text[::-1] for text in texts], **options)\n"
+    )
+    file = own / "tokenizer_config.json"
+    places = {"AutoTokenizer": ["reversed.ReversedTokenizer", None]}
+    named = {"tokenizer_class": "ReversedTokenizer", "auto_map": places}
+    file.write_text(json.dumps(json.loads(file.read_text()) | named))
+    one_file(tmp_path, "abc" * 90)
+    data = {"tokenizer": str(own), "validation_fraction": 0}
+    folder = prepare(recipe(data=data, model={"arch": "llama", "trust_remote_code": True}))
+    assert rows(folder, "train") == [[*reversed(b"abc" * 90), EOS]]
+    tokenizer = prepared_tokenizer(folder, trust_remote_code=True)
+    assert type(tokenizer).__name__ == "ReversedTokenizer"
+    assert fingerprint(tokenizer) == read_manifest(folder)["tokenizer"] != fingerprint(byte_tokenizer())
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        prepared_tokenizer(folder)
+
+
 def test_a_trained_tokenizer_lies_with_its_tokens(recipe: Recipe, texts: list[str]) -> None:
     folder = prepare(recipe(data={"train_vocabulary": 280, "validation_fraction": 0}))
     tokenizer = prepared_tokenizer(folder)
@@ -214,8 +241,14 @@ def test_a_killed_process_leaves_nothing_taken_for_whole(
         finally:
             os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
-    assert len(list((tmp_path / "cache").iterdir())) == 1
-    assert len(rows(prepare(run), "train")) > 60
+    (left,) = (tmp_path / "cache").iterdir()
+    whole = prepare(run)
+    assert len(rows(whole, "train")) > 60
+    assert left.is_dir()  # it might be another process's that is still at work
+    for path in (*left.iterdir(), left):
+        os.utime(path, (0, 0))
+    other = prepare(recipe(data={"max_documents": 60}))
+    assert {*(tmp_path / "cache").iterdir()} == {whole, other}
 
 
 def test_a_failure_cleans_up(recipe: Recipe, texts: list[str], tmp_path: Path) -> None:
