@@ -372,12 +372,19 @@ def _step(path: Path) -> int:
 
 def damage_of(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint, the same phrase on every rank; each reads its share of the files. Collective."""
-    manifest = _from_main(read_manifest(checkpoint))
-    if manifest is not None and manifest.get("format") != FORMAT:
-        return "it was written by another version of ds_train"
+    foreign = _from_main(foreign_format(checkpoint))
+    if foreign is not None:
+        return foreign
     reasons: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(reasons, damage(checkpoint, dist.get_rank(), dist.get_world_size()))
     return next((reason for reason in reasons if reason is not None), None)
+
+
+def foreign_format(checkpoint: Path) -> str | None:
+    """Why the files of a checkpoint can't be read by this version, in a phrase."""
+    manifest = read_manifest(checkpoint)
+    known = manifest is None or manifest.get("format") == FORMAT
+    return None if known else "it was written by another version of ds_train"
 
 
 def _from_main(own: Shared) -> Shared:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from ds_train.checkpoint import hf
 from ds_train.checkpoint.fragments import WEIGHT, Fragment, Shape
 from ds_train.checkpoint.manifest import Written, damage, make_durable, write_manifest
-from ds_train.checkpoint.native import FORMAT, STATE, open_fragments, read_state
+from ds_train.checkpoint.native import FORMAT, STATE, foreign_format, open_fragments, read_state
 from ds_train.checkpoint.shards import FragmentFiles, write_fragments
 from ds_train.compress.cut import config_after
 from ds_train.compress.packed import Packing
@@ -146,12 +146,12 @@ def rewrite(checkpoint: Path, folder: Path, file_bytes: int = hf.FILE_BYTES) -> 
 
 
 def check(checkpoint: Path) -> None:
-    """Refuse a checkpoint that isn't whole.
+    """Refuse a checkpoint that isn't whole, or is another version's.
 
     Raises:
         UserError: what is wrong with it.
     """
-    reason = damage(checkpoint)
+    reason = foreign_format(checkpoint) or damage(checkpoint)
     if reason is not None:
         fix = "give the folder of a whole checkpoint, RUN/checkpoints/step-*"
         raise user_error("checkpoint", reason, fix, str(checkpoint))
