@@ -65,8 +65,8 @@ def _type(annotation: Any) -> str:
         return " | ".join(_type(argument) for argument in arguments)
     if origin is typing.Literal:
         return " | ".join(str(value) for value in arguments)
-    if origin is tuple:
-        count = "" if Ellipsis in arguments else f"{len(arguments)} "
+    if origin in (tuple, list):
+        count = "" if origin is list or Ellipsis in arguments else f"{len(arguments)} "
         return f"list of {count}{_type(arguments[0])}"
     if origin is dict:
         return "mapping"

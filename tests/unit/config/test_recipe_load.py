@@ -175,6 +175,8 @@ def test_every_field_has_a_docstring() -> None:
     shown = {row.key: (row.type, row.default) for row in rows}
     assert shown["optimizer.betas"] == ("list of 2 float", "[0.9, 0.95]")
     assert shown["data.max_documents"] == ("int | null", "null")
+    assert shown["parallel.stage_layers"] == ("list of int | null", "null")
+    assert shown["compress.prune.ffn"] == ("float | list of float | mapping", "0.0")
     assert shown["data.packing"] == ("bool", "true")
     assert [row.key for row in reference("precision")][:2] == ["precision", "precision.dtype"]
     assert not reference("prec")
