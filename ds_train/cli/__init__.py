@@ -1,4 +1,4 @@
-"""`ds-train`: look at the schema, plan a run, prepare its data, watch it, report on it."""
+"""`ds-train`: plan, train, watch and export what a YAML recipe says. `ds-train schema` describes every key of one."""
 
 from __future__ import annotations
 
@@ -28,12 +28,18 @@ def version() -> None:
 
 
 # In the order of `ds-train --help`. They import heavy libraries inside: `schema` and `plan` answer without torch.
-COMMANDS = (
-    recipes.schema, recipes.plan, recipes.calibrate, data.prepare, data.tokenizers, ranks.lr_find, ranks.prune,
-    launching.launch, launching.supervise, launching.doctor, ranks.profile, models.export, models.reshard,
-    data.explain_step, models.quantize, models.sparsify, runs.report, runs.top, version,
-)  # fmt: skip
+COMMANDS = {
+    "Before a run": (
+        recipes.schema, recipes.plan, recipes.calibrate, launching.doctor, data.prepare, data.tokenizers, ranks.lr_find,
+    ),
+    "A run": (
+        launching.launch, launching.supervise, ranks.profile, runs.top, runs.report, data.explain_step,
+    ),
+    "A model": (models.export, models.reshard, ranks.prune, models.quantize, models.sparsify),
+    "This program": (version,),
+}  # fmt: skip
 
 app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, help=__doc__)
-for command in COMMANDS:
-    app.command()(command)
+for panel, commands in COMMANDS.items():
+    for command in commands:
+        app.command(rich_help_panel=panel)(command)

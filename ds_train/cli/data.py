@@ -84,7 +84,7 @@ def explain_step(
     run: Annotated[Path, typer.Argument(help="Folder of a run: run_root/name.")],
     step: Annotated[int, typer.Argument(help="Step, counted from 1 as in metrics.jsonl.")],
     rollbacks: Annotated[
-        int | None, typer.Option(min=0, help="As the run was after so many roll-backs; after all of them without it.")
+        int | None, typer.Option(min=0, help="As the run was after so many roll-backs; if left out, after all.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:

@@ -55,10 +55,10 @@ def quantize(
     bits: Annotated[int, typer.Option(help="Bits of a weight: 4 or 8.")] = 8,
     group: Annotated[int, typer.Option(min=0, help="Inputs that share a scale; 0 is one scale a row.")] = 0,
     method: Annotated[str, typer.Option(help="rtn (to nearest), gptq or awq (with samples).")] = "rtn",
-    recipe: Annotated[Path | None, typer.Option(help="Recipe of the samples; the run's own without it.")] = None,
-    samples: Annotated[int | None, typer.Option(min=1, help="Samples that are looked at; 128 without it.")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="Recipe of the samples; if left out, the run's own.")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Samples that are looked at; if left out, 128.")] = None,
 ) -> None:
-    """Round a trained model's linear layers to few bits, packed as compressed-tensors. Takes one process."""
+    """Round a trained model's linear layers to few bits, packed as compressed-tensors. One CPU process."""
     if bits not in (4, 8):
         raise user_error("--bits", "no such number of bits", "4 or 8", bits)
     if method not in ("rtn", "gptq", "awq"):
@@ -78,10 +78,10 @@ def sparsify(
     folder: Written,
     pattern: Annotated[str, typer.Option(help="Zeros of a row: 2:4 (two in four neighbours), or a share.")] = "2:4",
     method: Annotated[str, typer.Option(help="magnitude, wanda or sparsegpt (both with samples).")] = "wanda",
-    recipe: Annotated[Path | None, typer.Option(help="Recipe of the samples; the run's own without it.")] = None,
-    samples: Annotated[int | None, typer.Option(min=1, help="Samples that are looked at; 128 without it.")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="Recipe of the samples; if left out, the run's own.")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Samples that are looked at; if left out, 128.")] = None,
 ) -> None:
-    """Set weights of a trained model's linear layers to zero; compress.keep_zeros trains it so. Takes one process."""
+    """Set weights of a trained model's linear layers to zero; compress.keep_zeros trains it so. One CPU process."""
     if method not in ("magnitude", "wanda", "sparsegpt"):
         raise user_error("--method", "no such method", "magnitude, wanda or sparsegpt", method)
     if method == "magnitude":

@@ -15,18 +15,26 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key=value]...",
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 
 Hostfile = Annotated[
-    Path | None, typer.Option("--hostfile", "-H", help="Hosts, `name slots=N` a line; this machine without it.")
+    Path | None,
+    typer.Option("--hostfile", "-H", help="File of hosts, `name slots=N` a line; if left out, this machine."),
 ]
 Include = Annotated[str, typer.Option("--include", "-i", help="Hosts and slots to use: worker-0@worker-1:0,2.")]
 Exclude = Annotated[str, typer.Option("--exclude", "-e", help="Hosts and slots not to use.")]
 Ranks = Annotated[
-    int | None, typer.Option(min=1, help="Ranks in all; every slot without it, every device of this machine, or 1.")
+    int | None,
+    typer.Option(
+        min=1, help="Ranks in all; if left out, every slot of the hostfile, every device of this machine, or 1."
+    ),
 ]
 MasterAddr = Annotated[
-    str | None, typer.Option(help="Address of the first host that ranks meet at; the one ssh reaches it by.")
+    str | None,
+    typer.Option(help="Address of the first host, where ranks meet; if left out, the one by which ssh reaches it."),
 ]
 MasterPort = Annotated[
-    int | None, typer.Option(min=1, max=65535, help="Port that ranks meet at; a free one where it is taken.")
+    int | None,
+    typer.Option(
+        min=1, max=65535, help="Port where ranks meet; if left out, 29500 on several hosts. A free one if taken."
+    ),
 ]
 
 

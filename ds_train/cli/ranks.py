@@ -57,7 +57,7 @@ def prune(
     hostfile: Hostfile = None,
     ranks: Ranks = None,
     checkpoint: Annotated[
-        Path | None, typer.Option(help="RUN/checkpoints/step-* to prune; the recipe's first weights without it.")
+        Path | None, typer.Option(help="RUN/checkpoints/step-* to prune; if left out, the recipe's first weights.")
     ] = None,
 ) -> None:
     """Prune at once, without training: score the recipe's units on `score_steps` steps of its data, cut, and export.

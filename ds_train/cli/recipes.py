@@ -15,10 +15,10 @@ from ds_train.errors import user_error
 
 
 def schema(
-    key: Annotated[str, typer.Argument(help="A key or section, such as parallel.zero_stage; all without it.")] = "",
+    key: Annotated[str, typer.Argument(help="A key or section, such as parallel.zero_stage; if left out, all.")] = "",
     as_json: AsJson = False,
 ) -> None:
-    """The reference of every recipe key, or a JSON Schema that editors use."""
+    """Describe recipe keys: type, default, meaning; or print a JSON Schema for editors."""
     from rich.console import Console
     from rich.markup import escape
     from rich.padding import Padding
@@ -52,13 +52,13 @@ def plan(
         str | None, typer.Option(help="Cluster to plan for: 16x8:H100 (hosts x devices:kind), or a hostfile.")
     ] = None,
     ranks: Annotated[
-        int | None, typer.Option(min=1, help="Ranks of the launch on machines like this one; 1 without it.")
+        int | None, typer.Option(min=1, help="Ranks of the launch, on machines like this one; if left out, 1.")
     ] = None,
     ranks_per_host: Annotated[
-        int | None, typer.Option(min=1, help="Ranks of one host; all of them without it.")
+        int | None, typer.Option(min=1, help="Ranks of each host; if left out, all on one.")
     ] = None,
     device: Annotated[
-        str, typer.Option(help="Kind of device: cpu, cuda, xpu, hpu, npu; this machine's own without it.")
+        str, typer.Option(help="Kind of device: cpu, cuda, xpu, hpu, npu; if left out, this machine's.")
     ] = "",
     auto: Annotated[bool, typer.Option("--auto", help="Choose every field that may be auto.")] = False,
     why: Annotated[
@@ -126,9 +126,9 @@ def _plot_curves(run: RunConfig, path: Path) -> None:
 
 def calibrate(
     ranks: Annotated[
-        str, typer.Option(help="Numbers of ranks to measure, such as 1,2,4; every power of two that fits without it.")
+        str, typer.Option(help="Numbers of ranks to measure, such as 1,2,4; if left out, every power of two that fits.")
     ] = "",
-    device: Annotated[str, typer.Option(help="Kind of device; this machine's own without it.")] = "",
+    device: Annotated[str, typer.Option(help="Kind of device; if left out, this machine's.")] = "",
 ) -> None:
     """Measure this machine (products, memory, collectives) for the plans that are made on it. Takes a minute."""
     from ds_train.engine.calibrate import calibrate as measure

@@ -12,9 +12,11 @@ from ds_train.errors import user_error
 
 def report(
     folders: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs, or metrics.jsonl files.")],
-    out: Annotated[Path | None, typer.Option(help="The page; RUN/report.html, or report.html for several.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The page; if left out, RUN/report.html, or report.html for several runs.")
+    ] = None,
     png: Annotated[Path | None, typer.Option(help="Also write each curve as a PNG into this folder.")] = None,
-    axis: Annotated[str, typer.Option(help="step, tokens or hours; what compares these runs without it.")] = "",
+    axis: Annotated[str, typer.Option(help="step, tokens or hours; if left out, what compares these runs.")] = "",
 ) -> None:
     """One HTML page about one run, or several on top of one another: curves, where time goes, events, layout."""
     from ds_train.track.report import AXES, write_pngs, write_report
