@@ -9,10 +9,10 @@ from ds_train.config.batch import Auto
 
 
 class CheckpointSection(Section):
-    """Checkpoints lie in RUN/checkpoints; the export lies in RUN/export."""
+    """Checkpoints lie in RUN/checkpoints, the export in RUN/export; RUN is `run_root/name`."""
 
     every_steps: int | None = Field(default=None, ge=1)
-    """Save after every this many steps. `null` saves at the end only."""
+    """Save after every this many steps. `null` saves at the end, and when the run is told to stop."""
 
     keep_last: int = Field(default=2, ge=1)
     """Newest checkpoints that are kept; older ones are removed after a newer one is whole."""

@@ -129,5 +129,6 @@ class CompressSection(Section):
     keep_zeros: bool = False
     """Weights of the blocks' linear layers that start as zero stay zero, so that what `ds-train sparsify` has made is
     trained as it is."""
+
     prune: PruneSection = PruneSection()
     """Structured pruning."""

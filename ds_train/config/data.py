@@ -20,7 +20,8 @@ class DataSection(Section):
     `text`, `jsonl`, `parquet` and `tsv` read local files; `hub` reads a `datasets` hub id."""
 
     path: Place | None = None
-    """File, folder or glob of the local sources; hub id for `hub`. `text` takes one document per file."""
+    """File, folder (all below it, but hidden names) or glob of the local sources; hub id for `hub`. `text` takes one
+    document per file."""
 
     subset: str | None = None
     """Configuration name of a hub data set (`wikitext-103-raw-v1`)."""
@@ -72,7 +73,8 @@ class DataSection(Section):
     For fine-tuning language models on texts of uneven length."""
 
     cache_dir: str = "~/.cache/ds_train"
-    """Folder of the prepared, memory-mapped tokens. Prepared data is reused when source and tokenizer are the same."""
+    """Folder of the prepared, memory-mapped tokens. Prepared data are reused when source and tokenizer are the same:
+    files by path, size and time of change, a data set on the hub by its id alone. Nothing removes them."""
 
     workers: int = Field(default=4, ge=0)
     """Steps whose batches a thread loads ahead of the step loop, some at a time; 0 loads them inside the loop."""

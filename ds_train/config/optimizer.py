@@ -15,7 +15,7 @@ class OptimizerSection(Section):
     """One optimizer for all parameters; biases and norms are left out of weight decay by default."""
 
     kind: Literal["adamw", "adam", "adagrad", "sgd"] = "adamw"
-    """`adamw` decouples weight decay (arXiv 1711.05101); `adam` and `adagrad` add it to the gradient."""
+    """`adamw` decouples weight decay (arXiv 1711.05101); `adam`, `adagrad` and `sgd` add it to the gradient."""
 
     kernel: Literal["auto", "fused", "torch"] = "auto"
     """`auto` updates with this project's fused kernels where the optimizer's states are on a CPU or a CUDA device and

@@ -21,7 +21,8 @@ class ParallelSection(Section):
     """Ranks that the recipe is made for; a launch with another number is refused. `auto` takes any number."""
 
     pipeline: Positive | Auto = 1
-    """Pipeline stages, each on ranks of its own."""
+    """Pipeline stages, each on ranks of its own. For `causal-lm`, with zero_stage 1 (0 runs as 1), not with
+    `sequence`."""
 
     stage_layers: list[Positive] | None = None
     """Layers of each pipeline stage; left out, stages are balanced by their cost."""
@@ -30,10 +31,12 @@ class ParallelSection(Section):
     """Ranks that share every layer's matrices (tensor parallelism)."""
 
     sequence: Positive | Auto = 1
-    """Ranks that share the tokens of each sample (DeepSpeed-Ulysses, arXiv 2309.14509)."""
+    """Ranks that share the tokens of each sample (DeepSpeed-Ulysses, arXiv 2309.14509). For `causal-lm`; sequence x
+    tensor divides the attention heads."""
 
     zero_stage: Literal[0, 1, 2, 3, "auto"] = 1
-    """ZeRO stage (arXiv 1910.02054): 1 shards optimizer states, 2 gradients too, 3 parameters too."""
+    """ZeRO stage (arXiv 1910.02054): 1 shards optimizer states, 2 gradients too, 3 parameters too. In 16 bits and in
+    pipelines 0 runs as 1, since DeepSpeed's stage 0 computes another step there; the plan says so."""
 
     offload_optimizer: Literal["none", "cpu", "nvme", "auto"] = "none"
     """Where optimizer states and master weights live if not on the device. Needs zero_stage 1 or more; nvme 3.
@@ -43,7 +46,8 @@ class ParallelSection(Section):
     """Where parameters live between uses. Needs zero_stage 3."""
 
     nvme_path: Place | None = None
-    """Folder on a fast local disk for nvme offload."""
+    """Folder on a fast local disk for nvme offload, for which DeepSpeed compiles its async_io at first use: that needs
+    the headers of libaio."""
 
     pin_memory: bool = True
     """Page-lock offloaded memory, for faster copies to the device. Without a device it does nothing."""

@@ -90,4 +90,5 @@ class RunConfig(Section):
     """Making the model smaller."""
 
     deepspeed: dict[str, Any] = Field(default_factory=dict)
-    """Raw DeepSpeed keys for what the recipe doesn't cover. Keys that the plan writes are refused."""
+    """Raw DeepSpeed keys for what the recipe doesn't cover. Keys that the plan writes are refused, with the recipe's
+    own, and so are those that DeepSpeed would ignore."""
