@@ -1,4 +1,4 @@
-# `make train` and `make test` need nothing but Python 3.11+ and git.
+# `make train` and `make test` need nothing but Linux, Python 3.11+ and git.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,7 +7,7 @@ RECIPE ?= ds_configs/quickstart.yaml
 
 .PHONY: install install-dev train kernels test gpu-test liger-test lint format parity reshard prune health faults cluster families planner bench clean
 
-# torch comes first and alone: a later install would replace its CPU build by a CUDA one of several GB.
+# torch comes first and alone: a CPU build that is there, or that pip is set up to find, stays.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip -c constraints.txt
@@ -53,7 +53,7 @@ liger-test: install-dev
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target build/liger liger-kernel==0.8.5 triton==3.9.0
 	PYTHONPATH=build/liger TRITON_INTERPRET=1 $(BIN)/pytest tests/unit/models/test_liger.py
 
-# Every layout of every family of the loss table (an hour and a half on 2 cores).
+# All of tests/parity: every layout of every family of the loss table, and `reshard`, `prune`, `health` (hours on 2 cores).
 parity: install-dev
 	$(BIN)/pytest tests/parity -m parity
 
