@@ -124,7 +124,7 @@ class CompressSection(Section):
     """A teacher beside the labels."""
 
     quantize: QuantizeSection = QuantizeSection()
-    """Weights of few bits."""
+    """Training with rounded weights."""
 
     keep_zeros: bool = False
     """Weights of the blocks' linear layers that start as zero stay zero, so that what `ds-train sparsify` has made is

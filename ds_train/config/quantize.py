@@ -1,4 +1,4 @@
-"""`compress.quantize`: training for few bits."""
+"""`compress.quantize`: quantization-aware training."""
 
 from __future__ import annotations
 
