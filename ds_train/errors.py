@@ -75,9 +75,10 @@ def first_line(error: BaseException) -> str:
     """What another library's exception says, in one line: messages of many lines begin with the point."""
     if isinstance(error, KeyError):  # its text is the key alone
         return f"no such name: {error}"
-    # transformers' config classes say "Class validation error for ...:" and then what is wrong.
+    # transformers' config classes say "Class validation error for ...:" or "Validation error for field ...:", and then
+    # what is wrong.
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    lines = [line for line in lines if not line.startswith("Class validation error")] or lines
+    lines = [line for line in lines if not line.startswith(("Class validation error", "Validation error"))] or lines
     return lines[0] if lines else type(error).__name__
 
 

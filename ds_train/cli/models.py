@@ -67,7 +67,9 @@ def quantize(
         refuse_beside("--method=rtn", {"--recipe": recipe, "--samples": samples}, "looks at no samples")
     _check_replaced(folder, source)
     from ds_train.checkpoint import offline
+    from ds_train.engine.job import quiet_libraries
 
+    quiet_libraries()
     done = offline.quantize(source, folder, bits, group, method, recipe, samples or _SAMPLES)  # type: ignore[arg-type]
     scaled = f"; the inputs of {done.scaled} linear layers are scaled" if method == "awq" else ""
     print(f"{folder.resolve()}: {done.after / 1e6:,.2f} MB of weights, {done.before / 1e6:,.2f} MB before{scaled}")
@@ -88,6 +90,7 @@ def sparsify(
         refuse_beside("--method=magnitude", {"--recipe": recipe, "--samples": samples}, "looks at no samples")
     from ds_train.checkpoint import offline
     from ds_train.compress.sparsity import Pattern
+    from ds_train.engine.job import quiet_libraries
 
     zeros, colon, group = pattern.partition(":")
     try:
@@ -97,6 +100,7 @@ def sparsify(
     if not 0 < chosen.share < 1:
         raise user_error("--pattern", "not a share of a row", "such as 2:4 or 0.5", pattern)
     _check_replaced(folder, source)
+    quiet_libraries()
     share = offline.sparsify(source, folder, chosen, method, recipe, samples or _SAMPLES)  # type: ignore[arg-type]
     print(f"{folder.resolve()}: {share:.1%} of the blocks' linear weights are zero")
 
@@ -106,6 +110,8 @@ def _check_replaced(folder: Path, source: Path) -> None:
     if not folder.exists():
         return
     here, origin = folder.resolve(), source.resolve()
+    if (origin / "recipe.yaml").is_file():  # a run: its export is what is read
+        origin /= "export"
     if here == origin or here in origin.parents:
         raise user_error("folder", f"{source} is read from there", "give another folder", folder)
     inside = {path.name for path in folder.iterdir()} if folder.is_dir() else {""}

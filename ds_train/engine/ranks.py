@@ -84,9 +84,12 @@ def meet(info: RankInfo, timeout: timedelta = MEETING_TIMEOUT) -> None:
     import deepspeed
     from deepspeed.accelerator import get_accelerator
     from deepspeed.ops.op_builder.cpu.comm import ShareMemCommBuilder
+    from deepspeed.runtime import bf16_optimizer
     from deepspeed.utils import logger
 
     logger.setLevel("ERROR")
+    # It prints what memory is in use, whatever the logger's level (bf16_optimizer.py:54).
+    bf16_optimizer.see_memory_usage = lambda *_, **__: None
     _import_muon()
     # Its CPU collectives over shared memory take over a minute to compile and leave 66 MB a rank in /dev/shm.
     deepspeed.ops.__compatible_ops__[ShareMemCommBuilder.NAME] = False

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -363,6 +364,8 @@ def _config_of_pretrained(run: RunConfig, keys: dict[str, Any]) -> PreTrainedCon
         )
     except (OSError, ValueError) as error:
         raise _cannot_load(run, error) from error
+    except StrictDataclassError as error:
+        raise user_error("model", first_line(error), "correct the key that it names, or leave it out") from error
     if unread:
         key, value = next(iter(unread.items()))
         fix = "correct it by the config.json there, or leave it out"

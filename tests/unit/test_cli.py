@@ -79,6 +79,10 @@ def test_only_an_older_model_is_replaced(tmp_path: Path) -> None:
         done = run("quantize", str(source), str(target))
         assert done.returncode == 2
         assert done.stderr.startswith(f"error: folder={target}: ")
+    (run_folder / "export").mkdir()
+    (run_folder / "export" / "config.json").write_text("{}")
+    refused = run("sparsify", str(run_folder), str(run_folder / "export"), "--method", "magnitude")
+    assert f"{run_folder} is read from there" in refused.stderr
     assert (kept / "thesis.txt").exists()
     assert "there is no such folder" in run("quantize", str(tmp_path / "nowhere"), str(tmp_path / "new")).stderr
 

@@ -88,6 +88,8 @@ def test_a_pretrained_config_takes_the_recipes_keys_or_refuses_them(tmp_path: Pa
     assert load_model_config(run, load_tokenizer(run)).rms_norm_eps == 0.5
     with pytest.raises(UserError, match=r"model.rope_theta=1e\+06: .* has no such key"):
         load_model_config(parse(dump(run), ["model.rope_theta=1e6"]), load_tokenizer(run))
+    with pytest.raises(UserError, match="model: TypeError: Field 'hidden_size' expected int, got NoneType"):
+        load_model_config(parse(dump(run), ["model.config.hidden_size=null"]), load_tokenizer(run))
 
 
 def test_weights_that_do_not_fit_the_recipe_are_refused_by_name(tmp_path: Path) -> None:

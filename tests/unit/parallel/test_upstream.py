@@ -99,3 +99,11 @@ def test_zero_imports_a_muon_that_is_compiled_as_it_is_read() -> None:
         utils.is_zero_supported_optimizer
     )
     assert "\n@compiler.compile()" in inspect.getsource(original_muon)
+
+
+def test_the_16_bit_optimizer_prints_whatever_the_loggers_level() -> None:
+    """Why engine/ranks.py takes its `see_memory_usage` away."""
+    from deepspeed.runtime import bf16_optimizer, utils
+
+    assert "force=True" in inspect.getsource(bf16_optimizer.BF16_Optimizer.__init__)
+    assert "    print(message)" in inspect.getsource(utils.see_memory_usage)
