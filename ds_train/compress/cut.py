@@ -164,6 +164,16 @@ class Cut:
         for kind, each in counts.items():
             self.sizes[kind] = each if len(set(each)) > 1 else each[0]
 
+    @property
+    def left(self) -> dict[str, int | list[int]]:
+        """Units that stay by kind, layers too."""
+        return {**self.sizes, "layers": len(self.layers)}
+
+    @property
+    def words(self) -> str:
+        """The same for people."""
+        return ", ".join(f"{kind} {count}" for kind, count in self.left.items())
+
     def config(self, config: PreTrainedConfig) -> PreTrainedConfig:
         """The smaller model's config, from the whole one's.
 

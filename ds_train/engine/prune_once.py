@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 from ds_train.config import RunConfig, dump
 from ds_train.engine.job import make_run_folder, quiet_libraries
 from ds_train.engine.ranks import RankInfo, barrier, meet, on_main_first, settle, versions
+from ds_train.engine.session import placed
 from ds_train.engine.stop import StopRequest
-from ds_train.errors import user_error
-from ds_train.plan.make import make_plan
-from ds_train.plan.topology import Cluster
+from ds_train.errors import UserError, user_error
+from ds_train.plan.topology import Cluster, Layout
 from ds_train.schedule.prune import PruneSteps
 from ds_train.schedule.timeline import make_timeline
 
@@ -27,12 +28,12 @@ _NOTHING_YET = "nothing has been cut or written; the same command begins anew"
 
 @dataclass(frozen=True)
 class Pruned:
-    """What pruning at once has done. Losses are held-out ones, None where nothing is held out."""
+    """What pruning at once has done. `sizes` is `Cut.words`; losses are held-out ones, None where nothing is."""
 
     folder: Path
     parameters_before: int
     parameters: int
-    sizes: dict[str, Any]
+    sizes: str
     loss_before: float | None
     loss: float | None
     note: str | None = None
@@ -40,8 +41,7 @@ class Pruned:
     @property
     def summary(self) -> str:
         """In a line or two, for people."""
-        sizes = ", ".join(f"{kind} {count}" for kind, count in self.sizes.items())
-        line = f"{self.parameters_before:,} parameters, now {self.parameters:,} ({sizes})"
+        line = f"{self.parameters_before:,} parameters, now {self.parameters:,} ({self.sizes})"
         if self.loss_before is not None and self.loss is not None:
             line += f"; held-out loss {self.loss_before:.4f}, now {self.loss:.4f}"
         return line if self.note is None else f"{self.note}\n{line}"
@@ -59,38 +59,50 @@ def prune_once(run: RunConfig, info: RankInfo, checkpoint: Path | None = None) -
         fix = "give shares, such as compress.prune.ffn=0.5; `ds-train schema compress.prune` lists all"
         raise user_error("compress.prune", "it asks for nothing to go", fix)
     cluster = Cluster(ranks=info.ranks, ranks_per_host=info.ranks_per_host, device=info.device)
-    planned = make_plan(run, cluster).run
+    planned = placed(run, cluster)[0].plan.run
     settle(info, run.parallel.bind_cores)
     meet(info)
     quiet_libraries()
     # Ranks of other hosts may know other figures of their machines, and choose otherwise where it says `auto`.
     run = on_main_first(info, lambda: planned)
-    plan = make_plan(run, cluster)
+    before, after = placed(run, cluster)
     folder = Path(run.run_root).expanduser() / run.name
     on_main_first(info, lambda: make_run_folder(folder))
-    with StopRequest(run.faults.grace_seconds) as stop:
-        return _prune(run, plan, info, checkpoint, folder, stop)
+    try:
+        with StopRequest(run.faults.grace_seconds) as stop:
+            return _prune(run, before.plan, after.plan.layout, info, checkpoint, folder, stop)
+    finally:
+        if info.is_main:
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # empty where nothing came of it
 
 
 def _prune(
-    run: RunConfig, plan: RunPlan, info: RankInfo, checkpoint: Path | None, folder: Path, stop: StopRequest
-) -> Pruned:
+    run: RunConfig, plan: RunPlan, later: Layout, info: RankInfo, checkpoint: Path | None, folder: Path,
+    stop: StopRequest,
+) -> Pruned:  # fmt: skip
     from ds_train.checkpoint import native, offline
     from ds_train.data.prepare import prepare, prepared_tokenizer
     from ds_train.engine.build import assemble
     from ds_train.engine.loop import evaluate, train_steps
     from ds_train.engine.prune import Pruning, parameters_of
 
+    if checkpoint is None and run.model.path is None and info.is_main:
+        print("the model's weights are random; --checkpoint prunes what a run of the recipe has trained", flush=True)
     if checkpoint is not None:
         on_main_first(info, lambda: offline.check(checkpoint))
         if native.read_state(checkpoint).pruning.get("cut"):
             raise user_error("--checkpoint", "its model has been cut already", "give an earlier one", str(checkpoint))
     prepared = on_main_first(info, lambda: prepare(run, progress=False))
     tokenizer = prepared_tokenizer(prepared, run.model.trust_remote_code)
-    parts = assemble(run, plan, info, tokenizer, prepared, plan.layout)
+    parts = assemble(run, plan, info, tokenizer, prepared, later)
     assert parts.prunable is not None
     if checkpoint is not None:
-        native.load(parts.engine, parts.part, checkpoint)
+        try:
+            native.load(parts.engine, parts.part, checkpoint)
+        except UserError as error:
+            reason, fix = error.problems[0].reason, "give one of the recipe's own model"
+            raise user_error("--checkpoint", reason, fix, str(checkpoint)) from error
     timeline = make_timeline(run, parts.data.samples_per_epoch)
     before = evaluate(run, parts, 0)
     stop.check(_NOTHING_YET)
@@ -110,7 +122,7 @@ def _prune(
         folder / "pruned",
         parameters_of(parts.part),
         parameters,
-        cut.sizes | {"layers": len(cut.layers)},
+        cut.words,
         before.loss if before is not None else None,
         after.loss if after is not None else None,
         parts.prunable.note,
@@ -134,7 +146,7 @@ def _export(run: RunConfig, info: RankInfo, parts: Assembly, cut: Cut, tokenizer
     if info.is_main:
         files = native.open_fragments(saved.path)
         try:
-            facts = {"pruned to": str(cut.sizes | {"layers": len(cut.layers)}), "task": run.task.kind, **versions()}
+            facts = {"pruned to": cut.words, "task": run.task.kind, **versions()}
             card = hf.model_card(run.name, facts, dump(run), run.model.path)
             source = CutSource(cut, files)
             hf.export_fragments(source, small, tokenizer, folder / "pruned", card, DTYPES[run.precision.dtype])

@@ -187,10 +187,10 @@ class Session:
         native.load(parts.engine, parts.part, saved.path, cut)
         self._go_on_with(self.after, parts)
         on_main_first(self.info, lambda: shutil.rmtree(folder, ignore_errors=True))
-        left, sizes = parameters_of(parts.part), {**cut.sizes, "layers": len(cut.layers)}
-        record: dict[str, Any] = {"kind": "cut", "step": step, "parameters": left, "parameters_before": before, **sizes}
-        words = ", ".join(f"{kind} {count}" for kind, count in sizes.items())
-        note = f"cut after step {step}: {before:,} parameters, now {left:,} ({words})"
+        left = parameters_of(parts.part)
+        record: dict[str, Any] = {"kind": "cut", "step": step, "parameters": left, "parameters_before": before}
+        record |= cut.left
+        note = f"cut after step {step}: {before:,} parameters, now {left:,} ({cut.words})"
         found = evaluate(self.run, parts, step, self.watchdog)
         if masked is not None and found is not None:
             record |= {"masked_loss": masked.loss, "loss": found.loss}

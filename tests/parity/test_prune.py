@@ -303,6 +303,17 @@ def test_pruning_at_once_cuts_the_same_on_any_ranks(folder: Path) -> None:
         exported = AutoModelForCausalLM.from_pretrained(folder / "once" / layout / "pruned")
         assert exported.config.num_hidden_layers == 3
         found[layout] = exported.state_dict()
+    # A checkpoint of another model is refused, and no empty folder stays.
+    train(folder, "trained", ("one-rank",), PRUNE)
+    trained = ["--checkpoint", str(checkpoint(folder, "trained", "one-rank", CUT))]
+    wider = [str(write_recipe(folder, "wider", "one-rank", PRUNE)), "model.intermediate_size=96", *trained]
+    refused = run_ranks(1, ["-m", "ds_train.cli", "prune", *wider])
+    assert "error: --checkpoint=" in refused.outputs[0]
+    assert not (folder / "wider" / "one-rank").exists()
+    # Nothing runs after the cut, so that what is left need not be shared by the ranks that score.
+    few = [str(write_recipe(folder, "few", "tensor", {"heads": 0.75})), "compress.prune.parallel.tensor=1", *trained]
+    ended = run_ranks(2, ["-m", "ds_train.cli", "prune", *few]).check()
+    assert "(heads 1, layers 4)" in ended.outputs[0]
     for layout, weights in found.items():
         assert all(torch.equal(weights[name], found["one-rank"][name]) for name in weights), layout
 
