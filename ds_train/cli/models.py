@@ -32,7 +32,9 @@ def export(
 
     _check_replaced(folder, checkpoint)
     from ds_train.checkpoint import offline
+    from ds_train.engine.job import quiet_libraries
 
+    quiet_libraries()
     offline.export(checkpoint, folder, getattr(torch, formats[dtype]))
     print(folder.resolve())
 

@@ -71,6 +71,7 @@ def plan(
     """What a launch would do, need and reach: layout, memory, step time, or every reason why not. Starts nothing."""
     from ds_train.engine.session import placed
     from ds_train.plan import show
+    from ds_train.plan.after_cut import after_cut
     from ds_train.plan.clusters import cluster_of
     from ds_train.plan.search import with_auto
     from ds_train.plan.topology import Cluster, device_here, known_device
@@ -104,11 +105,12 @@ def plan(
         else:
             show.show_explanation(explained)
         return
-    made = placed(run, imagined)[0].plan
+    before, later = placed(run, imagined)
+    made, after = before.plan, after_cut(later.plan)
     if as_json:
-        print(json.dumps(made.to_dict(), indent=2, default=str))
+        print(json.dumps(made.to_dict() | {"after_cut": after.to_dict() if after else None}, indent=2, default=str))
     else:
-        show.show_plan(made)
+        show.show_plan(made, after=after)
         if plot or plot_file is not None:
             _plot_curves(run, plot_file or Path(f"{run.name}-curves.png"))
 

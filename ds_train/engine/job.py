@@ -20,6 +20,7 @@ from ds_train.engine.ranks import RankInfo, meet, on_main_first, run_to_exit_cod
 from ds_train.engine.session import Placed, Session, layout_record, placed
 from ds_train.engine.stop import StopRequest
 from ds_train.errors import STOPPED_CODE, Stopped, first_line, user_error
+from ds_train.plan.after_cut import after_cut
 from ds_train.plan.make import RunPlan, make_plan
 from ds_train.plan.search import auto_fields, keep_choice
 from ds_train.plan.topology import Cluster
@@ -55,6 +56,9 @@ def train(run: RunConfig, info: RankInfo, stop_after: int | None = None) -> None
             print(note, flush=True)
         if before.plan.predicted is not None:
             print(f"predicted: {before.plan.predicted.summary}", flush=True)
+        smaller = after_cut(after.plan)
+        if smaller is not None and smaller.predicted is not None:
+            print(f"after the cut: {smaller.predicted.summary}", flush=True)
     # Below this line torch is imported; without `auto`, everything above answers in well under a second.
     meet(info)
     quiet_libraries()

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 
 from ds_train.config.compress import PruneSection
 from ds_train.errors import Problem
+from ds_train.plan.model_size import ModelSize
 from ds_train.plan.topology import Layout
 
 ROUNDED = ("ffn", "hidden")
@@ -18,6 +19,15 @@ Count = int | tuple[int, ...]
 def shared_by(after: Layout) -> dict[str, int]:
     """Ranks that share the units of a layer or of the model, by kind."""
     return {"heads": after.tensor * after.sequence, "ffn": after.tensor, "hidden": after.tensor}
+
+
+def sizes_of(size: ModelSize, section: PruneSection) -> dict[str, int]:
+    """Units of each kind that the recipe prunes and whose number is known: key/value heads for `heads`."""
+    known = {
+        "heads": size.num_key_value_heads or size.num_attention_heads, "ffn": size.intermediate_size,
+        "experts": size.num_experts, "hidden": size.hidden_size, "layers": size.num_hidden_layers,
+    }  # fmt: skip
+    return {kind: count for kind, count in known.items() if count and kind in section.kinds}
 
 
 def units_left(

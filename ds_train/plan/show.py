@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.syntax import Syntax
 from rich.table import Table
 
+from ds_train.plan.after_cut import AfterCut
 from ds_train.plan.hardware import GIB
 from ds_train.plan.make import RunPlan, like_steps
 from ds_train.plan.predict import Prediction
@@ -19,8 +20,8 @@ from ds_train.plan.why import Explanation
 _MIB = 2**20
 
 
-def show_plan(made: RunPlan, console: Console | None = None) -> None:
-    """Print a plan."""
+def show_plan(made: RunPlan, console: Console | None = None, after: AfterCut | None = None) -> None:
+    """Print a plan, and what follows the cut of a run that prunes."""
     console = console or _console()
     run, layout, batch = made.run, made.layout, made.batch
     size = f"about {made.parameters:,} parameters" if made.parameters else "size unknown until the model is loaded"
@@ -41,8 +42,10 @@ def show_plan(made: RunPlan, console: Console | None = None) -> None:
         for name, text in _summary(made.predicted, batch.global_samples * run.data.sequence_length).items():
             table.add_row(name, text)
         steps = like_steps(run)
-        if made.predicted.step is not None and steps is not None:
-            table.add_row("run", _whole_run(made, steps, made.predicted.step.seconds))
+        if made.predicted.step is not None and steps is not None and (after is None or after.step_seconds is not None):
+            table.add_row("run", _whole_run(made, steps, _mean_step(made.predicted.step.seconds, after)))
+    if after is not None:
+        table.add_row("cut", _cut(after, made))
     for note in made.notes:
         table.add_row("note", escape(note))
     console.print(table)
@@ -84,6 +87,37 @@ def _whole_run(made: RunPlan, steps: int, step_seconds: float) -> str:
     in_words = f"{hours:,.0f}" if hours >= 100 else f"{hours:.3g}"
     cost = f"{in_words} {made.cluster.kind or made.cluster.device}-hours"
     return f"{steps:,} steps, {_seconds(seconds)}, {cost} (predicted; without start, evaluation and saving)"
+
+
+def _mean_step(seconds: float, after: AfterCut | None) -> float:
+    """Mean time of a run's steps, of which those after the cut take another."""
+    if after is None or after.step_seconds is None:
+        return seconds
+    return after.share * seconds + (1 - after.share) * after.step_seconds
+
+
+def _cut(after: AfterCut, made: RunPlan) -> str:
+    """What a run is from the cut on."""
+    when, section = f"after {after.share:.0%} of the run", made.run.compress.prune
+    if after.left is None:
+        timed = section.latency is not None or section.latency_ms is not None
+        return f"{when}, to sizes that {'measured times' if timed else 'the loaded model'} will tell"
+    sizes = ", ".join(f"{kind} {count}" for kind, count in after.left.items())
+    count = after.size.parameters if after.size else None
+    parts = [f"about {count:,} parameters ({sizes})" if count else sizes]
+    if after.plan.layout != made.layout or after.plan.zero_stage != made.zero_stage:
+        layout = after.plan.layout
+        parts.append(
+            f"pipe {layout.pipe} x data {layout.data} x sequence {layout.sequence} x tensor {layout.tensor}, "
+            f"ZeRO-{after.plan.zero_stage}"
+        )
+    if after.predicted is not None:
+        short = after.predicted.shortage
+        peak = f"{_size(after.predicted.worst.device_bytes)} at a rank's peak"
+        parts.append(f"a rank {short}: it may run out of memory" if short else peak)
+    if after.step_seconds is not None:
+        parts.append(f"{_seconds(after.step_seconds)} a step")
+    return f"{when}: {'; '.join(parts)} (predicted)"
 
 
 def _summary(predicted: Prediction, tokens: int) -> dict[str, str]:

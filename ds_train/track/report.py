@@ -6,6 +6,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from html import escape
 from importlib.resources import files
 from pathlib import Path
@@ -254,6 +255,7 @@ def _breakdown(runs: Sequence[Run], axis: Axis) -> str:
 
 
 def _predicted(run: Run) -> str:
+    run, limits = _before_cut(run)
     predicted = run.plan.get("predicted") or {}
     parts = predicted.get("step_parts") or {}
     means = phase_means(run)
@@ -278,8 +280,16 @@ def _predicted(run: Run) -> str:
     if not lines:
         return ""
     figures = f" with the figures of {escape(str(predicted['hardware']))}" if predicted.get("hardware") else ""
-    note = f'<p class="note"><i class="hollow"></i>predicted{figures} <i class="full"></i>measured</p>'
+    note = f'<p class="note"><i class="hollow"></i>predicted{figures} <i class="full"></i>measured{limits}</p>'
     return f'{note}<div class="pairs">{"".join(lines)}</div>'
+
+
+def _before_cut(run: Run) -> tuple[Run, str]:
+    """A run until units are cut out of its model, which the plan is of, and what to say of that."""
+    cuts = [number(event.get("step")) for event in run.events if event["kind"] == "cut"]
+    cut = min(filter(math.isfinite, cuts), default=0)
+    until = [record for record in run.train if record["step"] <= cut]
+    return (replace(run, train=until, _columns={}), f" up to the cut after step {cut:,.0f}") if until else (run, "")
 
 
 def _pair(name: str, predicted: float, measured: float, unit: Any) -> str:

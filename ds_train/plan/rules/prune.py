@@ -7,7 +7,7 @@ from typing import Any
 from ds_train.errors import Problem
 from ds_train.plan.facts import Facts
 from ds_train.plan.model_size import ALIASES
-from ds_train.plan.prune import problems, units_left
+from ds_train.plan.prune import problems, sizes_of, units_left
 from ds_train.plan.rules.base import (
     DROPPING,
     KeyRule,
@@ -37,11 +37,7 @@ def _pruning_problems(facts: Facts) -> dict[str, Problem]:
     section, size, after = facts.run.compress.prune, facts.size, _after_cut(facts)
     if size is None or section.targets or _auto_after_cut(facts) or _other_layers(facts):
         return {}
-    known = {
-        "heads": size.num_key_value_heads or size.num_attention_heads, "ffn": size.intermediate_size,
-        "experts": size.num_experts, "hidden": size.hidden_size, "layers": size.num_hidden_layers,
-    }  # fmt: skip
-    sizes = {kind: count for kind, count in known.items() if count and kind in section.kinds}
+    sizes = sizes_of(size, section)
     layout = Layout(after.pipeline, 1, after.sequence, after.tensor)
     left = units_left(section, sizes, "head_dim" not in facts.config_keys, layers=size.num_hidden_layers or 0)
     return {problem.key: problem for problem in problems(section, sizes, left, layout)}
