@@ -150,13 +150,19 @@ def _subtitle(runs: Sequence[Run]) -> str:
     size, layout = run.plan.get("size") or {}, run.plan.get("layout") or {}
     parts = []
     if size.get("parameters"):
-        parts.append(f"{size.get('arch') or 'model'}, {text_of(size['parameters'])} parameters")
+        parts.append(f"{size.get('arch') or 'model'}, {text_of(size['parameters'])} parameters{_after_cut(run)}")
     if layout:
         ranks = math.prod(layout.values())
         parts.append(f"{ranks} rank{'s' if ranks > 1 else ''}")
     done, total = run.last["step"], run.steps
     parts.append(f"step {done:,} of {total:,}" if isinstance(total, int) else f"{done:,} steps")
     return " · ".join(parts)
+
+
+def _after_cut(run: Run) -> str:
+    """How many parameters are left after the last cut, in words; empty without one."""
+    left = [number(event.get("parameters")) for event in run.events if event["kind"] == "cut"]
+    return f", {text_of(left[-1])} after the cut" if left and math.isfinite(left[-1]) else ""
 
 
 def _summary(runs: Sequence[Run]) -> str:
@@ -356,7 +362,7 @@ def _facts_of(run: Run) -> dict[str, str]:
     size, cluster = plan.get("size") or {}, plan.get("cluster") or {}
     facts = {
         "model": model.get("path") or model.get("arch"),
-        "parameters": f"{size['parameters']:,}" if size.get("parameters") else None,
+        "parameters": f"{size['parameters']:,}{_after_cut(run)}" if size.get("parameters") else None,
         "task": (recipe.get("task") or {}).get("kind"),
         "data": " ".join(str(data[key]) for key in ("source", "path") if data.get(key)),
         "sequence length": data.get("sequence_length"),

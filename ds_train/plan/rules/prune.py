@@ -103,10 +103,22 @@ def _all_whole(facts: Facts) -> bool:
     )
 
 
+def _parted(facts: Facts) -> bool:
+    """Whether heads and hidden size lose other shares, though the config ties the size of a head to both."""
+    section, found = facts.run.compress.prune, facts.outline
+    return section.heads != section.hidden and found is not None and "head_dim" not in found.config
+
+
 RULES: tuple[Rule | KeyRule, ...] = (
     KeyRule(
         "prune-sizes", lambda f: {key: f.value(key) for key in _pruning_problems(f)},
         lambda f, key: _pruning_problems(f)[key].reason, lambda f, key: _pruning_problems(f)[key].fix,
+    ),
+    Rule(
+        "prune-tied", "compress.prune.hidden", _parted,
+        lambda f: f"a {f.arch} config ties the size of a head to their number and the hidden size, and "
+        f"compress.prune.heads={f.run.compress.prune.heads}",
+        "give both the same share",
     ),
     Rule(
         "prune-budget", "compress.prune.budget", all_of(_one_size, lambda f: f.run.compress.prune.share("ffn") > 0),

@@ -62,6 +62,11 @@ CASES = [
         "the 2 layers that stay are fewer than the 4 pipeline stages. Fix: prune at most 4",
     ),
     Broken("prune-sizes", {"compress.prune.heads": 0.1}, "all of the 4 heads would stay"),
+    Broken(
+        "prune-tied", {"model": {"arch": "gpt2", "n_embd": 512, "n_head": 8}, "compress.prune.heads": 0.5},
+        "compress.prune.hidden=0.0: a gpt2 config ties the size of a head to their number and the hidden size, and "
+        "compress.prune.heads=0.5. Fix: give both the same share",
+    ),
     Broken("prune-end", PRUNE | {"compress.prune.start": 0.6}, "it is before compress.prune.start=0.6"),
     Broken(
         "prune-budget", PRUNE | {"compress.prune.budget": "global"},
