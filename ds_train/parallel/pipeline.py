@@ -225,7 +225,7 @@ class _WithLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, Tensor, None]:
-        return upstream[0], torch.tensor(ctx.weight, dtype=ctx.dtype, device=upstream[0].device), None
+        return upstream[0], upstream[0].new_full((), ctx.weight, dtype=ctx.dtype), None
 
 
 def stage_inputs(batch: Batch) -> tuple[tuple[Tensor, ...], tuple[str, ...]]:
