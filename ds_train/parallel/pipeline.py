@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ds_train.models.layer_drop import LayerDropping
-from ds_train.models.tasks import SAMPLE_IDS, TOKEN_IDS, Batch, TaskLoss, model_inputs, weighted
+from ds_train.models.tasks import SAMPLE_IDS, TOKEN_IDS, Batch, TaskLoss, model_inputs, on_device, weighted
 from ds_train.models.token_drop import TokenDropping
 from ds_train.plan.families import FAMILIES
 from ds_train.plan.topology import Layout
@@ -285,13 +285,14 @@ class Pipeline(PipelineModule):
             batches = [{**batch, TOKEN_IDS: batch["input_ids"]} for batch in batches]
         self._prepare(engine, batches)
         self.stage.beside_sum = torch.zeros((), dtype=torch.float64, device=engine.device)
-        engine.train_batch(_entries(batches))
+        engine.train_batch(_entries(batches, engine.device))
         return self._sums[0] + self.stage.beside_sum
 
     def evaluate(self, engine: Any, batches: Sequence[Batch]) -> Tensor:
         """What `TaskLoss.scores` gives, summed over the micro-batches; zeros on stages other than the last."""
         self._prepare(engine, batches)
-        engine.eval_batch(_entries(batches), reduce_output=None, bcast_loss=False, num_micro_batches=len(batches))
+        entries = _entries(batches, engine.device)
+        engine.eval_batch(entries, reduce_output=None, bcast_loss=False, num_micro_batches=len(batches))
         return self._sums
 
     def _prepare(self, engine: Any, batches: Sequence[Batch]) -> None:
@@ -339,9 +340,10 @@ class Pipeline(PipelineModule):
         return [(comm["module"].weight, comm["group"]) for comm in self.tied_comms.values()]
 
 
-def _entries(batches: Sequence[Batch]) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:
-    """(inputs of the first stage, what DeepSpeed hands to the loss) of each micro-batch."""
-    return ((stage_inputs(batch)[0], batch["labels"]) for batch in batches)
+def _entries(batches: Sequence[Batch], device: torch.device) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:
+    """(inputs of the first stage, what DeepSpeed hands to the loss) of each micro-batch, on `device`."""
+    placed = (on_device(batch, device) for batch in batches)
+    return ((stage_inputs(batch)[0], batch["labels"]) for batch in placed)
 
 
 class _Layer(nn.Module):
