@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakSet
 
-from ds_kernels import Choice
+import torch
+from ds_kernels import Choice, torchs
 from ds_kernels.memory import hand_back_memory
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -22,6 +23,7 @@ from ds_train.compress.qat import Rounding, linear_layers
 from ds_train.compress.sparsity import keep_zeros, zeros_among
 from ds_train.compress.teacher import check_teacher, teacher_path
 from ds_train.config import RunConfig
+from ds_train.config.optimizer import OptimizerSection
 from ds_train.data.build import DataBundle, load_data
 from ds_train.engine.distilling import check_teacher_shared, distil
 from ds_train.engine.prunable import Prunable, find_prunable
@@ -124,6 +126,16 @@ def _check_zeros(run: RunConfig, linear: list[Any]) -> None:
         raise user_error("compress.keep_zeros", reason, fix, True)
 
 
+def _everyones(section: OptimizerSection, device: str) -> Choice:
+    """What updates parameters whose fp32 values lie on `device`: torch's optimizers where any rank has no kernels, or
+    replicas would drift apart. Collective."""
+    from deepspeed.accelerator import get_accelerator
+
+    own = choose_kernel(section, device)
+    without = int(all_sum(torch.tensor(int(not own.fused), device=get_accelerator().current_device_name())))
+    return torchs(device, f"{without} ranks have no kernels") if own.fused and without else own
+
+
 def assemble(
     run: RunConfig, plan: RunPlan, info: RankInfo, tokenizer: Any, prepared: Path, after: Layout | None = None,
     cut: Callable[[PreTrainedConfig], PreTrainedConfig] | None = None, clock: StepClock | None = None,
@@ -143,7 +155,6 @@ def assemble(
         UserError: whatever the model, its config or the data refuse.
     """
     import deepspeed
-    import torch
     from deepspeed.accelerator import get_accelerator
 
     if info.device == "cuda":
@@ -176,7 +187,7 @@ def assemble(
         device = get_accelerator().current_device_name()
         prunable = on_main_first(info, lambda: find_prunable(run, config, after or layout, device, left))
     offloaded = run.parallel.offload_optimizer != "none"
-    kernel = choose_kernel(run.optimizer, "cpu" if offloaded else info.device)
+    kernel = _everyones(run.optimizer, "cpu" if offloaded else info.device)
     mesh = Mesh(layout, info.rank)
     if layout.ranks > layout.data:
         check_layout(run, config, layout, mesh, get_accelerator().current_device_name())
