@@ -22,6 +22,7 @@ from typing import Any, Protocol, cast
 import torch
 import torch.distributed as dist
 from deepspeed.pipe import LayerSpec, PipelineModule
+from deepspeed.runtime.pipe.engine import TRAIN_BATCH_TIMER
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -286,6 +287,8 @@ class Pipeline(PipelineModule):
         self._prepare(engine, batches)
         self.stage.beside_sum = torch.zeros((), dtype=torch.float64, device=engine.device)
         engine.train_batch(_entries(batches, engine.device))
+        # DeepSpeed keeps every step's time, two events of a device, until it prints them.
+        engine.timers(TRAIN_BATCH_TIMER).reset()
         return self._sums[0] + self.stage.beside_sum
 
     def evaluate(self, engine: Any, batches: Sequence[Batch]) -> Tensor:

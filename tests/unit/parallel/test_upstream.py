@@ -99,3 +99,11 @@ def test_zero_imports_a_muon_that_is_compiled_as_it_is_read() -> None:
         utils.is_zero_supported_optimizer
     )
     assert "\n@compiler.compile()" in inspect.getsource(original_muon)
+
+
+def test_the_pipeline_forgets_the_times_of_its_steps_only_when_it_prints_them() -> None:
+    """Why parallel/pipeline.py does after each step."""
+    from deepspeed.runtime.pipe.engine import PipelineEngine
+
+    step = inspect.getsource(PipelineEngine.train_batch)
+    assert "timers(TRAIN_BATCH_TIMER).stop()\n\n        if self.steps_per_print() is not None" in step
