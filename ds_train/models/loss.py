@@ -130,8 +130,10 @@ def own_rows(labels_C: Tensor, logits_CV: Tensor, shard: VocabularyShard | None)
     return rows_C.masked_fill((rows_C < 0) | (rows_C >= logits_CV.shape[-1]), IGNORE_INDEX)
 
 
-def _chunks(tokens: int, vocabulary: int, device: torch.device, in_place: bool = False) -> list[slice]:
-    size = chunk_tokens(vocabulary, device.type, in_place)
+def _chunks(
+    tokens: int, vocabulary: int, device: torch.device, in_place: bool = False, compared: bool = False
+) -> list[slice]:
+    size = chunk_tokens(vocabulary, device.type, in_place, compared)
     return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
 
 
@@ -185,10 +187,10 @@ class _LinearLoss(torch.autograd.Function):
             hidden_ND, weight_VD = hidden_ND.float(), weight_VD.float()
             bias_V = None if bias_V is None else bias_V.float()
         # These logits are nobody else's.
-        in_place = False
+        in_place, compared = False, not isinstance(loss_of, CrossEntropy)
         if isinstance(loss_of, CrossEntropy) and loss_of.takes(hidden_ND.new_empty(0, weight_VD.shape[0])):
             in_place, loss_of = True, loss_of.in_place
-        chunks = _chunks(len(hidden_ND), weight_VD.shape[0], hidden_ND.device, in_place)
+        chunks = _chunks(len(hidden_ND), weight_VD.shape[0], hidden_ND.device, in_place, compared)
         loss = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
         grad_hidden = torch.empty_like(hidden_ND) if needs_hidden else None
         grad_weight = _SumOfChunks(weight_VD, len(chunks)) if needs_weight else None
@@ -262,7 +264,8 @@ class _LogitsLoss(torch.autograd.Function):
     def forward(ctx: Any, logits_NV: Tensor, loss_of: ChunkLoss) -> Tensor:
         loss = torch.zeros((), dtype=torch.float32, device=logits_NV.device)
         grad_NV = torch.empty_like(logits_NV)
-        for chunk in _chunks(len(logits_NV), logits_NV.shape[1], logits_NV.device):
+        compared = not isinstance(loss_of, CrossEntropy)
+        for chunk in _chunks(len(logits_NV), logits_NV.shape[1], logits_NV.device, compared=compared):
             chunk_loss, grad_CV = loss_of(logits_NV[chunk], chunk, True)
             loss += chunk_loss
             if grad_CV is not None:
