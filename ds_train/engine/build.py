@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from ds_train.compress.teacher import check_teacher, teacher_path
 from ds_train.config import RunConfig
 from ds_train.config.optimizer import OptimizerSection
 from ds_train.data.build import DataBundle, load_data
+from ds_train.engine.disk import own_disk
 from ds_train.engine.distilling import check_teacher_shared, distil
 from ds_train.engine.prunable import Prunable, find_prunable
 from ds_train.engine.ranks import RankInfo, all_sum, on_main_first
@@ -161,6 +162,7 @@ def assemble(
         # Look-alikes are compared in fp32.
         torch.backends.cuda.matmul.allow_tf32 = False
     _leave_last_engine()
+    plan = replace(plan, deepspeed_json=own_disk(run, plan.deepspeed_json))
     layout = plan.layout
     if run.model.keep_layers is not None:
         whole = run
