@@ -40,6 +40,9 @@ SIZES: dict[str, dict[str, Any]] = {
 """What goes of 6 layers with 1536 channels each, or of the hidden size 384 (with its heads of 32) and the channels that
 stay then; layers that are kept instead. Each is at least that share of the encoder, but two whole layers are 67 %."""
 
+_LITTLE = 1e-6
+"""Less goes by Torch-Pruning than is asked for, since it rounds what stays down: 223.9999 channels to 223."""
+
 LAYOUTS = {"ZeRO-3 on 2 ranks": ["parallel.zero_stage=3"], "tensor 2": ["parallel.tensor=2"]}
 
 
@@ -169,8 +172,9 @@ def torch_pruned(data: Path, origin: Path, folder: Path, size: dict[str, Any]) -
         attention = layer.attention.self
         for projection in (attention.query, attention.key, attention.value):
             heads[projection] = config.num_attention_heads
-        channels[layer.intermediate.dense] = 1 - size["channels"] / config.intermediate_size
-    share = round(size["hidden"] * config.num_attention_heads) / config.num_attention_heads
+        channels[layer.intermediate.dense] = 1 - size["channels"] / config.intermediate_size - _LITTLE
+    left = round((1 - size["hidden"]) * config.num_attention_heads)
+    share = 1 - left / config.num_attention_heads - _LITTLE
     pruner = torch_pruning.pruner.BasePruner(
         model, {"input_ids": torch.ones(1, 8, dtype=torch.long)}, torch_pruning.importance.TaylorImportance(),
         pruning_ratio=share, pruning_ratio_dict=channels, ignored_layers=[model.classifier], num_heads=heads,
@@ -178,7 +182,6 @@ def torch_pruned(data: Path, origin: Path, folder: Path, size: dict[str, Any]) -
         output_transform=lambda output: output.logits,
     )  # fmt: skip
     pruner.step()
-    left = round((1 - share) * config.num_attention_heads)
     config.hidden_size = config.hidden_size * left // config.num_attention_heads
     config.num_attention_heads, config.intermediate_size = left, size["channels"]
     smaller = type(model)(config)

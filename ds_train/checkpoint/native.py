@@ -169,11 +169,12 @@ class Saver:
 
     def _copy(self, batches: Iterable[list[Fragment]]) -> list[list[Fragment]]:
         """The fragments in memory of the host that is kept from one save to the next."""
-        copies = []
+        copies, devices = [], set()
         for batch in batches:
+            devices |= {tensor.device for item in batch for tensor in item.tensors.values()}
             copies.append([replace(item, tensors=self._copies_of(item)) for item in batch])
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        for device in devices - {torch.device("cpu")}:
+            torch.get_device_module(device).synchronize(device)
         return copies
 
     def _copies_of(self, fragment: Fragment) -> dict[str, Tensor]:

@@ -135,7 +135,8 @@ class _Gated:
         if self._mask is None or (self._mask.requires_grad and not self.module.training):
             return None
         if self._mask.device != like.device:
-            self._mask = self._mask.detach().to(like.device).requires_grad_(self._mask.requires_grad)
+            placed = self._mask.detach().to(like.device, non_blocking=True)
+            self._mask = placed.requires_grad_(self._mask.requires_grad)
         return self._mask
 
     def watch(self, passing: Tensor, measure: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
@@ -195,17 +196,22 @@ class _Norm(_Gated):
     """A norm over the channels that are open: with `s` the root of (all channels / open ones), the norm of `s` times
     the open channels is `s` times what a norm of those alone gives, its epsilon included."""
 
+    _scale = 1.0
+
+    def set(self, values: Sequence[float]) -> None:
+        super().set(values)
+        if self._mask is not None:  # while it is on the host: a device would have to be waited for
+            self._scale = math.sqrt(self._mask.numel() / float(self._mask.sum()))
+
     def __call__(self, hidden: Tensor) -> Tensor:
         if self._gates.score in OF_ACTIVATIONS:
             hidden = self.watch(hidden, self.of_channels)
         mask = self.mask(hidden)
         if mask is None:
             return self._forward(hidden)
-        scale: Any
+        scale: Any = self._scale
         if mask.requires_grad:
             scale = (mask.numel() / mask.sum().clamp_min(_LEAST)).sqrt()
-        else:
-            scale = math.sqrt(mask.numel() / float(mask.sum()))
         mask = mask.to(hidden.dtype)
         if not isinstance(self.module, nn.LayerNorm):
             return self._forward(hidden * mask * scale) / scale
@@ -247,21 +253,21 @@ class _Router(_Gated):
 
 
 class _Layer(_Gated):
+    _part = 1.0
+
     def __call__(self, *arguments: Any, **options: Any) -> Any:
         output = self._forward(*arguments, **options)
         before: Tensor = arguments[0] if arguments else options["hidden_states"]
         after = output[0] if isinstance(output, tuple) else output
         after = self.watch(after, lambda after_NC, slope_NC: _change(before.detach(), after_NC, slope_NC))
-        mask = self.mask(after)
-        part = 1.0 if mask is None else float(mask)
+        part = self._part
         if part < 1.0:
             # Where it is 0, too: a gradient of zeros, since ZeRO would apply an earlier one if there were none.
             after = before + (after - before) * part if part or after.requires_grad else before
         return (after, *output[1:]) if isinstance(output, tuple) else after
 
     def set(self, values: Sequence[float]) -> None:
-        value = values[self.gate.unit]
-        self._mask = None if value == 1.0 else torch.tensor(value)
+        self._part = float(torch.tensor(values[self.gate.unit]))  # as a mask has it, in fp32
 
 
 _FORMS: dict[str, type[_Input | _Norm | _Router | _Layer]] = {

@@ -34,7 +34,7 @@ from ds_train.data.batches import Batches
 from ds_train.data.prepare import SHAPE_KEYS
 from ds_train.errors import user_error
 from ds_train.models.loss import IGNORE_INDEX
-from ds_train.models.tasks import SAMPLE_IDS, Batch
+from ds_train.models.tasks import SAMPLE_IDS, Batch, on_device
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -154,7 +154,7 @@ def _make(
         for start in range(firsts[rank], firsts[rank] + most, micro_samples):
             samples = range(start, min(start + micro_samples, firsts[rank + 1]))
             shown = samples or range(1)
-            batch = {key: value.to(device) for key, value in batches.of_samples(shown).items()}
+            batch = on_device(batches.of_samples(shown), torch.device(device))
             top = _likeliest(teacher, batch, count, temperature)
             if not samples:
                 continue

@@ -46,8 +46,8 @@ class ParallelSection(Section):
     """Where parameters live between uses. Needs zero_stage 3."""
 
     nvme_path: Place | None = None
-    """Folder on a fast local disk for nvme offload, for which DeepSpeed compiles its async_io at first use: that needs
-    the headers of libaio."""
+    """Folder on a fast local disk for nvme offload. The run has a folder of its own in it, which goes when it ends.
+    DeepSpeed compiles its async_io at first use, which needs the headers of libaio."""
 
     pin_memory: bool = True
     """Page-lock offloaded memory, for faster copies to the device. Without a device it does nothing."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet
 
-from ds_kernels import Choice
+import torch
+from ds_kernels import Choice, torchs
 from ds_kernels.memory import hand_back_memory
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -22,7 +23,9 @@ from ds_train.compress.qat import Rounding, linear_layers
 from ds_train.compress.sparsity import keep_zeros, zeros_among
 from ds_train.compress.teacher import check_teacher, teacher_path
 from ds_train.config import RunConfig
+from ds_train.config.optimizer import OptimizerSection
 from ds_train.data.build import DataBundle, load_data
+from ds_train.engine.disk import own_disk
 from ds_train.engine.distilling import check_teacher_shared, distil
 from ds_train.engine.prunable import Prunable, find_prunable
 from ds_train.engine.ranks import RankInfo, all_sum, on_main_first
@@ -124,6 +127,16 @@ def _check_zeros(run: RunConfig, linear: list[Any]) -> None:
         raise user_error("compress.keep_zeros", reason, fix, True)
 
 
+def _everyones(section: OptimizerSection, device: str) -> Choice:
+    """What updates parameters whose fp32 values lie on `device`: torch's optimizers where any rank has no kernels, or
+    replicas would drift apart. Collective."""
+    from deepspeed.accelerator import get_accelerator
+
+    own = choose_kernel(section, device)
+    without = int(all_sum(torch.tensor(int(not own.fused), device=get_accelerator().current_device_name())))
+    return torchs(device, f"{without} ranks have no kernels") if own.fused and without else own
+
+
 def assemble(
     run: RunConfig, plan: RunPlan, info: RankInfo, tokenizer: Any, prepared: Path, after: Layout | None = None,
     cut: Callable[[PreTrainedConfig], PreTrainedConfig] | None = None, clock: StepClock | None = None,
@@ -143,13 +156,13 @@ def assemble(
         UserError: whatever the model, its config or the data refuse.
     """
     import deepspeed
-    import torch
     from deepspeed.accelerator import get_accelerator
 
     if info.device == "cuda":
         # Look-alikes are compared in fp32.
         torch.backends.cuda.matmul.allow_tf32 = False
     _leave_last_engine()
+    plan = replace(plan, deepspeed_json=own_disk(run, plan.deepspeed_json))
     layout = plan.layout
     if run.model.keep_layers is not None:
         whole = run
@@ -176,7 +189,7 @@ def assemble(
         device = get_accelerator().current_device_name()
         prunable = on_main_first(info, lambda: find_prunable(run, config, after or layout, device, left))
     offloaded = run.parallel.offload_optimizer != "none"
-    kernel = choose_kernel(run.optimizer, "cpu" if offloaded else info.device)
+    kernel = _everyones(run.optimizer, "cpu" if offloaded else info.device)
     mesh = Mesh(layout, info.rank)
     if layout.ranks > layout.data:
         check_layout(run, config, layout, mesh, get_accelerator().current_device_name())

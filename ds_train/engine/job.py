@@ -89,6 +89,7 @@ def _train_alone(
     from ds_train.compress.cut import config_after
     from ds_train.data.prepare import read_manifest
     from ds_train.engine.build import assemble
+    from ds_train.engine.disk import clear_disk
     from ds_train.engine.watch import RunWatch
     from ds_train.engine.watchdog import Watchdog
     from ds_train.parallel.sequence import leave_sequence
@@ -143,6 +144,7 @@ def _train_alone(
                     hf.export(parts.part, tokenizer, folder / "export", card, packing=parts.packing)
                     tracker.keep(folder / "export", "export", exported)
                     _push(run, folder / "export", tracker, info)
+        clear_disk(run, info)
         # What follows is rank 0's alone: no attention may wait for the others.
         leave_sequence()
         if exported is not None and info.is_main:

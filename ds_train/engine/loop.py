@@ -23,7 +23,7 @@ from ds_train.engine.prune import Pruning
 from ds_train.engine.ranks import RankInfo, all_sum, seed_generators
 from ds_train.engine.stop import StopRequest
 from ds_train.engine.watchdog import Watchdog
-from ds_train.models.tasks import Batch, weighted
+from ds_train.models.tasks import Batch, on_device, weighted
 from ds_train.optim.build import set_learning_rate
 from ds_train.optim.unused import without_gradient
 from ds_train.plan.make import RunPlan
@@ -307,5 +307,5 @@ def _real_tokens(batch: Mapping[str, Tensor], pads_rows: bool) -> int:
 
 def _own(batch: Batch, parts: Assembly) -> dict[str, Tensor]:
     """What this rank works on of a micro-batch of its data rank, on its device."""
-    batch = {key: value.to(parts.engine.device, non_blocking=True) for key, value in batch.items()}
-    return batch if parts.part.sequence is None else parts.part.sequence.share(batch)
+    placed = on_device(batch, parts.engine.device)
+    return placed if parts.part.sequence is None else parts.part.sequence.share(placed)

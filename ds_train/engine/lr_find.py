@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ds_train.config import RunConfig
+from ds_train.engine.alone import alone_in
+from ds_train.engine.disk import clear_disk
 from ds_train.engine.job import make_run_folder, quiet_libraries
 from ds_train.engine.ranks import RankInfo, barrier, meet, on_main_first, settle
 from ds_train.engine.stop import StopRequest
@@ -62,7 +64,8 @@ def find(run: RunConfig, info: RankInfo, test: RangeTest) -> dict[str, Any]:
     tested = on_main_first(info, lambda: make_plan(tested, cluster).run)
     plan = make_plan(tested, cluster)
     folder = Path(run.run_root).expanduser() / run.name
-    with StopRequest(run.faults.grace_seconds) as stop:
+    on_main_first(info, lambda: make_run_folder(folder))
+    with StopRequest(run.faults.grace_seconds) as stop, alone_in(folder, info):
         finding, tokenizer = _search(tested, plan, info, test, folder, stop)
     moved = {} if test.proxy_width is None else transfer(run, tokenizer, ratio)
     record = asdict(finding) | {
@@ -74,6 +77,7 @@ def find(run: RunConfig, info: RankInfo, test: RangeTest) -> dict[str, Any]:
     if info.is_main:
         _write(folder, finding, record)
     barrier()
+    clear_disk(tested, info)
     return record
 
 

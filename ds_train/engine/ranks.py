@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 from ds_train.engine.cores import bind_to_cores
 from ds_train.engine.network import interface_to
 from ds_train.engine.schedulers import scheduler_place
-from ds_train.errors import EXIT_CODE, STOPPED_CODE, Stopped, UserError, print_anything
+from ds_train.errors import EXIT_CODE, STOPPED_CODE, Stopped, UserError, print_anything, user_error
 from ds_train.plan.topology import Device, device_here, known_device
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def rank_info() -> RankInfo:
         rank=int(env.get("RANK", 0)),
         ranks=ranks,
         local_rank=int(env.get("LOCAL_RANK", 0)),
-        ranks_per_host=int(env.get("LOCAL_SIZE", ranks)),
+        ranks_per_host=int(env.get("LOCAL_SIZE") or env.get("LOCAL_WORLD_SIZE") or ranks),  # torchrun says the second
         device=known_device(named, "DS_ACCELERATOR") if named else device_here(),
     )
 
@@ -93,6 +93,8 @@ def meet(info: RankInfo, timeout: timedelta = MEETING_TIMEOUT) -> None:
     _import_muon()
     # Its CPU collectives over shared memory take over a minute to compile and leave 66 MB a rank in /dev/shm.
     deepspeed.ops.__compatible_ops__[ShareMemCommBuilder.NAME] = False
+    if info.device == "cuda":
+        _check_device(info)
     # Before the first collective: groups of NCCL belong to a device.
     get_accelerator().set_device(info.local_rank)
     deepspeed.init_distributed(timeout=timeout, verbose=False)
@@ -100,6 +102,30 @@ def meet(info: RankInfo, timeout: timedelta = MEETING_TIMEOUT) -> None:
         from ds_kernels.memory import reuse_memory
 
         reuse_memory()
+
+
+def _check_device(info: RankInfo) -> None:
+    """Refuse what torch would end with on every rank: a build without CUDA, no driver, a device that isn't there.
+
+    Raises:
+        UserError: this rank's device isn't among those that torch sees.
+    """
+    import torch
+
+    seen = torch.cuda.device_count()
+    if info.local_rank < seen:
+        return
+    where, built = f"on {socket.gethostname()}", torch.version.cuda or torch.version.hip
+    if built is None:
+        reason = f"torch {torch.__version__} {where} is built without CUDA"
+        fix = "install torch's CUDA build, or set cpu to train on the processor"
+    elif seen == 0:
+        reason = f"torch {torch.__version__} sees no device {where}"
+        fix = f"see whether nvidia-smi (or rocm-smi) shows one, and a driver as new as {built}"
+    else:
+        reason = f"rank {info.rank} is number {info.local_rank} {where}, where torch sees {seen} devices"
+        fix = "start one rank for each, or let CUDA_VISIBLE_DEVICES name more"
+    raise user_error("DS_ACCELERATOR", reason, fix, info.device)
 
 
 def _import_muon() -> None:

@@ -250,9 +250,13 @@ class Watchdog:
 
     def _report(self) -> Report:
         place, waits = _place()
-        return Report(
-            self._info.rank, socket.gethostname(), self._last, time.monotonic() - self._since, place, waits, _begun()
-        )
+        status = _status()
+        if self._info.device != "cpu":
+            # A collective of a device returns at once: whoever waits for it does so wherever a result is read.
+            waits = any(one["last_completed_collective"] != one["last_enqueued_collective"] for one in status.values())
+        collectives = {group: one["last_enqueued_collective"] for group, one in status.items()}
+        seconds = time.monotonic() - self._since
+        return Report(self._info.rank, socket.gethostname(), self._last, seconds, place, waits, collectives)
 
     def _write_stacks(self, reason: str, report: Report) -> None:
         try:
@@ -364,12 +368,12 @@ def _flight_records() -> Iterator[Mapping[str, Any]]:
             yield json.loads(dump())
 
 
-def _begun() -> dict[str, int]:
-    """Collectives begun in each group so far."""
+def _status() -> dict[str, dict[str, int]]:
+    """Numbers of the last collectives that each group has enqueued, started and completed."""
     return {
-        group: int(counts["last_enqueued_collective"])
+        group: {name: int(number) for name, number in numbers.items()}
         for record in _flight_records()
-        for group, counts in record.get("pg_status", {}).items()
+        for group, numbers in record.get("pg_status", {}).items()
     }
 
 

@@ -90,7 +90,7 @@ def score_tokens(
     """(summed cross-entropy, correctly predicted labels), both scalars in fp32, without a gradient."""
     loss = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
     correct = torch.zeros_like(loss)
-    for chunk in _chunks(len(labels_N), weight_VD.shape[0]):
+    for chunk in _chunks(len(labels_N), weight_VD.shape[0], hidden_ND.device):
         logits_CV, labels_C = functional.linear(hidden_ND[chunk], weight_VD, bias_V).float(), labels_N[chunk]
         loss += _nll_sum(log_softmax(logits_CV, shard), labels_C, shard)
         highest_C, guess_C = logits_CV.max(-1)
@@ -130,8 +130,10 @@ def own_rows(labels_C: Tensor, logits_CV: Tensor, shard: VocabularyShard | None)
     return rows_C.masked_fill((rows_C < 0) | (rows_C >= logits_CV.shape[-1]), IGNORE_INDEX)
 
 
-def _chunks(tokens: int, vocabulary: int, in_place: bool = False) -> list[slice]:
-    size = chunk_tokens(vocabulary, in_place)
+def _chunks(
+    tokens: int, vocabulary: int, device: torch.device, in_place: bool = False, compared: bool = False
+) -> list[slice]:
+    size = chunk_tokens(vocabulary, device.type, in_place, compared)
     return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
 
 
@@ -160,7 +162,8 @@ class CrossEntropy:
         labels_CK = labels_C.view(len(labels_C), -1)
         count_C1 = (labels_CK != IGNORE_INDEX).sum(-1, keepdim=True)
         grad_CV = logp_CV.exp_()
-        if not bool((count_C1 == 1).all()):
+        # A device would have to be waited for to know that there is nothing to multiply.
+        if grad_CV.device.type != "cpu" or not bool((count_C1 == 1).all()):
             grad_CV.mul_(count_C1)
         own_CK = own_rows(labels_CK, grad_CV, shard)
         grad_CV.scatter_add_(1, own_CK.clamp(min=0), -(own_CK >= 0).to(grad_CV.dtype))
@@ -184,10 +187,10 @@ class _LinearLoss(torch.autograd.Function):
             hidden_ND, weight_VD = hidden_ND.float(), weight_VD.float()
             bias_V = None if bias_V is None else bias_V.float()
         # These logits are nobody else's.
-        in_place = False
+        in_place, compared = False, not isinstance(loss_of, CrossEntropy)
         if isinstance(loss_of, CrossEntropy) and loss_of.takes(hidden_ND.new_empty(0, weight_VD.shape[0])):
             in_place, loss_of = True, loss_of.in_place
-        chunks = _chunks(len(hidden_ND), weight_VD.shape[0], in_place)
+        chunks = _chunks(len(hidden_ND), weight_VD.shape[0], hidden_ND.device, in_place, compared)
         loss = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
         grad_hidden = torch.empty_like(hidden_ND) if needs_hidden else None
         grad_weight = _SumOfChunks(weight_VD, len(chunks)) if needs_weight else None
@@ -229,7 +232,7 @@ def _times(gradient: Tensor, factor: Tensor) -> Tensor:
     if gradient.dtype == factor.dtype or gradient.device.type == "cpu":
         return gradient.mul_(factor)
     # On devices the number would be rounded first.
-    for part in gradient.split(chunk_tokens(gradient.shape[-1], in_place=False)):
+    for part in gradient.split(chunk_tokens(gradient.shape[-1], gradient.device.type)):
         part.copy_(part.float() * factor)
     return gradient
 
@@ -261,7 +264,8 @@ class _LogitsLoss(torch.autograd.Function):
     def forward(ctx: Any, logits_NV: Tensor, loss_of: ChunkLoss) -> Tensor:
         loss = torch.zeros((), dtype=torch.float32, device=logits_NV.device)
         grad_NV = torch.empty_like(logits_NV)
-        for chunk in _chunks(*logits_NV.shape):
+        compared = not isinstance(loss_of, CrossEntropy)
+        for chunk in _chunks(len(logits_NV), logits_NV.shape[1], logits_NV.device, compared=compared):
             chunk_loss, grad_CV = loss_of(logits_NV[chunk], chunk, True)
             loss += chunk_loss
             if grad_CV is not None:

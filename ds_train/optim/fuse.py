@@ -48,7 +48,7 @@ def clip_factor(norm: float | Tensor, largest: float, scale: float = 1.0) -> flo
     """
     if largest == 0.0:
         return 1.0 / scale
-    total = torch.as_tensor(norm)
+    total = torch.as_tensor(norm).cpu()  # a device is waited for once
     clip = torch.clamp((total / scale + 1e-6) / largest, min=1.0) * scale
     return float(1.0 / clip) if total >= 0.0 else 0.0
 

@@ -41,8 +41,9 @@ class Mesh:
         """Coordinates of this rank."""
         self._tensor = self._sequence = self._sharding = None
         if layout.tensor * layout.sequence > 1:
-            self._tensor, self._sequence = self.group("tensor"), self.group("sequence")
-            self._sharding = self.group("data", "sequence")
+            self._tensor, self._sharding = self.group("tensor"), self.group("data", "sequence")
+        if layout.sequence > 1:  # else each rank would be a group, and all ranks take part in making every one
+            self._sequence = self.group("sequence")
 
     def group(self, *axes: str) -> Group:
         """A new group of the ranks that differ from this one along `axes` only. Collective."""
@@ -64,7 +65,7 @@ class Mesh:
 
     @property
     def sequence(self) -> Group:
-        """The ranks that share the tokens of a sample; None without tensor and sequence ranks."""
+        """The ranks that share the tokens of a sample; None without sequence ranks."""
         return self._sequence
 
     def get_data_parallel_group(self) -> Group:

@@ -22,12 +22,13 @@ from typing import Any, Protocol, cast
 import torch
 import torch.distributed as dist
 from deepspeed.pipe import LayerSpec, PipelineModule
+from deepspeed.runtime.pipe.engine import TRAIN_BATCH_TIMER
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ds_train.models.layer_drop import LayerDropping
-from ds_train.models.tasks import SAMPLE_IDS, TOKEN_IDS, Batch, TaskLoss, model_inputs, weighted
+from ds_train.models.tasks import SAMPLE_IDS, TOKEN_IDS, Batch, TaskLoss, model_inputs, on_device, weighted
 from ds_train.models.token_drop import TokenDropping
 from ds_train.plan.families import FAMILIES
 from ds_train.plan.topology import Layout
@@ -225,7 +226,7 @@ class _WithLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, Tensor, None]:
-        return upstream[0], torch.tensor(ctx.weight, dtype=ctx.dtype, device=upstream[0].device), None
+        return upstream[0], upstream[0].new_full((), ctx.weight, dtype=ctx.dtype), None
 
 
 def stage_inputs(batch: Batch) -> tuple[tuple[Tensor, ...], tuple[str, ...]]:
@@ -285,13 +286,16 @@ class Pipeline(PipelineModule):
             batches = [{**batch, TOKEN_IDS: batch["input_ids"]} for batch in batches]
         self._prepare(engine, batches)
         self.stage.beside_sum = torch.zeros((), dtype=torch.float64, device=engine.device)
-        engine.train_batch(_entries(batches))
+        engine.train_batch(_entries(batches, engine.device))
+        # DeepSpeed keeps every step's time, two events of a device, until it prints them.
+        engine.timers(TRAIN_BATCH_TIMER).reset()
         return self._sums[0] + self.stage.beside_sum
 
     def evaluate(self, engine: Any, batches: Sequence[Batch]) -> Tensor:
         """What `TaskLoss.scores` gives, summed over the micro-batches; zeros on stages other than the last."""
         self._prepare(engine, batches)
-        engine.eval_batch(_entries(batches), reduce_output=None, bcast_loss=False, num_micro_batches=len(batches))
+        entries = _entries(batches, engine.device)
+        engine.eval_batch(entries, reduce_output=None, bcast_loss=False, num_micro_batches=len(batches))
         return self._sums
 
     def _prepare(self, engine: Any, batches: Sequence[Batch]) -> None:
@@ -339,9 +343,10 @@ class Pipeline(PipelineModule):
         return [(comm["module"].weight, comm["group"]) for comm in self.tied_comms.values()]
 
 
-def _entries(batches: Sequence[Batch]) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:
-    """(inputs of the first stage, what DeepSpeed hands to the loss) of each micro-batch."""
-    return ((stage_inputs(batch)[0], batch["labels"]) for batch in batches)
+def _entries(batches: Sequence[Batch], device: torch.device) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:
+    """(inputs of the first stage, what DeepSpeed hands to the loss) of each micro-batch, on `device`."""
+    placed = (on_device(batch, device) for batch in batches)
+    return ((stage_inputs(batch)[0], batch["labels"]) for batch in placed)
 
 
 class _Layer(nn.Module):

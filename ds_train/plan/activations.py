@@ -17,15 +17,19 @@ from ds_train.plan.outline import Outline, Parameter
 from ds_train.plan.shares import Share, Shares
 from ds_train.plan.transformers_keys import modeling_source
 
-_CHUNK_LOGITS, _CHUNK_IN_PLACE, _CHUNK_TOKENS = 2 * 2**20, 16 * 2**20, 256
+_CHUNK_LOGITS, _CHUNK_IN_PLACE, _CHUNK_ON_DEVICES, _CHUNK_TOKENS = 2 * 2**20, 16 * 2**20, 128 * 2**20, 256
 
 
-def chunk_tokens(vocabulary: int, in_place: bool) -> int:
-    """Tokens whose logits the fused head and loss hold at once (models/loss.py).
+def chunk_tokens(vocabulary: int, device: str, in_place: bool = False, compared: bool = False) -> int:
+    """Tokens whose logits the fused head and loss hold at once on `device`, by its kind (models/loss.py).
 
-    8 MB of logits in fp32, with as much for their gradient; 32 MB in 16 bits where that takes their place. Never so few
-    tokens that products are thin, and that adding up the gradients of a large head takes longer than making them.
+    On a CPU 8 MB of logits in fp32, with as much for their gradient; 32 MB in 16 bits where that takes their place.
+    Never so few tokens that products are thin, and that adding up the gradients of a large head takes longer than
+    making them: a device multiplies so much faster than it adds that it takes 512 MB in fp32, about a gigabyte in all;
+    a quarter where logits are `compared` with a teacher's, which takes several times as many tensors.
     """
+    if device != "cpu":
+        return max(_CHUNK_TOKENS, _CHUNK_ON_DEVICES // (4 if compared else 1) // vocabulary)
     return max(_CHUNK_TOKENS, (_CHUNK_IN_PLACE if in_place else _CHUNK_LOGITS) // vocabulary)
 
 
@@ -47,7 +51,8 @@ _Kind = tuple[tuple[str, tuple[int, ...], str], ...]
 
 @dataclass(frozen=True)
 class Work:
-    """What a rank has in one micro-batch: samples, tokens of a sample, ranks that share them, formats and kernels."""
+    """What a rank has in one micro-batch: samples, tokens of a sample, ranks that share them, formats and kernels, and
+    whether logits are compared with a teacher's."""
 
     samples: int
     length: int
@@ -59,6 +64,7 @@ class Work:
     attention: str
     packed: bool
     lean: bool = False
+    compared: bool = False
 
     @property
     def tokens(self) -> int:
@@ -142,7 +148,7 @@ class Activations:
             return float(norm)
         if self._outline.plain_head:
             in_place = work.device == "cpu" and work.dtype_bytes == 2  # ds_kernels/entropy.py
-            tokens = min(chunk_tokens(rows, in_place), work.tokens)
+            tokens = min(chunk_tokens(rows, work.device, in_place, work.compared), work.tokens)
             chunk = tokens * rows * (work.dtype_bytes if in_place else 3 * 4)
             weight = rows * self._hidden
             # The gradients of hidden states and weight are made in the forward pass. Chunks of them are added up in

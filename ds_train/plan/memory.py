@@ -131,6 +131,7 @@ class MemoryModel:
             choice.micro_samples, run.data.sequence_length, layout.tensor, layout.sequence, self.width,
             choice.checkpointing, self._device, "sdpa" if attention == "auto" else attention, run.data.packing,
             run.model.lean_activations and not choice.checkpointing and not run.model.compile,
+            run.compress.distill.logits != "none",
         )  # fmt: skip
 
     def accumulation_width(self, choice: Choice) -> int:

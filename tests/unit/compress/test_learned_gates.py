@@ -225,3 +225,17 @@ def test_what_is_evaluated_has_no_gates(recipe: Make) -> None:
     assert loss().item() != plain
     model.eval()
     assert loss().item() == plain
+
+
+def test_no_device_is_waited_for_to_close_units() -> None:
+    """Tensors without values can't be looked at: what runs on them never asks a device for one."""
+    modules = torch.nn.ModuleDict({"norm": torch.nn.LayerNorm(4), "layer": torch.nn.Linear(4, 4)}).to("meta")
+    couplings = (
+        Coupling("hidden", 0, 4, (), (Gate("norm", "norm"),)),
+        Coupling("layers", 0, 1, (), (Gate("layer", "layer", unit=0),)),
+    )
+    gates = Gates(modules, Structure(couplings, "layers", 1))
+    gates.set("hidden", 0, [1.0, 0.0, 0.5, 1.0])
+    gates.set("layers", 0, [0.5])
+    modules["layer"](modules["norm"](torch.empty(3, 4, device="meta"))).sum().backward()
+    assert modules["layer"].weight.grad is not None

@@ -41,6 +41,15 @@ def test_a_device_of_its_own_is_number_0() -> None:
     assert scheduler_place({**SLURM, "CUDA_VISIBLE_DEVICES": "0,1,2,3"})["LOCAL_RANK"] == "1"
 
 
+def test_a_process_of_torchrun_knows_how_many_share_its_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LOCAL_SIZE", raising=False)
+    for name, value in {"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "8"}.items():
+        monkeypatch.setenv(name, value)
+    assert (rank_info().ranks, rank_info().ranks_per_host) == (16, 8)
+    monkeypatch.setenv("LOCAL_SIZE", "4")
+    assert rank_info().ranks_per_host == 4
+
+
 def test_a_process_of_mpirun() -> None:
     assert scheduler_place(OPENMPI) == {
         "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_SIZE": "2",

@@ -108,12 +108,29 @@ def test_a_wait_for_samples_that_hangs_names_the_file_and_the_loaders_place(
     assert "blocked_read" in (tmp_path / "faults" / "rank-00000.txt").read_text()
 
 
+@pytest.mark.parametrize(("device", "completed", "waits"), [("cuda", 6, True), ("cuda", 7, False), ("cpu", 6, False)])
+def test_on_a_device_a_rank_waits_while_a_collective_has_not_ended_wherever_its_host_is(
+    device: Any, completed: int, waits: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    groups = {
+        group: {"last_enqueued_collective": "7", "last_started_collective": "7", "last_completed_collective": str(last)}
+        for group, last in (("0", 7), ("1", completed))
+    }
+    monkeypatch.setattr(watchdog, "_flight_records", lambda: [{"pg_status": groups}])
+    info = RankInfo(rank=0, ranks=2, local_rank=0, ranks_per_host=2, device=device)
+    found = watchdog.Watchdog(SECTION, info, tmp_path, print)._report()
+    assert found.waits == waits
+    assert found.collectives == {"0": 7, "1": 7}
+
+
 def test_collectives_are_counted_and_named() -> None:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        before = sum(watchdog._begun().values())
+        before = sum(one["last_enqueued_collective"] for one in watchdog._status().values())
         dist.all_reduce(torch.ones(3))
-        assert sum(watchdog._begun().values()) == before + 1
+        (status,) = watchdog._status().values()
+        assert status["last_enqueued_collective"] == before + 1
+        assert status["last_completed_collective"] == before + 1
         assert "gloo:all_reduce in 0 default_pg: [[3]] -> [[3]], done" in list(watchdog._last_collectives())[-1]
     finally:
         dist.destroy_process_group()

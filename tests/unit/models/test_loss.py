@@ -110,3 +110,23 @@ def test_a_16_bit_gradient_is_multiplied_by_the_whole_number() -> None:
     (torch.nn.functional.cross_entropy(wide @ weight.double().T, labels, reduction="sum") * (2 / 907)).backward()
     assert wide.grad is not None
     assert float(hidden.grad.double().norm() / wide.grad.norm()) == pytest.approx(1.0, abs=1e-3)
+
+
+@pytest.mark.parametrize("labels", [(64,), (64, 3)])
+def test_no_device_is_waited_for(labels: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors without values can't be looked at: what runs on them never asks a device for one."""
+    monkeypatch.setattr(fused, "chunk_tokens", lambda *_: 10)
+    with torch.device("meta"):
+        hidden, weight = torch.empty(64, 32, dtype=torch.bfloat16), torch.empty(97, 32, dtype=torch.bfloat16)
+        targets = torch.zeros(labels, dtype=torch.int64)
+    hidden.requires_grad_(), weight.requires_grad_()
+    (fused.linear_loss(hidden, weight, None, fused.CrossEntropy(targets)) * 2.0).backward()
+    assert hidden.grad is not None
+    fused.score_tokens(hidden.detach(), weight.detach(), None, targets[:, 0] if targets.dim() == 2 else targets)
+
+
+def test_devices_add_up_the_gradient_of_a_large_head_a_few_times_a_micro_batch() -> None:
+    for vocabulary in (32_000, 50_257, 128_256, 262_144):
+        assert 8192 / fused.chunk_tokens(vocabulary, "cuda") <= 16
+        assert fused.chunk_tokens(vocabulary, "cuda") * vocabulary * 8 <= 1.1 * 2**30, "bytes of logits and gradients"
+        assert fused.chunk_tokens(vocabulary, "cuda", compared=True) * vocabulary * 28 <= 1.8 * 2**30, "and a teacher's"

@@ -107,3 +107,11 @@ def test_the_16_bit_optimizer_prints_whatever_the_loggers_level() -> None:
 
     assert "force=True" in inspect.getsource(bf16_optimizer.BF16_Optimizer.__init__)
     assert "    print(message)" in inspect.getsource(utils.see_memory_usage)
+
+
+def test_the_pipeline_forgets_the_times_of_its_steps_only_when_it_prints_them() -> None:
+    """Why parallel/pipeline.py does after each step."""
+    from deepspeed.runtime.pipe.engine import PipelineEngine
+
+    step = inspect.getsource(PipelineEngine.train_batch)
+    assert "timers(TRAIN_BATCH_TIMER).stop()\n\n        if self.steps_per_print() is not None" in step
