@@ -30,8 +30,9 @@ from ds_train.plan.topology import Device
 
 CARRIED = (
     "WANDB_", "HF_", "HUGGING_FACE_", "TRANSFORMERS_", "TOKENIZERS_", "DS_", "GLOO_", "NCCL_", "RCCL_", "UCX_", "MV2_",
-    "OMP_", "MKL_", "KMP_", "TORCH", "PYTORCH_", "CUDA_HOME", "CUDA_DEVICE_", "CUDA_LAUNCH_", "TRITON_", "PYTHON",
-    "LD_LIBRARY_PATH", "MLFLOW_", "http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY",
+    "FI_", "OMP_", "MKL_", "KMP_", "TORCH", "PYTORCH_", "CUDA_HOME", "CUDA_DEVICE_", "CUDA_LAUNCH_", "TRITON_",
+    "PYTHON", "LD_LIBRARY_PATH", "MLFLOW_", "http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY",
+    "NO_PROXY",
 )  # fmt: skip
 """Beginnings of the environment variables that go to other hosts; each host keeps its own of all others."""
 
