@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ds_train.config import RunConfig
-from ds_train.engine.alone import alone_in
 from ds_train.engine.disk import clear_disk
 from ds_train.engine.job import make_run_folder, quiet_libraries
 from ds_train.engine.ranks import RankInfo, barrier, meet, on_main_first, settle
@@ -61,11 +60,12 @@ def find(run: RunConfig, info: RankInfo, test: RangeTest) -> dict[str, Any]:
     settle(info, run.parallel.bind_cores)
     meet(info)
     quiet_libraries()
+    # A name of its own: the run itself may be swapping to the same disk.
+    tested = tested.model_copy(update={"name": f"{run.name}.lr-find"})
     tested = on_main_first(info, lambda: make_plan(tested, cluster).run)
     plan = make_plan(tested, cluster)
     folder = Path(run.run_root).expanduser() / run.name
-    on_main_first(info, lambda: make_run_folder(folder))
-    with StopRequest(run.faults.grace_seconds) as stop, alone_in(folder, info):
+    with StopRequest(run.faults.grace_seconds) as stop:
         finding, tokenizer = _search(tested, plan, info, test, folder, stop)
     moved = {} if test.proxy_width is None else transfer(run, tokenizer, ratio)
     record = asdict(finding) | {

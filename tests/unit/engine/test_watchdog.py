@@ -126,11 +126,13 @@ def test_on_a_device_a_rank_waits_while_a_collective_has_not_ended_wherever_its_
 def test_collectives_are_counted_and_named() -> None:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        before = sum(one["last_enqueued_collective"] for one in watchdog._status().values())
+        before = watchdog._status()  # groups of earlier tests too
         dist.all_reduce(torch.ones(3))
-        (status,) = watchdog._status().values()
-        assert status["last_enqueued_collective"] == before + 1
-        assert status["last_completed_collective"] == before + 1
+        after = watchdog._status()
+        (group,) = [group for group, status in after.items() if status != before.get(group)]
+        begun = before[group]["last_enqueued_collective"] if group in before else 0
+        assert after[group]["last_enqueued_collective"] == begun + 1
+        assert after[group]["last_completed_collective"] == begun + 1
         assert "gloo:all_reduce in 0 default_pg: [[3]] -> [[3]], done" in list(watchdog._last_collectives())[-1]
     finally:
         dist.destroy_process_group()
