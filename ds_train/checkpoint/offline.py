@@ -26,6 +26,7 @@ from ds_train.data.prepare import prepare, prepared_tokenizer
 from ds_train.errors import user_error
 from ds_train.models.load import keep_generation_config, load_model_config, outline, position_of_first, untrained
 from ds_train.models.tasks import model_inputs
+from ds_train.plan.facts import is_run, model_folder
 
 
 def export(checkpoint: Path, folder: Path, dtype: torch.dtype) -> None:
@@ -86,9 +87,8 @@ def sparsify(source: Path, folder: Path, pattern: Pattern, score: Score, recipe:
 
 def _model_and_samples(source: Path, recipe: Path | None, samples: int) -> tuple[Path, list[dict[str, Tensor]]]:
     """A transformers folder, and what its model is shown: of the recipe, or of the run whose folder it is."""
-    own = source / "recipe.yaml"
-    recipe = own if recipe is None and own.is_file() else recipe
-    model = source / "export" if own.is_file() else source
+    recipe = source / "recipe.yaml" if recipe is None and is_run(source) else recipe
+    model = model_folder(source)
     if not samples:
         return model, []
     if recipe is None:

@@ -9,6 +9,7 @@ import typer
 
 from ds_train.cli.options import refuse_beside
 from ds_train.errors import user_error
+from ds_train.plan.facts import model_folder
 
 Checkpoint = Annotated[Path, typer.Argument(help="RUN/checkpoints/step-*, of any layout.")]
 
@@ -111,9 +112,7 @@ def _check_replaced(folder: Path, source: Path) -> None:
     """Refuse to replace anything but an older model, or what it would be made from."""
     if not folder.exists():
         return
-    here, origin = folder.resolve(), source.resolve()
-    if (origin / "recipe.yaml").is_file():  # a run: its export is what is read
-        origin /= "export"
+    here, origin = folder.resolve(), model_folder(source.resolve())
     if here == origin or here in origin.parents:
         raise user_error("folder", f"{source} is read from there", "give another folder", folder)
     inside = {path.name for path in folder.iterdir()} if folder.is_dir() else {""}

@@ -70,3 +70,8 @@ class ParallelSection(Section):
 
     secondary_partition: int = Field(default=1, ge=1)
     """ZeRO++: ranks that keep a second full copy of the weights among them (the devices of one host)."""
+
+    @property
+    def on_disk(self) -> bool:
+        """Whether something is offloaded to a disk."""
+        return "nvme" in (self.offload_optimizer, self.offload_params)

@@ -46,9 +46,9 @@ SHAPE_KEYS = ("packing", "packing_by", "padding_free")
 """Keys of the `data` section that say how tokens become samples, and leave the tokens as they are."""
 # Texts go to the tokenizer in batches of at most so many, and so many characters (a token takes some 100 bytes there).
 _BATCH_DOCUMENTS, _BATCH_CHARACTERS = 1024, 2**20
-_ABANDONED_S = 24 * 3600.0
 # With fewer documents than this, the end of each is held out instead of whole documents.
 _FEW_DOCUMENTS = 50
+_ABANDONED_S = 24 * 3600.0
 
 Encoded = tuple[Document, NDArray[np.int64]]
 

@@ -224,8 +224,9 @@ def assemble(
     packing = Packing.of(quantize, part.outline) if quantize.bits else None
     rounding = Rounding(run, part.model, mesh.tensor) if quantize.bits else None
     if run.compress.keep_zeros:
-        _check_zeros(run, linear_layers(part.model))
-        keep_zeros(linear_layers(part.model))
+        linear = linear_layers(part.model)
+        _check_zeros(run, linear)
+        keep_zeros(linear)
     lean = run.model.lean_activations and not run.model.activation_checkpointing and not run.model.compile
     if run.model.liger:
         use_liger(part.model, keep_products=not lean)

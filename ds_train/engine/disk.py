@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +15,21 @@ from ds_train.errors import user_error
 _SECTIONS = ("offload_optimizer", "offload_param")
 
 
-def own_disk(run: RunConfig, deepspeed_json: Mapping[str, Any]) -> dict[str, Any]:
+def own_disk(run: RunConfig, deepspeed_json: dict[str, Any]) -> dict[str, Any]:
     """DeepSpeed's configuration with a folder of the run's own for what it swaps: the names of its files are the same
     in all runs, so that two runs on one disk would read each other's states.
 
     Raises:
         UserError: DeepSpeed can't build what it reads and writes the disk with.
     """
-    config = copy.deepcopy(dict(deepspeed_json))
-    if not _swaps(run):
-        return config
+    if not run.parallel.on_disk:
+        return deepspeed_json
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
     if not AsyncIOBuilder().is_compatible():
         reason = "the headers of libaio, by which DeepSpeed builds its access to the disk, aren't on this host"
         raise user_error("parallel.nvme_path", reason, "install libaio-dev (libaio-devel), or offload to cpu")
+    config = copy.deepcopy(deepspeed_json)
     zero = config["zero_optimization"]
     for section in _SECTIONS:
         if "nvme_path" in zero.get(section, {}):
@@ -40,12 +39,8 @@ def own_disk(run: RunConfig, deepspeed_json: Mapping[str, Any]) -> dict[str, Any
 
 def clear_disk(run: RunConfig, info: RankInfo) -> None:
     """Remove what a run that has ended swapped; every rank is past its last step."""
-    if _swaps(run) and info.local_rank == 0:
+    if run.parallel.on_disk and info.local_rank == 0:
         shutil.rmtree(_folder(run), ignore_errors=True)
-
-
-def _swaps(run: RunConfig) -> bool:
-    return "nvme" in (run.parallel.offload_optimizer, run.parallel.offload_params)
 
 
 def _folder(run: RunConfig) -> Path:

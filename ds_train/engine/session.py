@@ -316,4 +316,4 @@ def saves_in_background(run: RunConfig, device: str) -> bool:
     asked = run.checkpoint.asynchronous
     if asked != "auto":
         return asked
-    return device != "cpu" and "nvme" not in (run.parallel.offload_optimizer, run.parallel.offload_params)
+    return device != "cpu" and not run.parallel.on_disk

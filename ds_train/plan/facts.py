@@ -28,6 +28,16 @@ _TOKENIZER_FILES = (
 )
 
 
+def is_run(folder: Path) -> bool:
+    """Whether it is a run's folder, whose recipe and export stand in it."""
+    return (folder / "recipe.yaml").is_file()
+
+
+def model_folder(source: Path) -> Path:
+    """The transformers folder that stands for `source`: a run's export, or itself."""
+    return source / "export" if is_run(source) else source
+
+
 def has_tokenizer(path: str) -> bool:
     """Whether a model's folder has a tokenizer beside the weights; yes for a hub id."""
     folder = Path(path)

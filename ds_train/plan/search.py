@@ -311,8 +311,7 @@ def _value(run: RunConfig, key: str) -> Any:
 
 
 def _may_use_disks(run: RunConfig) -> bool:
-    offloads = run.parallel.offload_optimizer, run.parallel.offload_params
-    return "nvme" in offloads or "auto" in offloads
+    return run.parallel.on_disk or "auto" in (run.parallel.offload_optimizer, run.parallel.offload_params)
 
 
 def _options(value: Any, otherwise: Iterable[Any]) -> list[Any]:

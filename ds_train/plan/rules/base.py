@@ -109,7 +109,7 @@ def prunes(facts: Facts) -> bool:
 
 def nvme(facts: Facts) -> bool:
     """Whether something is offloaded to a disk."""
-    return "nvme" in (facts.run.parallel.offload_optimizer, facts.run.parallel.offload_params)
+    return facts.run.parallel.on_disk
 
 
 def size_of(facts: Facts, name: str) -> Any:
